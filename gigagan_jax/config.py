@@ -1,0 +1,448 @@
+"""Every setting of a run, as frozen dataclasses, and the one place that reads them from an ml_collections ConfigDict.
+
+Marks in the comments: (A2) is row of Table A2 of the paper, (sec. n) a section of it, (open) a value the paper does not
+state. Sizes listed per resolution follow the flow of data: low to high for the generator, high to low for the
+discriminator. Strings that name mesh axes join several with a comma; an empty string means "replicated".
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from gigagan_jax.errors import UserError
+
+# Logical axis -> mesh axes. Parameters: conv_in, conv_out, embed, mlp, heads, style, vocab, bank, kernel, layers, rgb.
+# Activations at block borders: batch, channels.
+DEFAULT_RULES = {
+    "batch": "data,fsdp",
+    "channels": "",
+    "conv_in": "fsdp",
+    "conv_out": "tensor",
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "style": "fsdp",
+    "vocab": "",
+    "bank": "",
+    "kernel": "",
+    "layers": "",
+    "rgb": "",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes what the others leave. `--config.mesh.fsdp=8`."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where captioned images come from and what is done to them on the host."""
+
+    source: str = "folder"  # "digits" (scikit-learn's, no path) or "folder" (images with sidecar .txt captions)
+    path: str = ""
+    captions: str = "required"  # "required" or "optional": is an image without a caption an error?
+    crop: str = "center"  # "center" or "random", after the short side is resized to the resolution
+    flip: bool = False  # random horizontal flips
+    caption_dropout: float = 0.0  # share of captions replaced by the null caption
+    resize_filter: str = "lanczos"
+    threads: int = 8  # reader threads a host
+    max_bad_fraction: float = 0.05  # stop when more than this share of the examples tried cannot be read
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text encoder that comes before T (sec. 3.1)."""
+
+    encoder: str = "bytes"  # "bytes": trainable, needs no download. Frozen encoders have their own issue.
+    path: str = ""  # folder or hub id of a frozen encoder's weights
+    length: int = 77  # tokens, padding included (CLIP: 77)
+    width: int = 768  # features a token (CLIP ViT-L/14: 768)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The learned text transformer T (eq. 3a); one of its own in each network."""
+
+    width: int = 768  # (open) 768 or 1024; features of the encoder are projected to it where they differ
+    depth: int = 4  # (A2)
+    heads: int = 8  # (open)
+    mlp_ratio: float = 4.0  # (open)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Attention blocks of both networks (sec. 3.1)."""
+
+    heads: int = 8  # (open)
+    head_dim: int = 64  # (open)
+    dim_multiplier: float = 1.0  # (A2) width of attention, times heads * head_dim
+    mlp_ratio: float = 4.0  # (A2)
+    norm: str = "rms"  # (open) before each branch: "rms" or "none"
+    kind: str = "l2"  # (sec. 3.1) "l2": squared distance with tied query and key; "dot": dot product
+    mask_self: bool = False  # (open) with tied q and k a token is always nearest to itself; True forbids that
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """The 64 px generator (sec. 3.2). Tuples run from 4 px up to the resolution."""
+
+    z_dim: int = 128  # (A2)
+    w_dim: int = 1024  # (A2)
+    mapping_depth: int = 4  # (A2)
+    mapping_lr_mul: float = 0.01  # (StyleGAN2)
+    w_avg_decay: float = 0.998  # a step; for truncation
+    channel_base: int = 16384  # (A2) channels = min(base / resolution, max)
+    channel_max: int = 1600  # (A2)
+    blocks: tuple[int, ...] = (3, 3, 3, 2, 2)  # (A2) synthesis blocks, two adaptive convolutions each
+    bank: tuple[int, ...] = (1, 1, 2, 4, 8)  # (A2) filters N in the bank of each adaptive convolution
+    attention_depth: tuple[int, ...] = (0, 2, 2, 1, 0)  # (A2) attention layers at each resolution
+    attention_every_block: bool = False  # (open) False: after the last block of a resolution, which fits the paper's size
+    cross_attention: bool = True  # (A2) text only
+    mlp_after_self: bool = True  # (open) feed-forward after self-attention
+    mlp_after_cross: bool = True  # (open) and after cross-attention: with both, G has the paper's size
+    residual_gain: float = 0.4  # (A2) x + gain * f(x)
+    attention_gain: float = 0.3  # (A2)
+    pyramid: bool = True  # (sec. 3.2) every level goes to the discriminator; False: only the output
+    w_token: bool = True  # (sec. 3.1) w as an extra token of self-attention
+    adaptive_form: str = "auto"  # how per-sample kernels are computed: see models/layers/adaptive_conv.py
+    text: TransformerConfig = TransformerConfig()
+    attention: AttentionConfig = AttentionConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The multi-scale-input, multi-scale-output discriminator (sec. 3.3). Tuples run from the resolution down to 4 px."""
+
+    channel_base: int = 32768  # (A2)
+    channel_max: int = 1536  # (A2)
+    blocks: tuple[int, ...] = (1, 2, 2, 2, 2)  # (A2)
+    attention_depth: tuple[int, ...] = (0, 1, 2, 2, 0)  # (A2)
+    attention_gain: float = 0.3  # (open) as in G
+    mlp: bool = False  # (open) feed-forward after attention: without it D has the paper's size
+    multi_scale_input: bool = True  # (A2) one entry a pyramid level
+    multi_scale_output: bool = True  # (A2) one exit a stage
+    head: str = "modulated"  # (A2) "modulated": eq. 7; "projection": projection discriminator, for classes
+    class_mapping_depth: int = 0  # (open) layers between a class embedding and a projection head (StyleGAN2-ADA: 8)
+    head_depth: int = 4  # (sec. 3.3) modulated 1x1 convolutions
+    head_width: int = 256  # (open)
+    minibatch_std: int = 0  # (A2) images a group; 0 is off
+    text: TransformerConfig = TransformerConfig()
+    attention: AttentionConfig = AttentionConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses (sec. 3.3, A2)."""
+
+    level_weights: tuple[float, ...] = ()  # high to low; () is (2, 1, 1, ...) / sum (A2)
+    intermediate_gan: float = 0.01  # (A2) weight of every exit before the last, GAN loss
+    intermediate_match: float = 0.05  # (A2) the same, matching-aware loss
+    match_d: float = 1.0  # (A2)
+    match_g: float = 1.0  # (A2)
+    r1_gamma: tuple[float, float] = (0.2048, 2.048)  # (A2) first and last; linear in images
+    r1_interval: int = 16  # (A2) steps
+    r1_levels: str = "full"  # (open) "full": gradient by the full-resolution real image; "all": by every level
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW of one network (A2)."""
+
+    learning_rate: float = 0.0025  # (A2)
+    beta1: float = 0.0  # (A2)
+    beta2: float = 0.99  # (A2)
+    epsilon: float = 1e-8  # (A2)
+    weight_decay: float = 1e-5  # (A2)
+    attention_weight_decay: float = 0.01  # (A2)
+    warmup_kimg: float = 0.0  # linear
+    decay_kimg: float = 0.0  # cosine to `final_ratio` over this many kimg before the end; 0 is constant
+    final_ratio: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """Moving average of G, as a half-life in thousands of images."""
+
+    half_life_kimg: float = 7100.0  # (A2) beta 0.9999 at batch 1024
+    rampup: float = 0.05  # half-life is at most this share of the images seen; 0 is off
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Which checkpoints are kept."""
+
+    keep: int = 3  # newest
+    keep_period_kimg: float = 0.0  # and one each so many kimg, for ever; 0 is none
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapshotConfig:
+    """The grid of fixed prompts and seeds that is drawn during training."""
+
+    prompts: tuple[str, ...] = ("a photo of a cat", "a red house by the sea", "an oil painting of a ship", "a bowl of fruit")
+    seeds: int = 8
+    truncations: tuple[float, ...] = (1.0, 0.7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    name: str = "gigagan"
+    seed: int = 0
+    resolution: int = 64
+    batch_size: int = 1024  # (A2: 512 to 1024) images a step, over all devices
+    micro_batches: int = 1  # gradient accumulation: parts that the batch is cut into
+    total_kimg: float = 1_000_000.0
+    checkpoint_kimg: float = 5000.0
+    snapshot_kimg: float = 5000.0
+    log_kimg: float = 50.0
+    condition: str = "text"  # "text", "class" or "none"
+    num_classes: int = 0
+    dtype: str = "bfloat16"  # of the computation; parameters, logits, losses and penalties are float32
+    remat: bool = True  # recompute each block in the backward pass
+    evaluators: tuple[str, ...] = ()  # run at the end of training: "digits"
+    mesh: MeshConfig = MeshConfig()
+    rules: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(DEFAULT_RULES))
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    loss: LossConfig = LossConfig()
+    g_optimizer: OptimizerConfig = OptimizerConfig()
+    d_optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Sides of the pyramid, low to high: (4, 8, ..., resolution)."""
+        return tuple(1 << i for i in range(2, self.resolution.bit_length()))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def default() -> ConfigDict:
+    """All fields with their defaults, for a config file to change."""
+    return ConfigDict(to_dict(Config()))
+
+
+def to_dict(config: Any) -> Any:
+    """Nested plain dicts, lists as tuples: JSON, and the way back through `from_dict`."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return dict(config)
+    return config
+
+
+def from_dict(values: Any) -> Config:
+    """The frozen config of a ConfigDict or plain dict, checked.
+
+    Raises:
+      UserError: an unknown key (with the nearest known one), a value of another type, settings that do not fit together.
+    """
+    if isinstance(values, ConfigDict):
+        values = values.to_dict()
+    config = _read(Config, values, "config")
+    validate(config)
+    return config
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: expected a group of settings, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                near = difflib.get_close_matches(key, hints, 1)
+                hint = f"; did you mean {where}.{near[0]}?" if near else f"; known: {', '.join(sorted(hints))}"
+                raise UserError(f"unknown config key {where}.{key}{hint}")
+        return kind(**{k: _read(hints[k], v, f"{where}.{k}") for k, v in value.items()})  # type: ignore[operator]
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        args = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}: expected a tuple like {_example(args)}, got {value!r}")
+        if args[-1] is Ellipsis:
+            return tuple(_read(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(value) != len(args):
+            raise UserError(f"{where}: expected {len(args)} values, got {len(value)}")
+        return tuple(_read(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    if origin is not None and issubclass(origin, Mapping):
+        return {str(k): _read(str, v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(origin, types.UnionType):
+        raise TypeError(f"{where}: unions are not supported in configs")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where}: expected {kind.__name__}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def _example(args: tuple) -> str:
+    return {int: "(1, 2)", float: "(0.5, 1.0)", str: "('a', 'b')"}.get(args[0], "(...)")
+
+
+# ---------------------------------------------------------------- checking
+
+
+def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"config.{where}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def validate(config: Config) -> None:
+    """Raises UserError for settings that cannot work together."""
+    r = config.resolution
+    if r < 8 or r & (r - 1):
+        raise UserError(f"config.resolution={r}: must be a power of two, at least 8 (8, 16, 32, 64, ...)")
+    levels = len(config.resolutions)
+    g, d = config.generator, config.discriminator
+    for where, value in (
+        ("generator.blocks", g.blocks),
+        ("generator.bank", g.bank),
+        ("generator.attention_depth", g.attention_depth),
+        ("discriminator.blocks", d.blocks),
+        ("discriminator.attention_depth", d.attention_depth),
+    ):
+        if len(value) != levels:
+            raise UserError(
+                f"config.{where} has {len(value)} entries; resolution {r} has {levels} levels {config.resolutions}"
+            )
+    for where, values, least in (
+        ("generator.blocks", g.blocks, 1),
+        ("generator.bank", g.bank, 1),
+        ("discriminator.blocks", d.blocks, 1),
+        ("generator.attention_depth", g.attention_depth, 0),
+        ("discriminator.attention_depth", d.attention_depth, 0),
+    ):
+        if min(values) < least:
+            raise UserError(f"config.{where}={values}: every entry must be at least {least}")
+    for where, number in (
+        ("batch_size", config.batch_size),
+        ("micro_batches", config.micro_batches),
+        ("total_kimg", config.total_kimg),
+        ("checkpoint_kimg", config.checkpoint_kimg),
+        ("snapshot_kimg", config.snapshot_kimg),
+        ("log_kimg", config.log_kimg),
+        ("loss.r1_interval", config.loss.r1_interval),
+        ("text.length", config.text.length - 1),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("ema.half_life_kimg", config.ema.half_life_kimg),
+        ("data.threads", config.data.threads),
+    ):
+        if not number > 0:
+            raise UserError(f"config.{where}: must be greater than {1 if where == 'text.length' else 0}")
+    if config.total_kimg * 1000 >= 2**32:
+        raise UserError(f"config.total_kimg={config.total_kimg}: must be below {2**32 // 1000} (images are counted in 32 bits)")
+    if config.batch_size % config.micro_batches:
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not divide into config.micro_batches={config.micro_batches}"
+        )
+    micro = config.batch_size // config.micro_batches
+    if d.minibatch_std and micro % d.minibatch_std:
+        raise UserError(
+            f"config.discriminator.minibatch_std={d.minibatch_std} does not divide a micro-batch of {micro} images"
+        )
+    if d.minibatch_std == 1:
+        raise UserError("config.discriminator.minibatch_std=1: a group of one has no deviation; use 0 (off) or at least 2")
+    _one_of("condition", config.condition, ("text", "class", "none"))
+    _one_of("dtype", config.dtype, ("bfloat16", "float32"))
+    _one_of("data.captions", config.data.captions, ("required", "optional"))
+    _one_of("data.crop", config.data.crop, ("center", "random"))
+    _one_of("data.resize_filter", config.data.resize_filter, ("lanczos", "bicubic", "bilinear", "box", "nearest"))
+    _one_of("discriminator.head", d.head, ("modulated", "projection"))
+    _one_of("generator.adaptive_form", g.adaptive_form, ("auto", "bank", "shift", "im2col", "vmap"))
+    _one_of("loss.r1_levels", config.loss.r1_levels, ("full", "all"))
+    for net in ("generator", "discriminator"):
+        attention = getattr(config, net).attention
+        _one_of(f"{net}.attention.kind", attention.kind, ("l2", "dot"))
+        _one_of(f"{net}.attention.norm", attention.norm, ("rms", "none"))
+        text = getattr(config, net).text
+        if config.condition == "text" and text.width % text.heads:
+            raise UserError(f"config.{net}.text.width={text.width} does not divide into {text.heads} heads")
+    for name in config.evaluators:
+        _one_of("evaluators", name, ("digits",))
+    if config.text.encoder != "bytes":
+        raise UserError(f"config.text.encoder={config.text.encoder!r}: this version has 'bytes' (trainable, no download)")
+    if config.condition == "class" and config.num_classes < 2:
+        raise UserError(f"config.num_classes={config.num_classes}: condition='class' needs at least 2")
+    if config.condition == "none" and d.head == "projection":
+        raise UserError("config.discriminator.head='projection' needs a condition; use 'modulated' with condition='none'")
+    if not 0 <= config.data.caption_dropout <= 1 or not 0 <= config.data.max_bad_fraction <= 1:
+        raise UserError("config.data.caption_dropout and config.data.max_bad_fraction are shares: 0 to 1")
+    if g.pyramid != d.multi_scale_input:
+        raise UserError("config.generator.pyramid and config.discriminator.multi_scale_input must be switched together")
+    if config.loss.level_weights and len(config.loss.level_weights) != len(entry_levels(config)):
+        raise UserError(f"config.loss.level_weights needs {len(entry_levels(config))} entries, one a level, high to low")
+
+
+def entry_levels(config: Config) -> tuple[int, ...]:
+    """Pyramid levels that the discriminator sees, high to low; level 0 is the output image."""
+    return tuple(range(len(config.resolutions))) if config.discriminator.multi_scale_input else (0,)
+
+
+# ---------------------------------------------------------------- comparing
+
+# What may change between two runs in one workdir: it does not alter what the stored state means.
+FREE_FIELDS = (
+    "total_kimg",
+    "batch_size",
+    "checkpoint_kimg",
+    "snapshot_kimg",
+    "log_kimg",
+    "micro_batches",
+    "remat",
+    "evaluators",
+    "mesh",
+    "rules",
+    "data.path",
+    "data.threads",
+    "data.max_bad_fraction",
+    "data.captions",
+    "generator.adaptive_form",
+    "checkpoint",
+    "snapshot",
+)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data.crop": "center", ...}"""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            out |= flatten(value, name + ".")
+        else:
+            out[name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def differences(stored: Mapping[str, Any], current: Config) -> list[str]:
+    """Lines "field: stored -> current" for fields that must not change within a workdir."""
+    a, b = flatten(stored), flatten(to_dict(current))
+    fixed = lambda k: not any(k == f or k.startswith(f + ".") for f in FREE_FIELDS)
+    keys = [k for k in sorted(a.keys() | b.keys()) if fixed(k)]
+    missing = "(absent)"
+    return [f"{k}: {a.get(k, missing)} -> {b.get(k, missing)}" for k in keys if a.get(k, missing) != b.get(k, missing)]
+
+
+def digest(config: Config) -> str:
+    """A short hash of the whole config."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]

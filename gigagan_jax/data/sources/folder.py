@@ -1,0 +1,149 @@
+"""A folder of image files with captions beside them, or with one sub-folder for each class."""
+
+import functools
+import os
+from pathlib import Path, PurePosixPath
+
+from gigagan_jax.data.decoding import decode_captions, decode_image
+from gigagan_jax.data.records import UNKNOWN_LABEL, BadExample, Example, Source, identity_of
+from gigagan_jax.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+class FolderSource(Source):
+    """Images found recursively, in the order of their relative paths; hidden files and folders are passed over.
+
+    The captions of `a/b.png` are the non-empty lines of `a/b.txt`.
+
+    Attributes:
+      path: the folder.
+      classes: with labels='folder', the names of the classes in the order of their labels; otherwise empty.
+    """
+
+    def __init__(self, path: str | os.PathLike, caption_required: bool = True, labels: str | None = None):
+        """Lists the folder; reads no file.
+
+        Args:
+          path: the folder.
+          caption_required: an image without a caption file is an error, and one with an empty caption file a bad
+            example. If False both are examples without captions.
+          labels: None for label -1 everywhere. 'folder' for class-conditional training: the label is the index of the
+            top-level sub-folder in sorted order, and captions are not required.
+
+        Raises:
+          UserError: the path is missing, not a folder or unreadable, holds no image, or an image lacks its caption
+            file or, with labels='folder', its class folder.
+        """
+        if labels not in (None, "folder"):
+            raise UserError(f"unknown kind of labels {labels!r} for an image folder; use None or 'folder'")
+        if not str(path):
+            raise UserError("the image folder has an empty path; set data.path to a folder of images")
+        self.path = Path(path)
+        self._caption_required = caption_required and labels is None
+        images, captions = _list_files(self.path)
+        if not images:
+            raise UserError(f"no image in {self.path}: looked for {' '.join(IMAGE_SUFFIXES)} in it and below it")
+        self._names = sorted(images)
+        self._caption_files = captions
+        if self._caption_required:
+            self._check_captions()
+        self.classes: tuple[str, ...] = ()
+        if labels == "folder":
+            self.classes = self._find_classes()
+        self._label_of = {name: label for label, name in enumerate(self.classes)}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, i: int) -> Example:
+        """Reads image and captions.
+
+        Raises BadExample with a cause of `decode_image` or `decode_captions`, or `image_unreadable`,
+        `caption_unreadable` (the file system refuses) or `caption_empty` (no line with text).
+        """
+        name = self._names[i]
+        captions: tuple[str, ...] = ()
+        if _caption_name(name) in self._caption_files:
+            captions = decode_captions(self._read(_caption_name(name), "caption_unreadable"))
+        if self._caption_required and not captions:
+            raise BadExample("caption_empty", f"{_caption_name(name)} has no text")
+        image = decode_image(self._read(name, "image_unreadable"))
+        label = self._label_of[PurePosixPath(name).parts[0]] if self._label_of else UNKNOWN_LABEL
+        return Example(image=image, captions=captions, label=label, name=name)
+
+    def name(self, i: int) -> str:
+        """Path relative to the folder, with forward slashes."""
+        return self._names[i]
+
+    def identity(self) -> str:
+        return self._identity
+
+    @functools.cached_property
+    def _identity(self) -> str:
+        return identity_of("folder", self._names)
+
+    def _read(self, name: str, cause: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise BadExample(cause, str(error)) from error
+
+    def _check_captions(self) -> None:
+        without = [name for name in self._names if _caption_name(name) not in self._caption_files]
+        if without:
+            raise UserError(
+                f"{without[0]} has no caption file {_caption_name(without[0])} ({len(without)} of {len(self)} images "
+                f"in {self.path} lack theirs); write them, or accept uncaptioned images with data.captions=optional"
+            )
+
+    def _find_classes(self) -> tuple[str, ...]:
+        for name in self._names:
+            if len(PurePosixPath(name).parts) < 2:
+                raise UserError(
+                    f"{name} lies in {self.path} itself and so has no class; with labels='folder' each image belongs "
+                    "in a sub-folder named after its class"
+                )
+        return tuple(sorted({PurePosixPath(name).parts[0] for name in self._names}))
+
+
+def _caption_name(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(".txt"))
+
+
+def _list_files(root: Path) -> tuple[list[str], set[str]]:
+    """Relative paths of all images, and of all caption files, below root."""
+    images: list[str] = []
+    captions: set[str] = set()
+    seen_folders: set[tuple[int, int]] = set()
+    try:
+        if not root.exists():
+            raise UserError(f"no image folder {root}: there is nothing at this path; check data.path")
+        if not root.is_dir():
+            raise UserError(f"{root} is a file, not a folder of images; check data.path")
+        for folder, subfolders, files in os.walk(root, onerror=_raise, followlinks=True):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen_folders:  # A link that leads back up would never end.
+                subfolders.clear()
+                continue
+            seen_folders.add((status.st_dev, status.st_ino))
+            # Sorted, so that of two links to one folder every machine keeps the same.
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            relative = Path(folder).relative_to(root)
+            for file in files:
+                suffix = os.path.splitext(file)[1].lower()
+                if file.startswith("."):
+                    continue
+                if suffix in IMAGE_SUFFIXES:
+                    images.append((relative / file).as_posix())
+                elif file.endswith(".txt"):
+                    captions.add((relative / file).as_posix())
+    except OSError as error:
+        raise UserError(
+            f"cannot read the image folder {root}: {error.strerror} ({error.filename}); check its permissions"
+        ) from error
+    return images, captions
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,63 @@
+"""Pixels of one example to the size that a network trains at. Pure functions; randomness comes in as a generator."""
+
+import numpy as np
+from PIL import Image
+
+CROPS = ("center", "random", "none")
+FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+def resize_and_crop(
+    image: np.ndarray,
+    resolution: int,
+    *,
+    crop: str = "center",
+    filter: str = "lanczos",
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Resizes and crops to a square.
+
+    Args:
+      image: uint8 [H, W, 3], larger or smaller than the result.
+      resolution: side R of the result, in pixels.
+      crop: 'center' or 'random' scale the short side to R and keep the middle, or any, R x R window of it.
+        'none' keeps the whole image and squeezes it to R x R.
+      filter: a key of FILTERS. When shrinking each of them, except 'nearest', averages over the pixels it covers.
+      rng: where 'random' takes its window from; not used by the other crops.
+
+    Returns:
+      uint8 [R, R, 3].
+
+    Raises:
+      ValueError: unknown crop or filter, 'random' without rng, or an image of another shape or dtype.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    if filter not in FILTERS:
+        raise ValueError(f"unknown filter {filter!r}; there are {', '.join(FILTERS)}")
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if crop == "center":
+        box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+    elif crop == "random":
+        if rng is None:
+            raise ValueError("crop='random' needs a generator")
+        left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+        box = (left, top, left + side, top + side)
+    elif crop == "none":
+        box = (0, 0, width, height)
+    else:
+        raise ValueError(f"unknown crop {crop!r}; there are {', '.join(CROPS)}")
+    # One call with a box: pixels that the crop throws away are never computed.
+    return np.array(Image.fromarray(image).resize((resolution, resolution), FILTERS[filter], box=box))
+
+
+def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mirrors [H, W, 3] left to right with probability one half."""
+    return image[:, ::-1] if rng.random() < 0.5 else image

@@ -1,0 +1,140 @@
+"""Sample-adaptive convolution: a filter bank mixed per sample, modulated and demodulated (sec. 3.1, eq. 1 and 2).
+
+With K = sum_n a_n K_n, style s over input channels and demodulation d over output channels,
+
+    y = d * conv(s * x, K),    d_o = (sum_{k,i} (s_i K_{k,i,o})^2 + eps)^(-1/2).
+
+d is a quadratic form in `a` over the Gram matrices of the bank, so no per-sample kernel is needed for it, and with a bank
+of one none is needed at all. Otherwise the same product is computed in one of four forms; which is fastest depends on the
+device, the resolution, the bank and the samples a device:
+
+    bank    one convolution of N stacked copies of the input, weighted by `a`: N times the multiplications, all dense
+    shift   per-sample kernels, k^2 shifted batched matrix products
+    im2col  per-sample kernels, one batched matrix product over unfolded patches
+    vmap    per-sample kernels, a convolution mapped over the batch (a grouped convolution)
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gigagan_jax.models.layers.equalized import Linear, conv, leaky_relu, param
+from gigagan_jax.models.layers.resample import upsample
+
+
+def demodulation(bank: jax.Array, style: jax.Array, mix: jax.Array, eps: float = 1e-8) -> jax.Array:
+    """1 / norm of each output filter after mixing and modulation, in float32.
+
+    Args:
+      bank: [bank, kh, kw, in, out]
+      style: [N, in]
+      mix: [N, bank] mixture weights
+
+    Returns:
+      [N, out]
+    """
+    bank, style, mix = (v.astype(jnp.float32) for v in (bank, style, mix))
+    gram = jnp.einsum("nhwio,mhwio->nmio", bank, bank)
+    pairs = mix[:, :, None] * mix[:, None, :]
+    energy = jnp.einsum("bnm,nmio->bio", pairs, gram)
+    return jax.lax.rsqrt(jnp.einsum("bi,bio->bo", jnp.square(style), energy) + eps)
+
+
+def mixed_conv(x: jax.Array, bank: jax.Array, mix: jax.Array, form: str = "auto") -> jax.Array:
+    """Convolution of each sample with its own mixture of the bank.
+
+    Args:
+      x: [N, H, W, in]
+      bank: [bank, kh, kw, in, out], odd and equal kh and kw
+      mix: [N, bank]
+      form: see the module's text; "auto" chooses by bank and kernel
+
+    Returns:
+      [N, H, W, out]
+    """
+    count, k, _, c_in, c_out = bank.shape
+    mix = mix.astype(x.dtype)
+    if form == "auto":
+        form = "bank" if count <= 2 else "shift"
+    if count == 1:
+        return conv(x, bank[0]) * mix[:, :, None, None]
+    n, h, w, _ = x.shape
+    if form == "bank":
+        stacked = (x[:, :, :, None, :] * mix[:, None, None, :, None]).reshape(n, h, w, count * c_in)
+        return conv(stacked, bank.transpose(1, 2, 0, 3, 4).reshape(k, k, count * c_in, c_out))
+    kernels = jnp.einsum("bn,nhwio->bhwio", mix, bank)
+    if k == 1:
+        return jnp.einsum("bhwi,bio->bhwo", x, kernels[:, 0, 0])
+    if form == "vmap":
+        return jax.vmap(lambda xi, ki: conv(xi[None], ki)[0])(x, kernels)
+    pad = (k - 1) // 2
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    patches = [padded[:, i : i + h, j : j + w] for i in range(k) for j in range(k)]
+    if form == "im2col":
+        unfolded = jnp.concatenate(patches, -1).reshape(n, h * w, k * k * c_in)
+        return (unfolded @ kernels.reshape(n, k * k * c_in, c_out)).reshape(n, h, w, c_out)
+    if form == "shift":
+        kernels = kernels.reshape(n, k * k, c_in, c_out)
+        out = sum(p.reshape(n, h * w, c_in) @ kernels[:, i] for i, p in enumerate(patches))
+        return jnp.asarray(out).reshape(n, h, w, c_out)
+    raise ValueError(f"unknown form {form!r}")
+
+
+class AdaptiveConv(nnx.Module):
+    """g_adaconv (eq. 2): k x k, filter bank chosen by a softmax of an affine of w, modulated by another.
+
+    Args:
+      in_channels, out_channels: channels before and after.
+      w_dim: size of w.
+      kernel: side of the filters.
+      bank: filters to mix, N.
+      up: double the resolution first, with [1, 3, 3, 1].
+      demodulate: False for ToRGB.
+      activation: leaky ReLU after the bias.
+      form: how per-sample kernels are computed.
+      out_axis: logical name of the output channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        w_dim: int,
+        kernel: int = 3,
+        bank: int = 1,
+        up: bool = False,
+        demodulate: bool = True,
+        activation: bool = True,
+        form: str = "auto",
+        out_axis: str = "conv_out",
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.up, self.demodulate, self.activation, self.form, self.dtype = up, demodulate, activation, form, dtype
+        self.scale = 1.0 / math.sqrt(kernel * kernel * in_channels)
+        axes = ("bank", "kernel", "kernel", "conv_in", out_axis)
+        self.filters = param(rngs, (bank, kernel, kernel, in_channels, out_channels), axes, std=1.0)
+        self.bias = param(rngs, (out_channels,), (out_axis,))
+        self.style = Linear(w_dim, in_channels, axes=("style", None), bias=1.0, rngs=rngs)
+        self.select = Linear(w_dim, bank, axes=("style", None), rngs=rngs) if bank > 1 else None
+
+    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """x [N, H, W, in], w [N, w_dim] -> [N, H, W, out], twice the sides when `up`"""
+        style = self.style(w.astype(jnp.float32))
+        if self.select is None:
+            mix = jnp.ones((x.shape[0], 1), jnp.float32)
+        else:
+            mix = jax.nn.softmax(self.select(w.astype(jnp.float32)), axis=-1)
+        filters = self.filters[...] * self.scale
+        x = x.astype(self.dtype) * style[:, None, None, :].astype(self.dtype)
+        if self.up:
+            x = upsample(x)
+        y = mixed_conv(x, filters.astype(self.dtype), mix, self.form)
+        if self.demodulate:
+            y *= demodulation(filters, style, mix)[:, None, None, :].astype(self.dtype)
+        y += self.bias[...].astype(self.dtype)
+        return leaky_relu(y) if self.activation else y

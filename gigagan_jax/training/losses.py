@@ -1,0 +1,79 @@
+"""The losses as pure functions of arrays (sec. 3.3). Everything is float32.
+
+Logits of one (level, exit) pair are [N, M, h * w]: M = 0 is the image's own caption, M = 1 a mismatched one.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from gigagan_jax.config import Config, entry_levels
+from gigagan_jax.models.discriminator import pairs
+
+softplus = jax.nn.softplus
+
+
+def pair_weights(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Weights of the GAN and of the matching-aware loss, one for each of `pairs(config)` (A2).
+
+    A pair counts as its entry level does, times the intermediate weight unless it leaves by the last exit.
+    """
+    levels = entry_levels(config)
+    level = config.loss.level_weights or tuple((2.0 if i == 0 else 1.0) / (len(levels) + 1) for i in range(len(levels)))
+    if len(levels) == 1 and not config.loss.level_weights:
+        level = (1.0,)
+    last = len(config.resolutions) - 1
+    weigh = lambda middle: tuple(level[p.level] * (1.0 if p.exit == last else middle) for p in pairs(config))
+    return weigh(config.loss.intermediate_gan), weigh(config.loss.intermediate_match)
+
+
+def over_pairs(
+    loss: Callable[..., jax.Array], weights: Sequence[float], *logits: Sequence[jax.Array], valid: jax.Array | None = None
+) -> jax.Array:
+    """sum over pairs of weight * mean of loss(logits) (eq. 6). The only loop over scales.
+
+    Args:
+      loss: function of one pair's arrays [N, h * w], one from each of `logits`
+      weights: one a pair
+      logits: lists of [N, h * w], one entry a pair
+      valid: bool [N], examples that count; None for all
+    """
+    total = jnp.zeros((), jnp.float32)
+    for weight, *values in zip(weights, *logits, strict=True):
+        each = loss(*values).mean(-1)
+        if valid is not None:
+            each = jnp.where(valid, each, 0.0)
+        total += weight * each.mean()
+    return total
+
+
+def gan_d(fake: jax.Array, real: jax.Array) -> jax.Array:
+    """Non-saturating logistic loss of D: softplus(D(G)) + softplus(-D(x)), elementwise."""
+    return softplus(fake) + softplus(-real)
+
+
+def gan_g(fake: jax.Array) -> jax.Array:
+    """Non-saturating logistic loss of G: softplus(-D(G)), elementwise."""
+    return softplus(-fake)
+
+
+def match_d(fake: jax.Array, real: jax.Array) -> jax.Array:
+    """Matching-aware loss of D (eq. 8): a wrong caption makes real and generated images fake."""
+    return softplus(real) + softplus(fake)
+
+
+def match_g(fake: jax.Array) -> jax.Array:
+    """Matching-aware loss of G: eq. 8 is a term of the min-max value, so G opposes it, in non-saturating form."""
+    return softplus(-fake)
+
+
+def r1(logit: Callable[[list[jax.Array]], jax.Array], reals: list[jax.Array]) -> jax.Array:
+    """Mean over images of the squared gradient norm of `logit` by the images (Mescheder et al., 2018).
+
+    Args:
+      logit: [N, r, r, 3] per level -> scalar, the sum over images of what D says of them
+      reals: the images to differentiate by
+    """
+    grads = jax.grad(logit)(reals)
+    return jnp.asarray(sum(jnp.sum(jnp.square(g.astype(jnp.float32)), axis=(1, 2, 3)).mean() for g in grads))

@@ -1,0 +1,258 @@
+"""One training step, top to bottom as in the paper (sec. 3.3): D on real and generated images, then G, then the averages."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gigagan_jax import sharding
+from gigagan_jax.config import Config
+from gigagan_jax.models.layers.resample import pyramid
+from gigagan_jax.training import losses
+from gigagan_jax.training.mismatch import mismatch
+from gigagan_jax.training.optim import learning_rate
+from gigagan_jax.training.state import GanState, Net, Networks, Params
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def batch_axes(name: str) -> tuple[str | None, ...]:
+    """Logical axes of one entry of a batch: `image` uint8 [N, R, R, 3], `tokens` int32 [N, C], `label` int32 [N]."""
+    return ("batch", *(None,) * {"image": 3, "tokens": 1, "label": 0}[name])
+
+
+def batch_entries(config: Config) -> tuple[str, ...]:
+    """Which entries of the data's batch the step takes."""
+    return ("image", "tokens", "label") if config.condition == "text" else ("image", "label")
+
+
+def abstract_batch(config: Config) -> Batch:
+    """ShapeDtypeStructs of a global batch."""
+    n, r = config.batch_size, config.resolution
+    shapes = {"image": ((n, r, r, 3), jnp.uint8), "tokens": ((n, config.text.length), jnp.int32), "label": ((n,), jnp.int32)}
+    return {k: jax.ShapeDtypeStruct(*shapes[k]) for k in batch_entries(config)}
+
+
+def batch_shardings(config: Config, mesh: Any) -> dict[str, NamedSharding]:
+    """Shardings of a global batch."""
+    abstract = abstract_batch(config)
+    spec = lambda k: sharding.spec(batch_axes(k), abstract[k].shape, mesh, config.rules, f"batch {k}")
+    return {k: NamedSharding(mesh, spec(k)) for k in abstract}
+
+
+def high_to_low(images: list[jax.Array], config: Config) -> list[jax.Array]:
+    """The levels D sees, output image first."""
+    return images[::-1] if config.discriminator.multi_scale_input else images[-1:]
+
+
+class TrainStep:
+    """The step of a config: pure functions of state, batch and key.
+
+    Args:
+      networks: G, D and their optimizers.
+    """
+
+    def __init__(self, networks: Networks):
+        self.networks = networks
+        self.config = networks.config
+        self.weights_gan, self.weights_match = losses.pair_weights(self.config)
+        self.matches = self.config.condition == "text" and (self.config.loss.match_d > 0 or self.config.loss.match_g > 0)
+
+    # -- what both halves share
+
+    def fakes(self, params: Params, batch: Batch, key: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        """Generated pyramids for the captions of the batch -> (images low to high, w [N, w_dim])"""
+        z = jax.random.normal(key, (batch["image"].shape[0], self.config.generator.z_dim))
+        return self.networks.g.bind(params)(sharding.constrain(z, "batch", None), batch.get("tokens"), batch["label"])
+
+    def captions(self, disc: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        """t_D of each image's own caption and of a wrong one -> (t [N, 2, D], valid [N]); see mismatch.py"""
+        t = disc.condition(batch.get("tokens"), batch["label"])
+        if t is None:
+            return None, None
+        if not self.matches:
+            return t[:, None], None
+        index, valid = mismatch(key, batch["tokens"], batch["label"])
+        wrong = sharding.constrain(t[index], "batch", None)
+        return jnp.stack([t, wrong], axis=1), valid
+
+    # -- the two losses
+
+    def d_loss(
+        self, params: Params, g_params: Params, batch: Batch, key: jax.Array, gamma: jax.Array, with_r1: bool
+    ) -> tuple[jax.Array, Metrics]:
+        """Loss of D on one micro-batch; eq. 6 with eq. 8, and R1."""
+        c = self.config
+        key_z, key_wrong = jax.random.split(key)
+        disc = self.networks.d.bind(params)
+        real = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        reals = pyramid(real, len(c.resolutions) if c.discriminator.multi_scale_input else 1)
+        fakes = high_to_low(jax.lax.stop_gradient(self.fakes(g_params, batch, key_z)[0]), c)
+        t, valid = self.captions(disc, batch, key_wrong)
+
+        logits = disc([jnp.stack([f, r], axis=1) for f, r in zip(fakes, reals, strict=True)], t)
+        fake, real_ = ([x[:, source, 0] for x in logits] for source in (0, 1))
+        metrics = {"d/gan": losses.over_pairs(losses.gan_d, self.weights_gan, fake, real_)}
+        loss = metrics["d/gan"]
+        if self.matches and c.loss.match_d:
+            wrong_fake, wrong_real = ([x[:, source, 1] for x in logits] for source in (0, 1))
+            metrics["d/match"] = losses.over_pairs(
+                losses.match_d, self.weights_match, wrong_fake, wrong_real, valid=valid
+            )
+            loss += c.loss.match_d * metrics["d/match"]
+            metrics["d/wrong"] = wrong_real[-len(reals)].mean()
+        metrics |= {"d/real": real_[-len(reals)].mean(), "d/fake": fake[-len(reals)].mean()}
+
+        if with_r1:
+            own = None if t is None else t[:, :1]
+            by = 1 if c.loss.r1_levels == "full" else len(reals)
+
+            def logit(images: list[jax.Array]) -> jax.Array:
+                out = disc([x[:, None] for x in (*images, *reals[by:])], own)
+                return jnp.asarray(sum(x.mean(-1).sum() for x in out))
+
+            metrics["d/r1"] = losses.r1(logit, reals[:by])
+            loss += 0.5 * gamma * c.loss.r1_interval * metrics["d/r1"]
+        return loss, metrics
+
+    def g_loss(self, params: Params, d_params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Loss of G on one micro-batch."""
+        c = self.config
+        key_z, key_wrong = jax.random.split(key)
+        images, w = self.fakes(params, batch, key_z)
+        disc = self.networks.d.bind(d_params)
+        t, valid = self.captions(disc, batch, key_wrong)
+        logits = disc([x[:, None] for x in high_to_low(images, c)], t)
+        own = [x[:, 0, 0] for x in logits]
+        metrics = {"g/gan": losses.over_pairs(losses.gan_g, self.weights_gan, own)}
+        loss = metrics["g/gan"]
+        if self.matches and c.loss.match_g:
+            wrong = [x[:, 0, 1] for x in logits]
+            metrics["g/match"] = losses.over_pairs(losses.match_g, self.weights_match, wrong, valid=valid)
+            loss += c.loss.match_g * metrics["g/match"]
+        out = images[-1]
+        metrics["g/spread"] = jnp.std(out, axis=0).mean()
+        metrics["w"] = w.mean(0)
+        return loss, metrics
+
+    # -- the step
+
+    def gradients(self, loss: Callable, params: Params, batch: Batch, key: jax.Array, *args: Any) -> tuple[Params, Metrics]:
+        """Gradient and metrics of `loss(params, *args, batch, key)`, averaged over the micro-batches."""
+        parts = self.config.micro_batches
+        grad = jax.grad(loss, has_aux=True)
+        if parts == 1:
+            return grad(params, *args, batch, jax.random.fold_in(key, 0))
+
+        def split(name: str, x: jax.Array) -> jax.Array:
+            # Part as the minor factor: every device keeps its own examples.
+            x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+            return sharding.constrain(x, None, *batch_axes(name))
+
+        def body(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            out = grad(params, *args, part[0], jax.random.fold_in(key, part[1]))
+            return jax.tree.map(lambda a, b: a + b / parts, total, out), None
+
+        stacked = {k: split(k, x) for k, x in batch.items()}
+        first = {k: x[0] for k, x in stacked.items()}
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, params, *args, first, key))
+        return jax.lax.scan(body, zeros, (stacked, jnp.arange(parts)))[0]
+
+    def d_gradients(self, state: GanState, batch: Batch, key: jax.Array, with_r1: bool) -> tuple[Params, Metrics]:
+        """Gradient of D's loss."""
+        first, last = self.config.loss.r1_gamma
+        progress = jnp.minimum(1.0, state.images.astype(jnp.float32) / (self.config.total_kimg * 1000.0))
+        gamma = first + (last - first) * progress
+
+        def loss(params: Params, g_params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+            return self.d_loss(params, g_params, batch, key, gamma, with_r1)
+
+        return self.gradients(loss, state.d.params, batch, key, state.g.params)
+
+    def g_gradients(self, state: GanState, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
+        """Gradient of G's loss, by the parameters of D that are in the state."""
+        return self.gradients(self.g_loss, state.g.params, batch, key, state.d.params)
+
+    def __call__(self, state: GanState, batch: Batch, key: jax.Array, *, with_r1: bool) -> tuple[GanState, Metrics]:
+        """(state, global batch, the run's key) -> (state, metrics); `with_r1` is static."""
+        c, nets = self.config, self.networks
+        key_d, key_g = jax.random.split(jax.random.fold_in(key, state.step))
+
+        grads, metrics = self.d_gradients(state, batch, key_d, with_r1)
+        rate = learning_rate(c.d_optimizer, state.images, c.total_kimg, lazy_interval=c.loss.r1_interval)
+        d, metrics["d/grad"] = _update(nets.d_tx, state.d, grads, rate)
+        state = state.replace(d=d)  # type: ignore[attr-defined]
+
+        grads, g_metrics = self.g_gradients(state, batch, key_g)
+        rate = learning_rate(c.g_optimizer, state.images, c.total_kimg)
+        g, g_metrics["g/grad"] = _update(nets.g_tx, state.g, grads, rate)
+        w = g_metrics.pop("w")
+
+        images = state.images + jnp.uint32(c.batch_size)
+        keep = ema_decay(c, state.images)
+        g_ema = jax.tree.map(lambda e, p: p + (e - p) * keep, state.g_ema, g.params)
+        w_keep = c.generator.w_avg_decay
+        w_avg = jnp.where(state.step == 0, w, w + (state.w_avg - w) * w_keep)
+        return GanState(state.step + 1, images, g, d, g_ema, w_avg), {**metrics, **g_metrics}
+
+
+def ema_decay(config: Config, images: jax.Array) -> jax.Array:
+    """Decay of G's moving average for one step: 0.5 ^ (batch / half-life), both in images."""
+    half = jnp.asarray(config.ema.half_life_kimg * 1000.0, jnp.float32)
+    if config.ema.rampup:
+        half = jnp.minimum(half, images.astype(jnp.float32) * config.ema.rampup)
+    return 0.5 ** (config.batch_size / jnp.maximum(half, 1e-6))
+
+
+def _update(tx: Any, net: Net, grads: Params, rate: jax.Array) -> tuple[Net, jax.Array]:
+    updates, opt = tx.update(grads, net.opt, net.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, net.params, updates)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)))
+    return Net(params, opt), norm
+
+
+class CompiledStep:
+    """The step on a mesh: two compiled programs (with and without R1), state donated, everything sharded.
+
+    Attributes:
+      traces: `with_r1` of each tracing so far; two entries in a healthy run.
+    """
+
+    def __init__(self, step: TrainStep, mesh: Any):
+        self.step, self.mesh = step, mesh
+        self.config = step.config
+        self.traces: list[bool] = []
+        self.state_shardings = step.networks.shardings(mesh)
+        self.batch_shardings = batch_shardings(self.config, mesh)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self.key_sharding = everywhere
+        self._jit = jax.jit(
+            self._run,
+            static_argnames="with_r1",
+            donate_argnums=0,
+            in_shardings=(self.state_shardings, self.batch_shardings, everywhere),
+            out_shardings=(self.state_shardings, everywhere),
+        )
+
+    def _run(self, state: GanState, batch: Batch, key: jax.Array, with_r1: bool) -> tuple[GanState, Metrics]:
+        self.traces.append(with_r1)
+        with sharding.use(self.mesh, self.config.rules):
+            return self.step(state, batch, key, with_r1=with_r1)
+
+    def __call__(self, state: GanState, batch: Batch, key: jax.Array, *, with_r1: bool) -> tuple[GanState, Metrics]:
+        return self._jit(state, batch, key, with_r1)
+
+    def lower(self, *, with_r1: bool) -> Any:
+        """The step lowered for abstract arguments: to look at, or to compile for a device that is not here."""
+        key = jax.eval_shape(functools.partial(jax.random.key, 0))
+        return self._jit.lower(self.step.networks.abstract(), abstract_batch(self.config), key, with_r1)
+
+    def key(self) -> jax.Array:
+        """The run's key, the same on all hosts."""
+        data = jax.random.key_data(jax.random.key(self.config.seed))
+        host = jax.device_get(data)
+        return jax.random.wrap_key_data(jax.make_array_from_callback(host.shape, self.key_sharding, lambda i: host[i]))
