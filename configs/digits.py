@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.source = "digits"
     c.data.resize_filter = "bicubic"
     c.data.threads = 1
-    c.text.length = 32
+    c.text.length = 40
     c.text.width = 32
 
     g = c.generator
@@ -48,7 +48,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss.match_d = c.loss.match_g = 0.25
     c.loss.r1_gamma = (0.02, 0.02)
     c.ema.half_life_kimg = 5.0
-    c.snapshot.prompts = tuple(f"a handwritten {n}" for n in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"))
+    c.snapshot.prompts = tuple(
+        f"a handwritten {n}" for n in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    )
 
     if arg == "tiny":
         c.total_kimg = 0.32

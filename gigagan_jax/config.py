@@ -108,7 +108,9 @@ class GeneratorConfig:
     blocks: tuple[int, ...] = (3, 3, 3, 2, 2)  # (A2) synthesis blocks, two adaptive convolutions each
     bank: tuple[int, ...] = (1, 1, 2, 4, 8)  # (A2) filters N in the bank of each adaptive convolution
     attention_depth: tuple[int, ...] = (0, 2, 2, 1, 0)  # (A2) attention layers at each resolution
-    attention_every_block: bool = False  # (open) False: after the last block of a resolution, which fits the paper's size
+    attention_every_block: bool = (
+        False  # (open) False: after the last block of a resolution, which fits the paper's size
+    )
     cross_attention: bool = True  # (A2) text only
     mlp_after_self: bool = True  # (open) feed-forward after self-attention
     mlp_after_cross: bool = True  # (open) and after cross-attention: with both, G has the paper's size
@@ -191,7 +193,12 @@ class CheckpointConfig:
 class SnapshotConfig:
     """The grid of fixed prompts and seeds that is drawn during training."""
 
-    prompts: tuple[str, ...] = ("a photo of a cat", "a red house by the sea", "an oil painting of a ship", "a bowl of fruit")
+    prompts: tuple[str, ...] = (
+        "a photo of a cat",
+        "a red house by the sea",
+        "an oil painting of a ship",
+        "a bowl of fruit",
+    )
     seeds: int = 8
     truncations: tuple[float, ...] = (1.0, 0.7)
 
@@ -350,7 +357,9 @@ def validate(config: Config) -> None:
         if not number > 0:
             raise UserError(f"config.{where}: must be greater than {1 if where == 'text.length' else 0}")
     if config.total_kimg * 1000 >= 2**32:
-        raise UserError(f"config.total_kimg={config.total_kimg}: must be below {2**32 // 1000} (images are counted in 32 bits)")
+        raise UserError(
+            f"config.total_kimg={config.total_kimg}: must be below {2**32 // 1000} (images are counted in 32 bits)"
+        )
     if config.batch_size % config.micro_batches:
         raise UserError(
             f"config.batch_size={config.batch_size} does not divide into config.micro_batches={config.micro_batches}"
@@ -361,7 +370,9 @@ def validate(config: Config) -> None:
             f"config.discriminator.minibatch_std={d.minibatch_std} does not divide a micro-batch of {micro} images"
         )
     if d.minibatch_std == 1:
-        raise UserError("config.discriminator.minibatch_std=1: a group of one has no deviation; use 0 (off) or at least 2")
+        raise UserError(
+            "config.discriminator.minibatch_std=1: a group of one has no deviation; use 0 (off) or at least 2"
+        )
     _one_of("condition", config.condition, ("text", "class", "none"))
     _one_of("dtype", config.dtype, ("bfloat16", "float32"))
     _one_of("data.captions", config.data.captions, ("required", "optional"))
@@ -380,17 +391,23 @@ def validate(config: Config) -> None:
     for name in config.evaluators:
         _one_of("evaluators", name, ("digits",))
     if config.text.encoder != "bytes":
-        raise UserError(f"config.text.encoder={config.text.encoder!r}: this version has 'bytes' (trainable, no download)")
+        raise UserError(
+            f"config.text.encoder={config.text.encoder!r}: this version has 'bytes' (trainable, no download)"
+        )
     if config.condition == "class" and config.num_classes < 2:
         raise UserError(f"config.num_classes={config.num_classes}: condition='class' needs at least 2")
     if config.condition == "none" and d.head == "projection":
-        raise UserError("config.discriminator.head='projection' needs a condition; use 'modulated' with condition='none'")
+        raise UserError(
+            "config.discriminator.head='projection' needs a condition; use 'modulated' with condition='none'"
+        )
     if not 0 <= config.data.caption_dropout <= 1 or not 0 <= config.data.max_bad_fraction <= 1:
         raise UserError("config.data.caption_dropout and config.data.max_bad_fraction are shares: 0 to 1")
     if g.pyramid != d.multi_scale_input:
         raise UserError("config.generator.pyramid and config.discriminator.multi_scale_input must be switched together")
     if config.loss.level_weights and len(config.loss.level_weights) != len(entry_levels(config)):
-        raise UserError(f"config.loss.level_weights needs {len(entry_levels(config))} entries, one a level, high to low")
+        raise UserError(
+            f"config.loss.level_weights needs {len(entry_levels(config))} entries, one a level, high to low"
+        )
 
 
 def entry_levels(config: Config) -> tuple[int, ...]:

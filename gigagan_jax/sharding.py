@@ -39,7 +39,9 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
             raise UserError(f"config.mesh ({shown}): {known} does not divide the {devices} devices here")
         sizes[sizes.index(-1)] = devices // known
     elif known != devices:
-        raise UserError(f"config.mesh ({shown}) needs {known} devices, there are {devices}; set one axis to -1 to fill up")
+        raise UserError(
+            f"config.mesh ({shown}) needs {known} devices, there are {devices}; set one axis to -1 to fill up"
+        )
     return tuple(sizes)  # type: ignore[return-value]
 
 
@@ -83,7 +85,9 @@ def _axes(name: str | None, rules: Mapping[str, str], where: str) -> tuple[str, 
     return axes
 
 
-def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Mapping[str, str], where: str) -> PartitionSpec:
+def spec(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Mapping[str, str], where: str
+) -> PartitionSpec:
     """PartitionSpec of an array whose dimensions carry the logical `names`.
 
     Raises:
@@ -97,7 +101,9 @@ def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Ma
         axes = tuple(a for a in _axes(name, rules, where) if mesh.shape[a] > 1)
         size = math.prod(mesh.shape[a] for a in axes)
         if dim % size:
-            raise UserError(f"{where} {tuple(shape)}: dimension {name}={dim} does not divide over {'x'.join(axes)}={size}")
+            raise UserError(
+                f"{where} {tuple(shape)}: dimension {name}={dim} does not divide over {'x'.join(axes)}={size}"
+            )
         for a in axes:
             if a in used:
                 raise UserError(f"{where}: mesh axis {a!r} would be used twice ({', '.join(map(str, names))})")

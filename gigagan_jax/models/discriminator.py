@@ -99,7 +99,9 @@ class Epilogue(nnx.Module):
         y = self.conv(_flat(x))
         if self.conv_std is not None:
             deviation = minibatch_std(x, self.group).astype(x.dtype)
-            y += self.conv_std(jnp.broadcast_to(deviation[..., None, None, None], (n, p, 4, 4, 1)).reshape(n * p, 4, 4, 1))
+            y += self.conv_std(
+                jnp.broadcast_to(deviation[..., None, None, None], (n, p, 4, 4, 1)).reshape(n * p, 4, 4, 1)
+            )
         y = leaky_relu(self.dense(leaky_relu(y).reshape(n * p, -1)))
         return y.reshape(n, p, 1, 1, -1)
 

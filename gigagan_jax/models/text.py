@@ -73,7 +73,9 @@ class TextTransformer(nnx.Module):
 
     def __init__(self, in_width: int, config: TransformerConfig, *, remat: bool, dtype: Any, rngs: nnx.Rngs):
         self.project = (
-            Linear(in_width, config.width, axes=("embed", None), dtype=dtype, rngs=rngs) if in_width != config.width else None
+            Linear(in_width, config.width, axes=("embed", None), dtype=dtype, rngs=rngs)
+            if in_width != config.width
+            else None
         )
         make = lambda: TransformerBlock(config, dtype=dtype, rngs=rngs)
         self.blocks = Stack(make, config.depth, remat=remat, rngs=rngs) if config.depth else None
@@ -101,7 +103,9 @@ class Conditioner(nnx.Module):
         self.width = transformer.width if self.kind == "text" else config.generator.w_dim
         if self.kind == "text":
             self.encoder = ByteEncoder(config.text.width, config.text.length, dtype=dtype, rngs=rngs)
-            self.transformer = TextTransformer(config.text.width, transformer, remat=config.remat, dtype=dtype, rngs=rngs)
+            self.transformer = TextTransformer(
+                config.text.width, transformer, remat=config.remat, dtype=dtype, rngs=rngs
+            )
         elif self.kind == "class":
             self.embedding = param(rngs, (config.num_classes, self.width), ("vocab", "embed"), std=1.0)
 
@@ -135,5 +139,3 @@ class Mapping(nnx.Module):
         for layer in self.rest:
             x = leaky_relu(layer(x))
         return constrain(x, "batch", None)
-
-

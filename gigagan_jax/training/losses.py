@@ -29,7 +29,10 @@ def pair_weights(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def over_pairs(
-    loss: Callable[..., jax.Array], weights: Sequence[float], *logits: Sequence[jax.Array], valid: jax.Array | None = None
+    loss: Callable[..., jax.Array],
+    weights: Sequence[float],
+    *logits: Sequence[jax.Array],
+    valid: jax.Array | None = None,
 ) -> jax.Array:
     """sum over pairs of weight * mean of loss(logits) (eq. 6). The only loop over scales.
 

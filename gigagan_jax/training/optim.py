@@ -51,7 +51,9 @@ def make_optimizer(config: OptimizerConfig, axes: Any, *, lazy_interval: int = 0
     return optax.chain(adam, optax.stateless(add_decay))
 
 
-def learning_rate(config: OptimizerConfig, images: jax.Array, total_kimg: float, *, lazy_interval: int = 0) -> jax.Array:
+def learning_rate(
+    config: OptimizerConfig, images: jax.Array, total_kimg: float, *, lazy_interval: int = 0
+) -> jax.Array:
     """Learning rate after `images` images (float32 scalar): warm-up, constant, cosine to the end where configured."""
     c = lazy_interval / (lazy_interval + 1) if lazy_interval else 1.0
     kimg = images.astype("float32") / 1000.0

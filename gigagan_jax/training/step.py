@@ -10,11 +10,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gigagan_jax import sharding
 from gigagan_jax.config import Config
+from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.layers.resample import pyramid
 from gigagan_jax.training import losses
 from gigagan_jax.training.mismatch import mismatch
 from gigagan_jax.training.optim import learning_rate
-from gigagan_jax.training.state import GanState, Net, Networks, Params
+from gigagan_jax.training.state import GanState, Net, Networks
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -33,7 +34,11 @@ def batch_entries(config: Config) -> tuple[str, ...]:
 def abstract_batch(config: Config) -> Batch:
     """ShapeDtypeStructs of a global batch."""
     n, r = config.batch_size, config.resolution
-    shapes = {"image": ((n, r, r, 3), jnp.uint8), "tokens": ((n, config.text.length), jnp.int32), "label": ((n,), jnp.int32)}
+    shapes = {
+        "image": ((n, r, r, 3), jnp.uint8),
+        "tokens": ((n, config.text.length), jnp.int32),
+        "label": ((n,), jnp.int32),
+    }
     return {k: jax.ShapeDtypeStruct(*shapes[k]) for k in batch_entries(config)}
 
 
@@ -60,7 +65,9 @@ class TrainStep:
         self.networks = networks
         self.config = networks.config
         self.weights_gan, self.weights_match = losses.pair_weights(self.config)
-        self.matches = self.config.condition == "text" and (self.config.loss.match_d > 0 or self.config.loss.match_g > 0)
+        self.matches = self.config.condition == "text" and (
+            self.config.loss.match_d > 0 or self.config.loss.match_g > 0
+        )
 
     # -- what both halves share
 
@@ -96,16 +103,16 @@ class TrainStep:
 
         logits = disc([jnp.stack([f, r], axis=1) for f, r in zip(fakes, reals, strict=True)], t)
         fake, real_ = ([x[:, source, 0] for x in logits] for source in (0, 1))
-        metrics = {"d/gan": losses.over_pairs(losses.gan_d, self.weights_gan, fake, real_)}
-        loss = metrics["d/gan"]
+        metrics = {"loss/d_gan": losses.over_pairs(losses.gan_d, self.weights_gan, fake, real_)}
+        loss = metrics["loss/d_gan"]
         if self.matches and c.loss.match_d:
             wrong_fake, wrong_real = ([x[:, source, 1] for x in logits] for source in (0, 1))
-            metrics["d/match"] = losses.over_pairs(
+            metrics["loss/d_match"] = losses.over_pairs(
                 losses.match_d, self.weights_match, wrong_fake, wrong_real, valid=valid
             )
-            loss += c.loss.match_d * metrics["d/match"]
-            metrics["d/wrong"] = wrong_real[-len(reals)].mean()
-        metrics |= {"d/real": real_[-len(reals)].mean(), "d/fake": fake[-len(reals)].mean()}
+            loss += c.loss.match_d * metrics["loss/d_match"]
+            metrics["logits/wrong"] = wrong_real[-len(reals)].mean()
+        metrics |= {"logits/real": real_[-len(reals)].mean(), "logits/fake": fake[-len(reals)].mean()}
 
         if with_r1:
             own = None if t is None else t[:, :1]
@@ -115,9 +122,9 @@ class TrainStep:
                 out = disc([x[:, None] for x in (*images, *reals[by:])], own)
                 return jnp.asarray(sum(x.mean(-1).sum() for x in out))
 
-            metrics["d/r1"] = losses.r1(logit, reals[:by])
-            loss += 0.5 * gamma * c.loss.r1_interval * metrics["d/r1"]
-        return loss, metrics
+            metrics["loss/r1"] = losses.r1(logit, reals[:by])
+            loss += 0.5 * gamma * c.loss.r1_interval * metrics["loss/r1"]
+        return loss, metrics | {"loss/d": loss}
 
     def g_loss(self, params: Params, d_params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Loss of G on one micro-batch."""
@@ -128,20 +135,21 @@ class TrainStep:
         t, valid = self.captions(disc, batch, key_wrong)
         logits = disc([x[:, None] for x in high_to_low(images, c)], t)
         own = [x[:, 0, 0] for x in logits]
-        metrics = {"g/gan": losses.over_pairs(losses.gan_g, self.weights_gan, own)}
-        loss = metrics["g/gan"]
+        metrics = {"loss/g_gan": losses.over_pairs(losses.gan_g, self.weights_gan, own)}
+        loss = metrics["loss/g_gan"]
         if self.matches and c.loss.match_g:
             wrong = [x[:, 0, 1] for x in logits]
-            metrics["g/match"] = losses.over_pairs(losses.match_g, self.weights_match, wrong, valid=valid)
-            loss += c.loss.match_g * metrics["g/match"]
+            metrics["loss/g_match"] = losses.over_pairs(losses.match_g, self.weights_match, wrong, valid=valid)
+            loss += c.loss.match_g * metrics["loss/g_match"]
         out = images[-1]
-        metrics["g/spread"] = jnp.std(out, axis=0).mean()
-        metrics["w"] = w.mean(0)
-        return loss, metrics
+        metrics["image/spread"] = jnp.std(out, axis=0).mean()
+        return loss, metrics | {"loss/g": loss, "w": w.mean(0)}
 
     # -- the step
 
-    def gradients(self, loss: Callable, params: Params, batch: Batch, key: jax.Array, *args: Any) -> tuple[Params, Metrics]:
+    def gradients(
+        self, loss: Callable, params: Params, batch: Batch, key: jax.Array, *args: Any
+    ) -> tuple[Params, Metrics]:
         """Gradient and metrics of `loss(params, *args, batch, key)`, averaged over the micro-batches."""
         parts = self.config.micro_batches
         grad = jax.grad(loss, has_aux=True)
@@ -184,12 +192,12 @@ class TrainStep:
 
         grads, metrics = self.d_gradients(state, batch, key_d, with_r1)
         rate = learning_rate(c.d_optimizer, state.images, c.total_kimg, lazy_interval=c.loss.r1_interval)
-        d, metrics["d/grad"] = _update(nets.d_tx, state.d, grads, rate)
+        d, metrics["grad_norm/d"] = _update(nets.d_tx, state.d, grads, rate)
         state = state.replace(d=d)  # type: ignore[attr-defined]
 
         grads, g_metrics = self.g_gradients(state, batch, key_g)
         rate = learning_rate(c.g_optimizer, state.images, c.total_kimg)
-        g, g_metrics["g/grad"] = _update(nets.g_tx, state.g, grads, rate)
+        g, g_metrics["grad_norm/g"] = _update(nets.g_tx, state.g, grads, rate)
         w = g_metrics.pop("w")
 
         images = state.images + jnp.uint32(c.batch_size)

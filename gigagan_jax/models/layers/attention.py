@@ -20,7 +20,9 @@ from gigagan_jax.config import AttentionConfig
 from gigagan_jax.models.layers.equalized import Linear, RmsNorm, leaky_relu
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, kind: str, mask: jax.Array | None, mask_self: bool = False) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, kind: str, mask: jax.Array | None, mask_self: bool = False
+) -> jax.Array:
     """Softmax attention with float32 logits.
 
     Args:
@@ -68,7 +70,13 @@ class SelfAttention(nnx.Module):
     """
 
     def __init__(
-        self, features: int, config: AttentionConfig, *, extra_features: int = 0, dtype: Any = jnp.float32, rngs: nnx.Rngs
+        self,
+        features: int,
+        config: AttentionConfig,
+        *,
+        extra_features: int = 0,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
     ):
         self.config, self.dtype = config, dtype
         self.head_dim = round(config.head_dim * config.dim_multiplier)
@@ -76,7 +84,9 @@ class SelfAttention(nnx.Module):
         self.norm = _Norm(features, config.norm, dtype=dtype, rngs=rngs)
         self.to_query = Linear(features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
         tied = config.kind == "l2"
-        self.to_key = None if tied else Linear(features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
+        self.to_key = (
+            None if tied else Linear(features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
+        )
         self.to_value = Linear(features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
         self.out = Linear(inner, features, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
         self.to_extra = (

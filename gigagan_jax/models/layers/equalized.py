@@ -18,7 +18,9 @@ SQRT2 = math.sqrt(2.0)
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], *, std: float = 0.0, mean: float = 0.0) -> nnx.Param:
+def param(
+    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], *, std: float = 0.0, mean: float = 0.0
+) -> nnx.Param:
     """float32 parameter drawn from N(mean, std^2); `axes` names its dimensions."""
     if len(axes) != len(shape):
         raise ValueError(f"{len(axes)} axis names for shape {tuple(shape)}")
@@ -113,7 +115,9 @@ class Conv(nnx.Module):
 
 def conv(x: jax.Array, w: jax.Array) -> jax.Array:
     """[N, H, W, in] * [k, k, in, out], 'same' zero padding; a 1 x 1 kernel is a matrix product."""
-    return x @ w[0, 0] if w.shape[0] == 1 else jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT)
+    return (
+        x @ w[0, 0] if w.shape[0] == 1 else jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT)
+    )
 
 
 class RmsNorm(nnx.Module):
@@ -143,7 +147,9 @@ class Stack(nnx.Module):
 
         def stack(variable: Any) -> Any:
             m = variable.get_metadata()
-            return param(rngs, (count, *variable.shape), ("layers", *m["logical_axes"]), std=m["init_std"], mean=m["init_mean"])
+            return param(
+                rngs, (count, *variable.shape), ("layers", *m["logical_axes"]), std=m["init_std"], mean=m["init_mean"]
+            )
 
         is_variable = lambda v: isinstance(v, nnx.Variable)
         graph, state = nnx.split(self.layer)

@@ -1,0 +1,41 @@
+"""Rows of the paper's Table 1 on one model: what each part adds. `--config=configs/ablation.py:ROW`.
+
+    python -m gigagan_jax.train --config=configs/ablation.py:attention --workdir=DIR --config.data.path=FOLDER
+
+Rows, each with all before it: stylegan2, attention, matching, adaptive, deeper, multiscale. 64 px, batch 256, 100k steps.
+The CLIP loss and the vision-aided discriminator (the other two rows) have no switch yet.
+"""
+
+from ml_collections import ConfigDict
+
+from gigagan_jax import config as settings
+
+ROWS = ("stylegan2", "attention", "matching", "adaptive", "deeper", "multiscale")
+
+
+def get_config(arg: str = "multiscale") -> ConfigDict:
+    """The row `arg`."""
+    if arg not in ROWS:
+        raise ValueError(f"configs/ablation.py has no row {arg!r}; known: {', '.join(ROWS)}")
+    has = lambda row: ROWS.index(arg) >= ROWS.index(row)
+    c = settings.default()
+    c.name = f"ablation-{arg}"
+    c.batch_size = 256
+    c.total_kimg = 25_600.0
+    c.data.source = "folder"
+    g, d = c.generator, c.discriminator
+    g.channel_base, g.channel_max = 16384, 512
+    d.channel_base, d.channel_max = 16384, 512
+    g.blocks, d.blocks = (1,) * 5, (1,) * 5
+    g.bank = (1,) * 5
+    if not has("attention"):
+        g.attention_depth = d.attention_depth = (0,) * 5
+    if not has("matching"):
+        c.loss.match_d = c.loss.match_g = 0.0
+    if has("adaptive"):
+        g.bank = (1, 1, 2, 4, 8)
+    if has("deeper"):
+        g.blocks, d.blocks = (3, 3, 3, 2, 2), (1, 2, 2, 2, 2)
+    if not has("multiscale"):
+        g.pyramid = d.multi_scale_input = d.multi_scale_output = False
+    return c
