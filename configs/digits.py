@@ -11,7 +11,7 @@ from gigagan_jax import config as settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`:tiny` is for tests: the same network, a few steps."""
+    """`:tiny` is for tests: the same parts at 8 px, a few steps."""
     c = settings.default()
     c.name = "digits"
     c.resolution = 16
@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.data.source = "digits"
     c.data.resize_filter = "bicubic"
-    c.data.threads = 1
+    c.data.threads = 0
     c.text.length = 40
     c.text.width = 32
 
@@ -53,10 +53,19 @@ def get_config(arg: str = "") -> ConfigDict:
     )
 
     if arg == "tiny":
-        c.total_kimg = 0.32
+        c.resolution, c.total_kimg = 8, 0.32
         c.checkpoint_kimg = c.snapshot_kimg = 0.16
         c.log_kimg = 0.016
         c.evaluators = ()
+        g.z_dim, g.w_dim, g.mapping_depth, g.channel_base, g.channel_max = 8, 16, 2, 128, 16
+        g.blocks, g.bank, g.attention_depth = (1, 1), (1, 2), (0, 1)
+        d.channel_base, d.channel_max, d.head_depth, d.head_width = 128, 16, 2, 16
+        d.blocks, d.attention_depth = (1, 1), (0, 0)
+        c.text.width = 16
+        for t in (g.text, d.text):
+            t.width = 16
+        c.loss.level_weights = (1.0, 0.5)
+        c.snapshot.seeds, c.snapshot.prompts = 2, ("a handwritten seven", "the digit 3")
     elif arg:
         raise ValueError(f"configs/digits.py has no variant {arg!r}; known: tiny")
     return c

@@ -172,7 +172,8 @@ class ProjectionHead(nnx.Module):
             raise ValueError("a projection head needs a condition")
         n, p, h, w, _ = x.shape
         logits = self.unconditional(_flat(x)).reshape(n, p, 1, h * w).astype(jnp.float32)
-        return logits + jnp.einsum("nphwc,nmc->npmhw", x, self.embed(t) * self.scale).reshape(n, p, -1, h * w)
+        by_class = jnp.einsum("nphwc,nmc->npmhw", x, self.embed(t) * self.scale, preferred_element_type=jnp.float32)
+        return logits + by_class.reshape(n, p, -1, h * w)
 
 
 class Stage(nnx.Module):

@@ -49,7 +49,9 @@ class ByteEncoder(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens int32 [N, C] -> [N, C, width]"""
         x = (self.embedding[...][tokens] + self.position[...]).astype(self.dtype)
-        padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
+        # Padding is not a neighbour: t_global is read at the last token before it.
+        seen = (tokens != PAD_ID)[:, :, None]
+        padded = jnp.pad(jnp.where(seen, x, jnp.zeros_like(x)), ((0, 0), (1, 1), (0, 0)))
         mix = (self.mix[...] * (1.0 / math.sqrt(3.0))).astype(self.dtype)
         near = padded[:, :-2] * mix[0] + x * mix[1] + padded[:, 2:] * mix[2]
         return x + leaky_relu(near + self.bias[...].astype(self.dtype))

@@ -1,0 +1,111 @@
+"""Which settings cannot work together; called by `config.from_dict`."""
+
+from typing import Any
+
+from gigagan_jax.errors import UserError
+
+
+def _levels(config: Any) -> int:
+    return len(config.resolutions) if config.discriminator.multi_scale_input else 1
+
+
+def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"config.{where}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def validate(config: Any) -> None:
+    """Raises UserError where the settings of a `Config` cannot work together."""
+    r = config.resolution
+    if r < 8 or r & (r - 1):
+        raise UserError(f"config.resolution={r}: must be a power of two, at least 8 (8, 16, 32, 64, ...)")
+    levels = len(config.resolutions)
+    g, d = config.generator, config.discriminator
+    for where, value in (
+        ("generator.blocks", g.blocks),
+        ("generator.bank", g.bank),
+        ("generator.attention_depth", g.attention_depth),
+        ("discriminator.blocks", d.blocks),
+        ("discriminator.attention_depth", d.attention_depth),
+    ):
+        if len(value) != levels:
+            raise UserError(
+                f"config.{where} has {len(value)} entries; resolution {r} has {levels} levels {config.resolutions}"
+            )
+    for where, values, least in (
+        ("generator.blocks", g.blocks, 1),
+        ("generator.bank", g.bank, 1),
+        ("discriminator.blocks", d.blocks, 1),
+        ("generator.attention_depth", g.attention_depth, 0),
+        ("discriminator.attention_depth", d.attention_depth, 0),
+    ):
+        if min(values) < least:
+            raise UserError(f"config.{where}={values}: every entry must be at least {least}")
+    for where, number in (
+        ("batch_size", config.batch_size),
+        ("micro_batches", config.micro_batches),
+        ("total_kimg", config.total_kimg),
+        ("checkpoint_kimg", config.checkpoint_kimg),
+        ("snapshot_kimg", config.snapshot_kimg),
+        ("log_kimg", config.log_kimg),
+        ("loss.r1_interval", config.loss.r1_interval),
+        ("text.length", config.text.length - 1),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("ema.half_life_kimg", config.ema.half_life_kimg),
+    ):
+        if not number > 0:
+            raise UserError(f"config.{where}: must be greater than {1 if where == 'text.length' else 0}")
+    if config.total_kimg * 1000 >= 2**32:
+        raise UserError(
+            f"config.total_kimg={config.total_kimg}: must be below {2**32 // 1000} (images are counted in 32 bits)"
+        )
+    if config.batch_size % config.micro_batches:
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not divide into config.micro_batches={config.micro_batches}"
+        )
+    micro = config.batch_size // config.micro_batches
+    if d.minibatch_std and micro % d.minibatch_std:
+        raise UserError(
+            f"config.discriminator.minibatch_std={d.minibatch_std} does not divide a micro-batch of {micro} images"
+        )
+    if d.minibatch_std == 1:
+        raise UserError(
+            "config.discriminator.minibatch_std=1: a group of one has no deviation; use 0 (off) or at least 2"
+        )
+    _one_of("condition", config.condition, ("text", "class", "none"))
+    _one_of("dtype", config.dtype, ("bfloat16", "float32"))
+    _one_of("data.captions", config.data.captions, ("required", "optional"))
+    _one_of("data.crop", config.data.crop, ("center", "random"))
+    _one_of("data.resize_filter", config.data.resize_filter, ("lanczos", "bicubic", "bilinear", "box", "nearest"))
+    _one_of("discriminator.head", d.head, ("modulated", "projection"))
+    _one_of("generator.adaptive_form", g.adaptive_form, ("auto", "bank", "shift", "im2col", "vmap"))
+    _one_of("loss.r1_levels", config.loss.r1_levels, ("full", "all"))
+    for net in ("generator", "discriminator"):
+        attention = getattr(config, net).attention
+        _one_of(f"{net}.attention.kind", attention.kind, ("l2", "dot"))
+        _one_of(f"{net}.attention.norm", attention.norm, ("rms", "none"))
+        text = getattr(config, net).text
+        if config.condition == "text" and text.width % text.heads:
+            raise UserError(f"config.{net}.text.width={text.width} does not divide into {text.heads} heads")
+    for name in config.evaluators:
+        _one_of("evaluators", name, ("digits",))
+    if config.text.encoder != "bytes":
+        raise UserError(
+            f"config.text.encoder={config.text.encoder!r}: this version has 'bytes' (trainable, no download)"
+        )
+    if config.condition == "class" and config.num_classes < 2:
+        raise UserError(f"config.num_classes={config.num_classes}: condition='class' needs at least 2")
+    if config.condition == "none" and d.head == "projection":
+        raise UserError(
+            "config.discriminator.head='projection' needs a condition; use 'modulated' with condition='none'"
+        )
+    if config.data.threads < 0:
+        raise UserError(f"config.data.threads={config.data.threads}: must be 0 (read in the main thread) or more")
+    if not 0 <= config.data.caption_dropout <= 1 or not 0 <= config.data.max_bad_fraction <= 1:
+        raise UserError("config.data.caption_dropout and config.data.max_bad_fraction are shares: 0 to 1")
+    if g.pyramid != d.multi_scale_input:
+        raise UserError("config.generator.pyramid and config.discriminator.multi_scale_input must be switched together")
+    if config.loss.level_weights and len(config.loss.level_weights) != _levels(config):
+        raise UserError(
+            f"config.loss.level_weights needs {_levels(config)} entries, one a level, high to low"
+        )

@@ -1,0 +1,78 @@
+"""Images from prompts: `python -m gigagan_jax.sample --workdir=DIR --prompt="a handwritten seven" --out=FILE_OR_DIR`.
+
+A `.png` path gets one grid (rows prompts, columns seeds); a folder gets one PNG an image, with its prompt and seed inside.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from gigagan_jax import cli, sharding
+from gigagan_jax.config import MeshConfig
+from gigagan_jax.inference.images import file_name, grid, save_png
+from gigagan_jax.inference.pipeline import TextToImage, rows_and_seeds
+from gigagan_jax.training.checkpoint import Checkpoints
+from gigagan_jax.training.logging import configure
+
+_log = logging.getLogger(__name__)
+
+
+def verb(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = cli.Parser(prog="python -m gigagan_jax.sample", description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="of a training run; its newest checkpoint is used")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--num", type=int, default=8, help="images a prompt, with seeds SEED, SEED + 1, ... (8)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed (0)")
+    parser.add_argument(
+        "--truncation", type=float, default=1.0, help="0 is the mean image of a prompt, 1 (default) all variety"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a .png for a grid, or a folder")
+    args = parser.parse_args(argv)
+    configure(process_index=jax.process_index())
+    if args.num < 1:
+        raise cli.UserError(f"--num={args.num}: must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise cli.UserError(f"--seed={args.seed}: must be 0 to {2**32 - 1}")
+    if not 0.0 <= args.truncation <= 1.0:
+        raise cli.UserError(f"--truncation={args.truncation}: must be 0 to 1")
+    is_grid = args.out.suffix.lower() == ".png" and not args.out.is_dir()
+    if not is_grid and args.out.is_file():
+        raise cli.UserError(f"--out={args.out} is a file and no .png: name a .png for a grid, or a folder")
+
+    checkpoints = Checkpoints(args.workdir)
+    step = checkpoints.latest()
+    if step is None:
+        raise cli.UserError(f"{args.workdir} has no finished checkpoint yet: wait for the run's first one")
+    config = checkpoints.config(step)
+    # Sampling shares images between devices, whatever mesh the model was trained on.
+    sampler = TextToImage(config, sharding.make_mesh(MeshConfig()))
+    wanted = {"g_ema": sampler.abstract_params(), "w_avg": sampler.abstract_w_avg()}
+    state = checkpoints.restore_partial(step, wanted)
+    prompts, seeds = rows_and_seeds(args.prompt, args.num, args.seed)
+    _log.info("sampling %d images from step %d", len(prompts), step)
+
+    def progress(done: int, total: int) -> None:
+        if total > sampler.batch:
+            _log.info("%d of %d images", done, total)
+
+    images = sampler(state["g_ema"], state["w_avg"], prompts, seeds, truncation=args.truncation, progress=progress)
+    if jax.process_index() != 0:
+        return 0
+    about = {"model": config.name, "step": str(step), "truncation": f"{args.truncation:g}"}
+    if is_grid:
+        shape = (len(args.prompt), args.num, *images.shape[1:])
+        text = {"prompt": "\n".join(args.prompt), "seed": f"{seeds[0]}..{seeds[args.num - 1]}"}
+        save_png(args.out, grid(images.reshape(shape), args.prompt), about | text)
+        print(args.out)
+    else:
+        for i, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
+            save_png(args.out / file_name(i, prompt, seed), image, about | {"prompt": prompt, "seed": str(seed)})
+        print(f"{len(images)} images in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(verb)

@@ -1,0 +1,174 @@
+"""Checkpoints of a run: Orbax, asynchronous, atomic; each holds the state, the position in the data and the config.
+
+A workdir holds `config.json`, `checkpoints/<step>/{state,data,config}`, metrics and snapshots.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gigagan_jax.config import Config, differences, from_dict, to_dict
+from gigagan_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+CONFIG_FILE = "config.json"
+# What a finished checkpoint has at least; Orbax renames a folder into place only when all of it is written.
+_PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "data/metadata", "config/metadata")
+
+
+def open_workdir(workdir: Path, config: Config) -> None:
+    """Makes the workdir of a run, or checks that it belongs to this one.
+
+    Raises:
+      UserError: it cannot be written, or was made with a config that differs in more than what may change in a run.
+    """
+    file = workdir / CONFIG_FILE
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            stored = json.loads(file.read_text())
+            changed = differences(stored, config)
+            if changed:
+                raise UserError(
+                    f"{workdir} holds a run of another config ({'; '.join(changed)}): "
+                    "use another --workdir, or the settings it was started with"
+                )
+        if jax.process_index() == 0:
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(to_dict(config), indent=1))
+            os.replace(temporary, file)
+    except OSError as e:
+        raise UserError(
+            f"--workdir={workdir} cannot be used: {e.strerror or e}; choose a folder you may write to"
+        ) from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{file} is not readable JSON ({e}); remove it if its run is not needed") from None
+
+
+class Checkpoints:
+    """The checkpoints of a workdir.
+
+    Args:
+      workdir: of the run.
+      config: of the run; None to read only.
+    """
+
+    def __init__(self, workdir: Path, config: Config | None = None):
+        self.folder = workdir.resolve() / FOLDER
+        if config is None and not self.folder.is_dir():
+            raise UserError(
+                f"{workdir} has no checkpoints (no folder {FOLDER}): is it the --workdir of a training run?"
+            )
+        options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+        if config is not None:
+            self._clean()
+            keep_period = round(config.checkpoint.keep_period_kimg * 1000 / config.batch_size)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=config.checkpoint.keep,
+                keep_period=keep_period or None,
+                enable_async_checkpointing=True,
+            )
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "data", "config"))
+
+    def _clean(self) -> None:
+        """Removes what a killed run had half written: folders that were never renamed into place."""
+        if jax.process_index() != 0 or not self.folder.is_dir():
+            return
+        for entry in self.folder.iterdir():
+            if entry.is_dir() and ".orbax-checkpoint-tmp" in entry.name:
+                _log.warning("removing the unfinished checkpoint %s of a run that was stopped while saving", entry.name)
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint; None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, data: Mapping[str, Any], config: Config) -> None:
+        """Starts to write a checkpoint and returns when the state is copied; an error of the one before is raised here."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(dict(data)),
+                config=ocp.args.JsonSave(to_dict(config)),
+            ),
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Until everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go."""
+        self._manager.close()
+
+    def _check(self, step: int) -> None:
+        here = self.folder / str(step)
+        missing = [p for p in _PARTS if not (here / p).exists()]
+        if missing:
+            raise self._broken(step, f"{', '.join(missing)} missing")
+
+    def _broken(self, step: int, why: str) -> UserError:
+        others = [s for s in self._manager.all_steps() if s != step]
+        mend = (
+            f"remove that folder to go on from step {max(others)}" if others else "there is no other one; start afresh"
+        )
+        return UserError(f"checkpoint {self.folder / str(step)} is incomplete ({why}): {mend}")
+
+    def config(self, step: int) -> Config:
+        """The config that a checkpoint was written with."""
+        self._check(step)
+        restored = self._restore(step, config=ocp.args.JsonRestore())
+        return from_dict(restored["config"])
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """(state, data position) of a checkpoint.
+
+        Args:
+          step: of the checkpoint
+          abstract: the state as ShapeDtypeStructs with the shardings it shall have; any mesh will do
+
+        Raises:
+          UserError: the checkpoint is incomplete or damaged.
+        """
+        self._check(step)
+        restored = self._restore(step, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        return restored["state"], restored["data"]
+
+    def restore_partial(self, step: int, abstract: Any) -> Any:
+        """Only the parts of the state that are in `abstract`, a dict; e.g. {"g_ema": ..., "w_avg": ...}."""
+        self._check(step)
+        arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), abstract)
+        item = ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
+        return self._restore(step, state=item)["state"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except UserError:
+            raise
+        except Exception as e:
+            # Orbax and TensorStore raise whatever the damage leads to; the first line says what they met.
+            raise self._broken(step, f"{type(e).__name__}: {str(e).strip().splitlines()[0][:300]}") from e
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs that carry shardings."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Are two states equal bit for bit?"""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True) for x, y in pairs)

@@ -1,0 +1,154 @@
+"""What a run would be: modules, shapes, parameters, shardings and memory, worked out without allocating anything."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gigagan_jax import sharding
+from gigagan_jax.config import Config, digest
+from gigagan_jax.errors import UserError
+from gigagan_jax.models.abstract import Module, is_spec, path_name
+from gigagan_jax.training.state import Networks
+from gigagan_jax.training.step import TrainStep, abstract_batch
+
+_MODULE_DEPTH = 2  # rows of the short table are "entry/0", "rest/1", ...
+
+
+def table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """Aligned text; the first column to the left, numbers to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    right = [all(_numeric(line[i]) for line in lines[1:]) for i in range(len(header))]
+    show = lambda line: "  ".join(
+        c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)
+    ).rstrip()
+    return "\n".join([show(header), "  ".join("-" * w for w in widths), *map(show, lines[1:])])
+
+
+def _numeric(text: str) -> bool:
+    return text.replace(",", "").replace(".", "").replace("-", "").isdecimal() or not text
+
+
+def _million(n: float) -> str:
+    return f"{n / 1e6:,.2f}"
+
+
+def summary(networks: Networks, mesh: Any) -> str:
+    """A row for each group of modules: parameters in all and on one device."""
+    rows = []
+    for module in (networks.g, networks.d):
+        whole: dict[str, int] = defaultdict(int)
+        local: dict[str, int] = defaultdict(int)
+        for path, spec, where in _parameters(module, mesh, networks.config):
+            key = "/".join(path.split("/")[:_MODULE_DEPTH])
+            whole[key] += math.prod(spec.shape)
+            local[key] += math.prod(where.shard_shape(spec.shape))
+        rows += [(f"{module.name}/{k}", _million(whole[k]), _million(local[k])) for k in whole]
+        rows.append((f"{module.name}", _million(sum(whole.values())), _million(sum(local.values()))))
+    shape = ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
+    return table(rows, ("module", "M parameters", "M a device")) + f"\nmesh: {shape}"
+
+
+def _parameters(module: Module, mesh: Any, config: Config) -> list[tuple[str, Any, Any]]:
+    specs = jax.tree_util.tree_leaves_with_path(module.specs, is_leaf=is_spec)
+    places = jax.tree.leaves(module.shardings(mesh, config.rules))
+    return [(path_name(p), s, w) for (p, s), w in zip(specs, places, strict=True)]
+
+
+def _bytes_per_device(abstract: Any, shardings: Any) -> int:
+    pairs = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize for a, s in pairs)
+
+
+def memory(networks: Networks, mesh: Any) -> dict[str, int]:
+    """Bytes that one device needs, by kind. All but the activations are exact.
+
+    The activations are what the backward pass of the larger half (G's or D's loss) keeps, from its trace: an estimate,
+    since the compiler adds temporaries and may save some. Nothing is allocated.
+    """
+    config = networks.config
+    state, where = networks.abstract(), networks.shardings(mesh)
+    part = lambda get: _bytes_per_device(get(state), get(where))
+    out = {
+        "parameters": part(lambda s: (s.g.params, s.d.params)),
+        "optimizer": part(lambda s: (s.g.opt, s.d.opt)),
+        "ema": part(lambda s: (s.g_ema, s.w_avg)),
+        "gradients": max(part(lambda s: s.g.params), part(lambda s: s.d.params)),
+        "activations": math.ceil(_kept(networks) / sharding.batch_shards(mesh, config.rules)),
+    }
+    return out | {"total": sum(out.values())}
+
+
+def _kept(networks: Networks) -> int:
+    """Bytes that the backward pass of one micro-batch keeps over all devices, weights aside."""
+    step = TrainStep(networks)
+    config = networks.config
+    micro = config.batch_size // config.micro_batches
+    batch = {k: jax.ShapeDtypeStruct((micro, *x.shape[1:]), x.dtype) for k, x in abstract_batch(config).items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    pg, pd = networks.g.abstract(), networks.d.abstract()
+    gamma = jax.ShapeDtypeStruct((), jnp.float32)
+    d_loss = lambda p, g, b, k, gamma: step.d_loss(p, g, b, k, gamma, False)
+    most = 0
+    for loss, own, args in ((step.g_loss, pg, (pd, batch, key)), (d_loss, pd, (pg, batch, key, gamma))):
+        pullback = jax.eval_shape(lambda p, *a, loss=loss: jax.vjp(lambda q: loss(q, *a)[0], p)[1], own, *args)
+        sized = [x for x in jax.tree.leaves(pullback) if hasattr(x, "shape") and x.shape]
+        # What has the micro-batch in front (or a multiple of it: levels and sources joined to it) is an activation.
+        kept = [x for x in sized if any(n >= micro and n % micro == 0 for n in x.shape[:2])]
+        most = max(most, sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in kept if _plain(x)))
+    return most
+
+
+def _plain(x: Any) -> bool:
+    return not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+
+
+def report(config: Config, devices: int, workdir: Path | None) -> str:
+    """The whole dry run as text; also `dry_run.json` in the workdir, if there is one.
+
+    Raises:
+      UserError: the mesh does not fit the devices, a parameter does not fit the mesh, the batch does not divide.
+    """
+    mesh = sharding.abstract_mesh(config.mesh, devices)
+    sharding.check_batch(config.batch_size, config.micro_batches, mesh, config.rules)
+    networks = Networks(config)
+    rows, modules = [], []
+    for module in (networks.g, networks.d):
+        for path, spec, where in _parameters(module, mesh, config):
+            name, shape = f"{module.name}/{path}", "x".join(map(str, spec.shape))
+            rows.append((name, shape, f"{math.prod(spec.shape):,}", str(tuple(where.spec)).replace("'", "")))
+            modules.append({"name": name, "shape": list(spec.shape), "axes": list(spec.axes), "spec": str(where.spec)})
+    need = memory(networks, mesh)
+    data = {
+        "name": config.name,
+        "config": digest(config),
+        "devices": devices,
+        "mesh": dict(mesh.shape),
+        "batch_size": config.batch_size,
+        "parameters": {"generator": networks.g.count(), "discriminator": networks.d.count()},
+        "bytes_per_device": need,
+        "modules": modules,
+    }
+    if workdir is not None:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "dry_run.json").write_text(json.dumps(data, indent=1))
+        except OSError as e:
+            raise UserError(f"--workdir={workdir} cannot be written: {e.strerror or e}") from None
+    gib = [(k, f"{v / 2**30:,.3f}") for k, v in need.items()]
+    return "\n\n".join(
+        [
+            table(rows, ("parameter", "shape", "count", "sharding")),
+            summary(networks, mesh),
+            table(gib, (f"memory of one of {devices} devices", "GiB")) + "\nactivations: estimated from the trace",
+            f"{config.name}: generator {_million(networks.g.count())} M, discriminator {_million(networks.d.count())} M "
+            f"parameters; batch {config.batch_size} = {config.batch_size // sharding.batch_shards(mesh, config.rules)} a device",
+        ]
+    )

@@ -1,0 +1,242 @@
+"""The training loop: data in, steps, metrics, checkpoints, and the callers' hooks at snapshots and at the end."""
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gigagan_jax import sharding
+from gigagan_jax.config import Config
+from gigagan_jax.data import pipeline
+from gigagan_jax.data.sources import make_source
+from gigagan_jax.data.tokenizers import ByteTokenizer
+from gigagan_jax.errors import UserError
+from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, with_shardings
+from gigagan_jax.training.logging import MetricLogger, Progress
+from gigagan_jax.training.state import GanState, Networks
+from gigagan_jax.training.step import CompiledStep, TrainStep
+
+_log = logging.getLogger(__name__)
+
+# Called with (state, thousands of images, logger).
+Hook = Callable[[GanState, float, MetricLogger], None]
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+def make_pipeline(config: Config, workdir: Path | None) -> pipeline.Pipeline:
+    """The config's stream of batches for this host."""
+    d = config.data
+    options: dict[str, Any] = {}
+    if d.source == "folder":
+        options["caption_required"] = d.captions == "required" and config.condition == "text"
+        if config.condition == "class":
+            options["labels"] = "folder"
+    source = make_source(d.source, d.path, **options)
+    classes = len(getattr(source, "classes", None) or ())
+    if config.condition == "class" and classes and classes != config.num_classes:
+        raise UserError(
+            f"{d.path} has {classes} classes (folders), config.num_classes={config.num_classes}: set it to {classes}"
+        )
+    return pipeline.build(
+        source,
+        resolution=config.resolution,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        tokenizer=ByteTokenizer(config.text.length),
+        crop=d.crop,
+        flip=d.flip,
+        caption_dropout=d.caption_dropout,
+        resize_filter=d.resize_filter,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=d.threads,
+        max_bad_fraction=d.max_bad_fraction,
+        quarantine_path=None if workdir is None else workdir / "quarantine.jsonl",
+    )
+
+
+class Run:
+    """One training run in a workdir.
+
+    Args:
+      config: of the run.
+      workdir: where everything is written, and what a run goes on from.
+      snapshot: hook, called every `snapshot_kimg`.
+      finish: hooks, called once at the end.
+      mesh: devices to train on; None for the config's mesh over all of them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        *,
+        snapshot: Hook | None = None,
+        finish: Sequence[Hook] = (),
+        mesh: Any = None,
+    ):
+        self.config, self.workdir, self.snapshot, self.finish = config, workdir, snapshot, finish
+        self.mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
+        sharding.check_batch(config.batch_size, config.micro_batches, self.mesh, config.rules)
+        self.networks = Networks(config)
+        self.step = CompiledStep(TrainStep(self.networks), self.mesh)
+        self._signal = 0
+
+    def train(self) -> GanState:
+        """Trains to `total_kimg`, from the newest checkpoint if there is one, and returns the final state.
+
+        Raises:
+          UserError: bad data, a workdir of another run, a damaged checkpoint, a loss that is no longer finite.
+          Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
+        """
+        config = self.config
+        open_workdir(self.workdir, config)
+        _log.info("data: %s %s", config.data.source, config.data.path)
+        with make_pipeline(config, self.workdir) as data:
+            checkpoints = Checkpoints(self.workdir, config)
+            try:
+                state, step = self._start(checkpoints, data)
+                resumed = step if step else None
+                with MetricLogger(self.workdir, enabled=jax.process_index() == 0, resume_step=resumed) as logger:
+                    with self._signals():
+                        state = self._loop(state, step, data, checkpoints, logger)
+                    checkpoints.wait()
+                    kimg = int(state.images) / 1000
+                    for hook in self.finish:
+                        hook(state, kimg, logger)
+            finally:
+                checkpoints.close()
+        return state
+
+    def _start(self, checkpoints: Checkpoints, data: pipeline.Pipeline) -> tuple[GanState, int]:
+        latest = checkpoints.latest()
+        if latest is None:
+            _log.info("start: initialising G and D")
+            return self.networks.init(self.mesh), 0
+        _log.info("resume: restoring checkpoint %d", latest)
+        abstract = with_shardings(self.networks.abstract(), self.step.state_shardings)
+        state, position = checkpoints.restore(latest, abstract)
+        data.restore(position)
+        return state, latest
+
+    def _loop(
+        self, state: GanState, step: int, data: pipeline.Pipeline, checkpoints: Checkpoints, logger: MetricLogger
+    ) -> GanState:
+        config = self.config
+        images = int(state.images)
+        total = math.ceil(config.total_kimg * 1000 / config.batch_size) * config.batch_size
+        if images >= total:
+            _log.info("nothing to do: the run is at %.1f of %.1f kimg", images / 1000, config.total_kimg)
+            return state
+        progress = Progress(config.total_kimg, images)
+        key = self.step.key()
+        latest: dict[str, Any] = {}
+        pending: list[Any] = []
+        seen: set[bool] = set()
+        saved = step if step else None
+
+        # Durations are in images: something is due when a multiple of its period was crossed in this step.
+        def due(kimg: float) -> bool:
+            period = kimg * 1000
+            return images // period > (images - config.batch_size) // period
+
+        while images < total:
+            with_r1 = step % config.loss.r1_interval == 0
+            first_time = with_r1 not in seen
+            began = time.monotonic()
+            if first_time:
+                _log.info("compiling the train step %s R1 (once)", "with" if with_r1 else "without")
+            state, metrics = self.step(state, self._next(data), key, with_r1=with_r1)
+            step += 1
+            images += config.batch_size
+            latest |= metrics
+            pending.append(metrics["loss/d"])
+            if first_time:
+                seen.add(with_r1)
+                jax.block_until_ready(metrics)
+                _log.info("compiled in %.0f s", time.monotonic() - began)
+                if len(seen) > 1:
+                    progress.exclude(time.monotonic() - began)
+            # Two steps may be in flight: the host prepares the next one, and no queue grows.
+            if len(pending) > 2:
+                jax.block_until_ready(pending.pop(0))
+
+            if due(config.log_kimg) or images >= total:
+                values = {k: float(v) for k, v in jax.device_get(latest).items()}
+                line = progress.update(images, values, time.monotonic())
+                bad = data.quarantine.causes
+                if progress.rate:
+                    values["images_per_second"] = progress.rate
+                if bad:
+                    values["data/bad"] = sum(bad.values())
+                logger.scalars(step, images / 1000, values)
+                if jax.process_index() == 0:
+                    print(line, flush=True)
+                self._check_finite(values, images, saved)
+            began = time.monotonic()
+            stop = self._signal
+            if due(config.checkpoint_kimg) or images >= total or stop:
+                checkpoints.save(step, state, data.state(), config)
+                saved = step
+            if self.snapshot is not None and (due(config.snapshot_kimg) or images >= total):
+                self.snapshot(state, images / 1000, logger)
+            progress.exclude(time.monotonic() - began)
+            if stop:
+                _log.info("stopping at step %d: writing the checkpoint", step)
+                checkpoints.wait()
+                raise Interrupted(stop)
+        _log.info("traced %d programs: %s", len(self.step.traces), self.step.traces)
+        return state
+
+    def _next(self, data: Iterator[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+        batch = next(data)
+        put = jax.make_array_from_process_local_data
+        return {k: put(where, batch[k]) for k, where in self.step.batch_shardings.items()}
+
+    def _check_finite(self, values: dict[str, float], images: int, saved: int | None) -> None:
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
+        if bad:
+            last = f"the last checkpoint is step {saved}" if saved is not None else "there is no checkpoint yet"
+            raise UserError(
+                f"training diverged at {images / 1000:.1f} kimg: {', '.join(bad)} is not finite; {last}. "
+                "A lower learning rate (config.g_optimizer.learning_rate, config.d_optimizer.learning_rate) or a larger "
+                "config.loss.r1_gamma is the usual cure"
+            )
+
+    def _signals(self) -> "_Signals":
+        return _Signals(self)
+
+
+class _Signals:
+    """While it is open, SIGTERM and SIGINT ask the loop to save and stop; a second one acts at once."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.run._signal = number
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
