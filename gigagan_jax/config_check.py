@@ -106,6 +106,4 @@ def validate(config: Any) -> None:
     if g.pyramid != d.multi_scale_input:
         raise UserError("config.generator.pyramid and config.discriminator.multi_scale_input must be switched together")
     if config.loss.level_weights and len(config.loss.level_weights) != _levels(config):
-        raise UserError(
-            f"config.loss.level_weights needs {_levels(config)} entries, one a level, high to low"
-        )
+        raise UserError(f"config.loss.level_weights needs {_levels(config)} entries, one a level, high to low")

@@ -59,12 +59,22 @@ def test_train_prints_progress_and_draws(trained):
 
 def test_sample_grid_and_folder(trained, capsys, tmp_path):
     workdir, _ = trained
-    code, out, _ = call(sample.verb, capsys, f"--workdir={workdir}", "--prompt=a handwritten seven", "--out", tmp_path / "grid.png")
+    code, out, _ = call(
+        sample.verb, capsys, f"--workdir={workdir}", "--prompt=a handwritten seven", "--out", tmp_path / "grid.png"
+    )
     assert code == 0
     assert "grid.png" in out
     assert read_metadata(tmp_path / "grid.png")["prompt"] == "a handwritten seven"
     code, _, _ = call(
-        sample.verb, capsys, f"--workdir={workdir}", "--prompt=the digit 3", "--prompt=שבע 🎉", "--num=2", "--seed=5", "--out", tmp_path / "d"
+        sample.verb,
+        capsys,
+        f"--workdir={workdir}",
+        "--prompt=the digit 3",
+        "--prompt=שבע 🎉",
+        "--num=2",
+        "--seed=5",
+        "--out",
+        tmp_path / "d",
     )
     assert code == 0
     files = sorted((tmp_path / "d").iterdir())
@@ -83,10 +93,29 @@ def test_a_seed_is_the_same_image_in_any_batch(trained, capsys, tmp_path):
     """Eight devices here; one image by itself, and among twenty."""
     workdir, _ = trained
     one, many = tmp_path / "one", tmp_path / "many"
-    assert call(sample.verb, capsys, f"--workdir={workdir}", "--prompt=the digit 3", "--num=1", "--seed=9", "--out", one)[0] == 0
-    assert call(sample.verb, capsys, f"--workdir={workdir}", "--prompt=zero", "--prompt=the digit 3", "--num=10", "--out", many)[0] == 0
+    assert (
+        call(sample.verb, capsys, f"--workdir={workdir}", "--prompt=the digit 3", "--num=1", "--seed=9", "--out", one)[
+            0
+        ]
+        == 0
+    )
+    assert (
+        call(
+            sample.verb,
+            capsys,
+            f"--workdir={workdir}",
+            "--prompt=zero",
+            "--prompt=the digit 3",
+            "--num=10",
+            "--out",
+            many,
+        )[0]
+        == 0
+    )
     (alone,) = one.iterdir()
-    (among,) = [f for f in many.iterdir() if read_metadata(f)["prompt"] == "the digit 3" and read_metadata(f)["seed"] == "9"]
+    (among,) = [
+        f for f in many.iterdir() if read_metadata(f)["prompt"] == "the digit 3" and read_metadata(f)["seed"] == "9"
+    ]
     assert np.array_equal(np.asarray(Image.open(alone)), np.asarray(Image.open(among)))
 
 
@@ -104,7 +133,9 @@ def test_a_seed_is_the_same_image_on_any_mesh(trained, capsys, tmp_path):
 
 
 def test_dry_run(capsys, tmp_path):
-    code, out, _ = call(train.verb, capsys, "--config=configs/laion.py", "--dry_run", "--devices=64", f"--workdir={tmp_path}")
+    code, out, _ = call(
+        train.verb, capsys, "--config=configs/laion.py", "--dry_run", "--devices=64", f"--workdir={tmp_path}"
+    )
     assert code == 0
     for part in ("generator/entry/1/conv0/filters", "1x3x3x1600x1600", "M parameters", "activations", "GiB"):
         assert part in out
@@ -201,5 +232,15 @@ def test_bad_sampling(trained, capsys, tmp_path):
     assert "--truncation" in fails(sample.verb, capsys, *ok, "--truncation=x")
     (tmp_path / "f.txt").write_text("")
     assert "f.txt" in fails(sample.verb, capsys, f"--workdir={workdir}", "--prompt=x", "--out", tmp_path / "f.txt")
-    code, _, _ = call(sample.verb, capsys, f"--workdir={workdir}", "--prompt=", "--prompt", "x" * 10_000, "--num=1", "--out", tmp_path / "l.png")
+    code, _, _ = call(
+        sample.verb,
+        capsys,
+        f"--workdir={workdir}",
+        "--prompt=",
+        "--prompt",
+        "x" * 10_000,
+        "--num=1",
+        "--out",
+        tmp_path / "l.png",
+    )
     assert code == 0

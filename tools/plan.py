@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -125,7 +126,7 @@ def _module(op_name: str) -> str:
     return "/".join(parts[:2] + parts[-1:]) if len(parts) > 3 else "/".join(parts)
 
 
-def verb(argv: list[str]) -> int:
+def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)

@@ -101,7 +101,7 @@ class TextToImage:
             count = min(self.batch, total - start)
             rows = [start + min(i, count - 1) for i in range(self.batch)]
             put = (
-                lambda x, where, rows=rows: jax.make_array_from_callback(  # noqa: E731
+                lambda x, where, rows=rows: jax.make_array_from_callback(
                     (self.batch, *x.shape[1:]), where, lambda index: x[rows][index]
                 )
             )

@@ -261,8 +261,8 @@ class Discriminator(nnx.Module):
                 y = leaky_relu(entry(_flat(pyramid[i])))
                 y = y.reshape(n, sources, *y.shape[1:])
                 x = y if x is None else jnp.concatenate([x, y], axis=1)
+            assert x is not None  # the first level always enters
             x = stage(x)
-            assert x is not None
             if head is not None:
                 out = head(x, t)
                 logits += [out[:, k : k + sources] for k in range(0, x.shape[1], sources)]

@@ -43,6 +43,7 @@ class AttentionLayer(nnx.Module):
         if self.self_mlp is not None:
             x += self.gain * self.self_mlp(x)
         if self.cross is not None:
+            assert local is not None
             x += self.gain * self.cross(x, local, mask)
         if self.cross_mlp is not None:
             x += self.gain * self.cross_mlp(x)
@@ -136,7 +137,13 @@ class Generator(nnx.Module):
             rest.append(Stack(make, same, remat=config.remat, rngs=rngs) if same else None)
             after = 0 if g.attention_every_block else depth
             attention.append(attention_stack(config, c, text_width, after, dtype=dtype, rngs=rngs))
-            rgb = {"w_dim": g.w_dim, "kernel": 1, "demodulate": False, "activation": False, "out_axis": "rgb"}
+            rgb: dict[str, Any] = {
+                "w_dim": g.w_dim,
+                "kernel": 1,
+                "demodulate": False,
+                "activation": False,
+                "out_axis": "rgb",
+            }
             to_rgb.append(AdaptiveConv(c, 3, **rgb, dtype=dtype, rngs=rngs))
             previous = c
         self.entry, self.rest = nnx.List(entry), nnx.List(rest)

@@ -35,12 +35,12 @@ class GanState:
     w_avg: float32 [w_dim], moving average of w, for truncation
     """
 
-    step: jax.Array
-    images: jax.Array
+    step: Any  # jax.Array, or what stands for one: a ShapeDtypeStruct, a NamedSharding
+    images: Any
     g: Net
     d: Net
     g_ema: Params
-    w_avg: jax.Array
+    w_avg: Any
 
 
 class Networks:

@@ -31,7 +31,7 @@ def batch_entries(config: Config) -> tuple[str, ...]:
     return ("image", "tokens", "label") if config.condition == "text" else ("image", "label")
 
 
-def abstract_batch(config: Config) -> Batch:
+def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """ShapeDtypeStructs of a global batch."""
     n, r = config.batch_size, config.resolution
     shapes = {

@@ -128,7 +128,16 @@ def test_everything_a_run_leaves(eight):
     workdir, config, state, _ = eight
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines] == list(range(1, 11))
-    for name in ("loss/d", "loss/g", "loss/d_gan", "loss/d_match", "loss/g_match", "grad_norm/d", "grad_norm/g", "loss/r1"):
+    for name in (
+        "loss/d",
+        "loss/g",
+        "loss/d_gan",
+        "loss/d_match",
+        "loss/g_match",
+        "grad_norm/d",
+        "grad_norm/g",
+        "loss/r1",
+    ):
         assert all(np.isfinite(m[name]) for m in lines), name
     assert json.loads((workdir / "config.json").read_text())["name"] == "digits"
     assert list((workdir / "tensorboard").iterdir())
@@ -152,7 +161,7 @@ def test_mesh_change_on_resume(eight, devices, tmp_path):
 
 
 def test_workdir_of_another_config(eight):
-    workdir, config, *_ = eight
+    workdir, *_ = eight
     other = small(mesh__fsdp=2, generator__z_dim=16, ema__half_life_kimg=1.0)
     with pytest.raises(UserError, match=r"ema\.half_life_kimg: 5\.0 -> 1\.0; generator\.z_dim: 8 -> 16"):
         Run(other, workdir).train()
@@ -160,7 +169,7 @@ def test_workdir_of_another_config(eight):
 
 @pytest.mark.parametrize("victim", ["state/manifest.ocdbt", "_CHECKPOINT_METADATA", "state/d"])
 def test_incomplete_checkpoint(eight, tmp_path, victim):
-    workdir, config, *_ = eight
+    workdir, *_ = eight
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", workdir, copy], check=True)
     broken = copy / "checkpoints" / "10" / victim
