@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.name = "digits"
     c.resolution = 16
     c.batch_size = 16
-    c.total_kimg = 140.0
+    c.total_kimg = 200.0
     c.checkpoint_kimg = 20.0
     c.snapshot_kimg = 20.0
     c.log_kimg = 1.0
@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     g.z_dim, g.w_dim = 32, 48
     g.channel_base, g.channel_max = 256, 48  # 48, 32, 16 at 4, 8, 16 px
     g.blocks, g.bank, g.attention_depth = (1, 1, 1), (2, 2, 2), (0, 1, 0)
-    g.residual_gain, g.attention_gain = 1.0, 0.3
+    g.residual_gain, g.attention_gain, g.rgb_gain = 0.4, 0.3, 0.3
     g.attention.heads, g.attention.head_dim, g.attention.mlp_ratio = 2, 16, 2.0
     d = c.discriminator
     d.channel_base, d.channel_max = 256, 48  # 16, 32, 48 at 16, 8, 4 px
@@ -45,9 +45,11 @@ def get_config(arg: str = "") -> ConfigDict:
         t.width, t.depth, t.heads, t.mlp_ratio = 32, 1, 2, 2.0
 
     c.loss.level_weights = (1.0, 0.5, 0.25)
-    c.loss.match_d = c.loss.match_g = 0.25
-    c.loss.r1_gamma = (0.02, 0.02)
-    c.ema.half_life_kimg = 5.0
+    c.loss.match_d, c.loss.match_g = 0.5, 0.0
+    c.loss.r1_gamma, c.loss.r1_levels = (0.02, 0.02), "all"
+    for o in (c.g_optimizer, c.d_optimizer):
+        o.decay_kimg, o.final_ratio = 80.0, 0.05
+    c.ema.half_life_kimg = 10.0
     c.snapshot.prompts = tuple(
         f"a handwritten {n}" for n in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     )
@@ -57,6 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.checkpoint_kimg = c.snapshot_kimg = 0.16
         c.log_kimg = 0.016
         c.evaluators = ()
+        c.g_optimizer.decay_kimg = c.d_optimizer.decay_kimg = 0.0
         g.z_dim, g.w_dim, g.mapping_depth, g.channel_base, g.channel_max = 8, 16, 2, 128, 16
         g.blocks, g.bank, g.attention_depth = (1, 1), (1, 2), (0, 1)
         d.channel_base, d.channel_max, d.head_depth, d.head_width = 128, 16, 2, 16

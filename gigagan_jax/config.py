@@ -117,6 +117,7 @@ class GeneratorConfig:
     mlp_after_cross: bool = True  # (open) and after cross-attention: with both, G has the paper's size
     residual_gain: float = 0.4  # (A2) x + gain * f(x)
     attention_gain: float = 0.3  # (A2)
+    rgb_gain: float = 1.0  # (open) scale of each ToRGB: the spread of the first images
     pyramid: bool = True  # (sec. 3.2) every level goes to the discriminator; False: only the output
     w_token: bool = True  # (sec. 3.1) w as an extra token of self-attention
     adaptive_form: str = "auto"  # how per-sample kernels are computed: see models/layers/adaptive_conv.py

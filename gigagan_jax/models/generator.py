@@ -141,6 +141,7 @@ class Generator(nnx.Module):
                 "w_dim": g.w_dim,
                 "kernel": 1,
                 "demodulate": False,
+                "gain": g.rgb_gain,
                 "activation": False,
                 "out_axis": "rgb",
             }

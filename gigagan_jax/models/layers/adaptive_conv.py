@@ -95,6 +95,7 @@ class AdaptiveConv(nnx.Module):
       demodulate: False for ToRGB.
       activation: leaky ReLU after the bias.
       form: how per-sample kernels are computed.
+      gain: factor on the filters; demodulation takes it out again.
       out_axis: logical name of the output channels.
     """
 
@@ -110,12 +111,13 @@ class AdaptiveConv(nnx.Module):
         demodulate: bool = True,
         activation: bool = True,
         form: str = "auto",
+        gain: float = 1.0,
         out_axis: str = "conv_out",
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.up, self.demodulate, self.activation, self.form, self.dtype = up, demodulate, activation, form, dtype
-        self.scale = 1.0 / math.sqrt(kernel * kernel * in_channels)
+        self.scale = gain / math.sqrt(kernel * kernel * in_channels)
         axes = ("bank", "kernel", "kernel", "conv_in", out_axis)
         self.filters = param(rngs, (bank, kernel, kernel, in_channels, out_channels), axes, std=1.0)
         self.bias = param(rngs, (out_channels,), (out_axis,))

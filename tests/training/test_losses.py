@@ -1,0 +1,169 @@
+"""The losses against their formulas in NumPy, and the penalty against cases with a known gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits, imagenet, laion
+from gigagan_jax.config import from_dict
+from gigagan_jax.models.discriminator import pairs
+from gigagan_jax.training import losses
+
+RNG = np.random.default_rng(0)
+# From the mild to what float32 can only hold when no exponential is taken of it.
+LOGITS = np.concatenate([RNG.normal(0, 3, 40), [0.0, 1e4, -1e4, 88.0, -104.0, 1e30, -1e30]]).astype(np.float32)
+
+
+def softplus(x):
+    return np.logaddexp(0.0, np.asarray(x, np.float64))
+
+
+def sigmoid(x):
+    return np.exp(-softplus(-np.asarray(x, np.float64)))
+
+
+FORMULAS = {
+    "gan_d": (losses.gan_d, lambda fake, real: softplus(fake) + softplus(-real)),
+    "gan_g": (losses.gan_g, lambda fake: softplus(-fake)),
+    "match_d": (losses.match_d, lambda fake, real: softplus(real) + softplus(fake)),
+    "match_g": (losses.match_g, lambda fake: softplus(-fake)),
+}
+SLOPES = {
+    "gan_d": (lambda fake, real: sigmoid(fake), lambda fake, real: -sigmoid(-real)),
+    "gan_g": (lambda fake: -sigmoid(-fake),),
+    "match_d": (lambda fake, real: sigmoid(fake), lambda fake, real: sigmoid(real)),
+    "match_g": (lambda fake: -sigmoid(-fake),),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_loss_is_its_formula_at_any_logit(name):
+    loss, formula = FORMULAS[name]
+    values = [LOGITS, LOGITS[::-1].copy()][: len(SLOPES[name])]
+    out = loss(*map(jnp.asarray, values))
+    assert out.shape == LOGITS.shape
+    assert out.dtype == jnp.float32
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out, formula(*values), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_gradient_is_its_formula_at_any_logit(name):
+    values = [LOGITS, LOGITS[::-1].copy()][: len(SLOPES[name])]
+    grads = jax.grad(lambda *v: FORMULAS[name][0](*v).sum(), argnums=tuple(range(len(values))))(*values)
+    for grad, slope in zip(grads, SLOPES[name], strict=True):
+        assert np.isfinite(grad).all()
+        np.testing.assert_allclose(grad, slope(*values), rtol=1e-5, atol=1e-7)
+
+
+def test_who_wants_what():
+    """D raises the logit of real images with their own caption only; G raises that of its images with any caption."""
+    high, low = jnp.asarray(3.0), jnp.asarray(-3.0)
+    assert losses.gan_d(low, high) < losses.gan_d(high, low)
+    assert losses.match_d(low, low) < min(losses.match_d(low, high), losses.match_d(high, low))
+    assert losses.gan_g(high) < losses.gan_g(low)
+    assert losses.match_g(high) < losses.match_g(low)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def test_pair_weights_of_the_default_config():
+    config = from_dict(laion.get_config())
+    gan, match = losses.pair_weights(config)
+    at = pairs(config)
+    assert len(gan) == len(match) == len(at) == len(set(at)) == 15
+    for pair, w_gan, w_match in zip(at, gan, match, strict=True):
+        level = (2 if pair.level == 0 else 1) / 6
+        assert w_gan == pytest.approx(level * (1 if pair.exit == 4 else 0.01)), pair
+        assert w_match == pytest.approx(level * (1 if pair.exit == 4 else 0.05)), pair
+    last = [w for pair, w in zip(at, gan, strict=True) if pair.exit == 4]
+    assert last == pytest.approx([2 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 6])
+
+
+def test_pair_weights_take_the_configured_levels():
+    config = from_dict(digits.get_config())
+    assert config.loss.level_weights == (1.0, 0.5, 0.25)
+    gan, _ = losses.pair_weights(config)
+    expected = {(0, 0): 0.01, (0, 1): 0.01, (1, 1): 0.005, (0, 2): 1.0, (1, 2): 0.5, (2, 2): 0.25}
+    assert dict(zip(pairs(config), gan, strict=True)) == pytest.approx(expected)
+
+
+def test_one_scale_has_weight_one():
+    gan, match = losses.pair_weights(from_dict(imagenet.get_config()))
+    assert gan == match == (1.0,)
+
+
+# ---------------------------------------------------------------- sums over pairs
+
+
+def test_over_pairs_is_a_weighted_sum_of_means():
+    shapes, weights = [(6, 1), (6, 16), (6, 64)], (0.5, 2.0, 0.01)
+    fakes, reals = ([RNG.normal(size=s).astype(np.float32) for s in shapes] for _ in range(2))
+    out = losses.over_pairs(losses.gan_d, weights, fakes, reals)
+    expected = sum(w * (softplus(f) + softplus(-r)).mean() for w, f, r in zip(weights, fakes, reals, strict=True))
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_over_pairs_leaves_out_examples_that_are_not_valid():
+    shapes, weights = [(5, 4), (5, 1)], (1.0, 3.0)
+    logits = [RNG.normal(size=s).astype(np.float32) for s in shapes]
+    valid = np.array([True, False, True, True, False])
+    out = losses.over_pairs(losses.match_g, weights, logits, valid=jnp.asarray(valid))
+    # Each example weighs 1 / N, valid or not: a batch of few captions does not shout.
+    expected = sum(w * (softplus(-x).mean(-1) * valid).sum() / len(valid) for w, x in zip(weights, logits, strict=True))
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    grads = jax.grad(lambda x: losses.over_pairs(losses.match_g, weights, x, valid=jnp.asarray(valid)))(logits)
+    for g in grads:
+        assert (np.abs(g).max(-1) > 0).tolist() == valid.tolist()
+
+
+def test_over_pairs_with_nothing_valid_is_zero_even_at_extreme_logits():
+    logits = [np.full((3, 2), -1e30, np.float32)]
+    loss = lambda x: losses.over_pairs(losses.match_g, (1.0,), x, valid=jnp.zeros(3, bool))
+    value, grads = jax.value_and_grad(loss)(logits)
+    assert value == 0
+    np.testing.assert_array_equal(grads[0], 0)
+
+
+def test_over_pairs_wants_one_weight_a_pair():
+    with pytest.raises(ValueError, match="shorter"):
+        losses.over_pairs(losses.gan_g, (1.0, 1.0), [jnp.zeros((2, 1))])
+
+
+# ---------------------------------------------------------------- R1
+
+
+def images(*sides):
+    return [RNG.normal(size=(3, r, r, 3)).astype(np.float32) for r in sides]
+
+
+def test_r1_of_a_linear_critic_is_the_squared_norm_of_its_weights():
+    reals = images(8, 4)
+    a = [RNG.normal(size=x.shape[1:]).astype(np.float32) for x in reals]
+    logit = lambda xs: sum((x * w).sum() for x, w in zip(xs, a, strict=True))
+    np.testing.assert_allclose(losses.r1(logit, reals), sum((w.astype(np.float64) ** 2).sum() for w in a), rtol=1e-6)
+
+
+def test_r1_of_a_quadratic_critic():
+    (x,) = reals = images(4)
+    c = np.array([0.5, -2.0, 3.0], np.float32)  # one factor an image: the mean is over images, squared before it
+    logit = lambda xs: 0.5 * (c[:, None, None, None] * xs[0] ** 2).sum()
+    expected = (c.astype(np.float64) ** 2 * (x.astype(np.float64) ** 2).sum((1, 2, 3))).mean()
+    np.testing.assert_allclose(losses.r1(logit, reals), expected, rtol=1e-6)
+
+
+def test_r1_does_not_ask_for_the_level_of_the_logit():
+    reals = images(4)
+    critic = lambda shift: lambda xs: jnp.sin(xs[0]).sum() + shift
+    assert losses.r1(critic(0.0), reals) == losses.r1(critic(1e4), reals)
+
+
+def test_gradient_of_r1_reaches_the_weights():
+    """d/da |a|^2 = 2 a: the second derivative that the step takes."""
+    reals = images(4)
+    a = RNG.normal(size=(4, 4, 3)).astype(np.float32)
+    grad = jax.grad(lambda w: losses.r1(lambda xs: (xs[0] * w).sum(), reals))(a)
+    np.testing.assert_allclose(grad, 2 * a, rtol=1e-6)

@@ -1,0 +1,140 @@
+"""Gradients on one device and on eight agree: losses, R1, attention, filter banks, accumulation, under every mesh axis."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import digits, imagenet, laion
+from gigagan_jax import sharding
+from gigagan_jax.config import MeshConfig, from_dict
+from gigagan_jax.data.tokenizers import ByteTokenizer
+from gigagan_jax.models.abstract import path_name
+from gigagan_jax.training.state import Networks
+from gigagan_jax.training.step import TrainStep, abstract_batch, batch_shardings
+
+# Compilation is nearly all of the time. What is compared are sums in another order, not how well they are compiled.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+MESHES = {"data4_fsdp2": (4, 2, 1), "data2_fsdp2_tensor2": (2, 2, 2)}
+TOLERANCE = 1e-5  # of the largest element of each parameter's gradient
+# A parameter whose gradient cancels to less than this share of its network's largest is compared at that size:
+# what is left of the sum is the rounding of its terms.
+FLOOR = 1e-3
+
+
+def class_conditional():
+    """configs/imagenet.py:tiny on two levels: a projection head, eight layers of classes, deviation over groups."""
+    c = imagenet.get_config("tiny")
+    c.resolution = 8
+    c.generator.blocks, c.generator.bank, c.generator.attention_depth = (1, 1), (4, 4), (0, 1)
+    c.discriminator.blocks, c.discriminator.attention_depth = (1, 1), (1, 0)
+    return c
+
+
+def accumulated():
+    """configs/digits.py:tiny in two micro-batches, its R1 by every level."""
+    c = digits.get_config("tiny")
+    c.micro_batches, c.loss.r1_levels = 2, "all"
+    return c
+
+
+CASES = {
+    "laion": lambda: laion.get_config("tiny"),
+    "digits": lambda: digits.get_config("tiny"),
+    "imagenet": class_conditional,
+    "accumulated": accumulated,
+}
+
+
+def batch_of(config):
+    rng = np.random.default_rng(0)
+    n = config.batch_size
+    batch = {
+        "image": rng.integers(0, 256, abstract_batch(config)["image"].shape).astype(np.uint8),
+        "label": rng.integers(0, 10, n).astype(np.int32),
+    }
+    if config.condition == "text":
+        batch["tokens"] = ByteTokenizer(config.text.length)(
+            [f"the digit {k}, number {i}" for i, k in enumerate(batch["label"])]
+        )
+    return batch
+
+
+def perturbed(state, seed=1):
+    """Every parameter a little off its start, where biases are zero and gains one: what starts equal need not stay so."""
+    leaves, tree = jax.tree.flatten(state)
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([x + (0.1 * rng.standard_normal(x.shape)).astype(x.dtype) if x.ndim else x for x in leaves])
+
+
+class Gradients:
+    """Gradients of both networks for a case, on any mesh, all from the same arrays."""
+
+    def __init__(self, case):
+        values = CASES[case]()
+        values.dtype, values.remat, values.batch_size = "float32", False, 16 if values.micro_batches == 2 else 8
+        self.config = from_dict(values)
+        self.networks = Networks(self.config)
+        self.batch = batch_of(self.config)
+        one = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+        state = jax.device_get(self.networks.init(one))
+        for net in (state.g, state.d):
+            net.params.update(perturbed(net.params))
+        self.state = state
+        self.expected = self.on((1, 1, 1))
+
+    def on(self, shape):
+        step = TrainStep(self.networks)
+        mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
+        where = self.networks.shardings(mesh)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+
+        def run(state, batch, key):
+            with sharding.use(mesh, self.config.rules):
+                key_d, key_g = jax.random.split(key)
+                d, d_metrics = step.d_gradients(state, batch, key_d, True)
+                g, g_metrics = step.g_gradients(state, batch, key_g)
+                return {"d": d, "g": g}, d_metrics | g_metrics
+
+        compiled = jax.jit(
+            run,
+            in_shardings=(where, batch_shardings(self.config, mesh), everywhere),
+            out_shardings=({"d": where.d.params, "g": where.g.params}, everywhere),
+            compiler_options=QUICK,
+        )
+        return jax.device_get(compiled(self.state, self.batch, jax.random.key(5)))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def gradients(request):
+    return Gradients(request.param)
+
+
+def test_there_is_a_gradient_to_compare(gradients):
+    for net, grads in gradients.expected[0].items():
+        for path, x in jax.tree_util.tree_leaves_with_path(grads):
+            assert np.isfinite(x).all(), f"{net}/{path_name(path)}"
+            assert np.abs(x).max() > 0, f"{net}/{path_name(path)}"
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_gradients_do_not_depend_on_the_mesh(gradients, mesh):
+    grads, metrics = gradients.on(MESHES[mesh])
+    wrong = {}
+    for net, expected in gradients.expected[0].items():
+        largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
+        pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(grads[net]), strict=True)
+        for (path, one), eight in pairs:
+            scale = max(float(np.abs(one).max()), FLOOR * largest)
+            error = float(np.abs(one - eight).max()) / scale
+            if not error <= TOLERANCE:
+                wrong[f"{net}/{path_name(path)}"] = error
+    assert wrong == {}
+    for name, one in gradients.expected[1].items():
+        np.testing.assert_allclose(metrics[name], one, rtol=1e-4, atol=1e-5, err_msg=name)
