@@ -1,5 +1,7 @@
 """Every test sees eight CPU devices and full-precision products; a parity or sharding test that skips fails the run."""
 
+# ruff: noqa: E402  (the environment comes before JAX)
+
 import os
 import tempfile
 

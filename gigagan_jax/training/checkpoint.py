@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,15 @@ class Checkpoints:
         return self._restore(step, state=item)["state"]
 
     def _restore(self, step: int, **items: Any) -> Any:
+        # One array that cannot be read ends the restore while others are still being read; each of those then complains,
+        # in a thread, that nobody listens any more. The one line below is what there is to say.
+        report = sys.unraisablehook
+
+        def quiet(problem: Any) -> None:
+            if "Event loop is closed" not in str(problem.exc_value):
+                report(problem)
+
+        sys.unraisablehook = quiet
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except UserError:

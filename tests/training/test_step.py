@@ -74,12 +74,15 @@ def run(config):
     compiled = compiled_step(config)
     state = compiled.step.networks.init(compiled.mesh)
     key = compiled.key()
-    run = Run(compiled, [jax.device_get(state)], [], [])
+    # On a CPU what is fetched shares the memory of the array, which then could not be given away.
+    copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
+    fetch = lambda state: jax.device_get(copy(state))
+    run = Run(compiled, [fetch(state)], [], [])
     for step in range(STEPS):
         batch = jax.device_put(batch_of(config, step), compiled.batch_shardings)
         run.given.append(state)
         state, metrics = compiled(state, batch, key, with_r1=WITH_R1[step])
-        run.states.append(jax.device_get(state))
+        run.states.append(fetch(state))
         run.metrics.append(metrics)
     run.last = state
     return run
@@ -228,7 +231,7 @@ def accumulate(config, micro_batches, shape, loss, params, batch):
     return jax.device_get(jax.jit(run, in_shardings=where)(params, batch, jax.random.key(0)))
 
 
-@pytest.mark.parametrize("micro_batches, shape", [(2, (1, 1, 1)), (16, (1, 1, 1)), (2, (4, 2, 1))])
+@pytest.mark.parametrize("micro_batches, shape", [(2, (1, 1, 1)), (8, (1, 1, 1)), (2, (2, 2, 1))])
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(config, micro_batches, shape):
     def loss(params, batch, key):
         x = batch["image"].reshape(len(batch["image"]), -1).astype(jnp.float32) / 127.5 - 1
@@ -249,7 +252,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(config, micro_batches, 
     np.testing.assert_allclose(part_metrics["loss"], metrics["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("micro_batches, shape", [(1, (1, 1, 1)), (2, (1, 1, 1)), (4, (1, 1, 1)), (2, (4, 2, 1))])
+@pytest.mark.parametrize("micro_batches, shape", [(1, (1, 1, 1)), (2, (1, 1, 1)), (4, (1, 1, 1)), (2, (2, 2, 1))])
 def test_every_example_is_used_once_with_all_that_is_its_own(config, micro_batches, shape):
     """Counts examples by an id that is written into each entry of the batch; every part draws from its own key."""
     n = config.batch_size
