@@ -42,9 +42,9 @@ DEFAULT_RULES = {
 class MeshConfig:
     """Devices along each mesh axis; -1 takes what the others leave. `--config.mesh.fsdp=8`."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the model: the batch is split over it
+    fsdp: int = 1  # parameters and batch are split over it
+    tensor: int = 1  # output channels, heads and feed-forward are split over it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +52,12 @@ class DataConfig:
     """Where captioned images come from and what is done to them on the host."""
 
     source: str = "folder"  # "digits" (scikit-learn's, no path) or "folder" (images with sidecar .txt captions)
-    path: str = ""
+    path: str = ""  # of the folder
     captions: str = "required"  # "required" or "optional": is an image without a caption an error?
     crop: str = "center"  # "center" or "random", after the short side is resized to the resolution
     flip: bool = False  # random horizontal flips
     caption_dropout: float = 0.0  # share of captions replaced by the null caption
-    resize_filter: str = "lanczos"
+    resize_filter: str = "lanczos"  # lanczos, bicubic, bilinear, box or nearest
     threads: int = 8  # reader threads a host; 0 reads in the main thread
     max_bad_fraction: float = 0.05  # stop when more than this share of the examples tried cannot be read
 
@@ -172,7 +172,7 @@ class OptimizerConfig:
     attention_weight_decay: float = 0.01  # (A2)
     warmup_kimg: float = 0.0  # linear
     decay_kimg: float = 0.0  # cosine to `final_ratio` over this many kimg before the end; 0 is constant
-    final_ratio: float = 0.0
+    final_ratio: float = 0.0  # share of the learning rate that is left at the end of `decay_kimg`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,36 +195,37 @@ class CheckpointConfig:
 class SnapshotConfig:
     """The grid of fixed prompts and seeds that is drawn during training."""
 
-    prompts: tuple[str, ...] = (
+    prompts: tuple[str, ...] = (  # one row each; class numbers for a class-conditional model
         "a photo of a cat",
         "a red house by the sea",
         "an oil painting of a ship",
         "a bowl of fruit",
     )
-    seeds: int = 8
-    truncations: tuple[float, ...] = (1.0, 0.7)
+    seeds: int = 8  # columns: seeds 0, 1, ...
+    truncations: tuple[float, ...] = (1.0, 0.7)  # one grid each
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
-    name: str = "gigagan"
-    seed: int = 0
-    resolution: int = 64
+    name: str = "gigagan"  # of the model, in files and logs
+    seed: int = 0  # of initial values, data order and every draw during training
+    resolution: int = 64  # side of the images in pixels, a power of two
     batch_size: int = 1024  # (A2: 512 to 1024) images a step, over all devices
     micro_batches: int = 1  # gradient accumulation: parts that the batch is cut into
-    total_kimg: float = 1_000_000.0
-    checkpoint_kimg: float = 5000.0
-    snapshot_kimg: float = 5000.0
-    log_kimg: float = 50.0
+    total_kimg: float = 1_000_000.0  # length of the run, in thousands of real images seen
+    checkpoint_kimg: float = 5000.0  # thousands of images between checkpoints
+    snapshot_kimg: float = 5000.0  # thousands of images between sample grids
+    log_kimg: float = 50.0  # thousands of images between lines of metrics
     condition: str = "text"  # "text", "class" or "none"
-    num_classes: int = 0
+    num_classes: int = 0  # for condition="class"
     dtype: str = "bfloat16"  # of the computation; parameters, logits, losses and penalties are float32
     remat: bool = True  # recompute each block in the backward pass
     evaluators: tuple[str, ...] = ()  # run at the end of training: "digits"
     mesh: MeshConfig = MeshConfig()
-    rules: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(DEFAULT_RULES))
+    # logical axis -> mesh axes; see DEFAULT_RULES
+    rules: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(DEFAULT_RULES))  # see sharding.py
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
     generator: GeneratorConfig = GeneratorConfig()

@@ -1,5 +1,7 @@
 """Which settings cannot work together; called by `config.from_dict`."""
 
+import functools
+import math
 from typing import Any
 
 from gigagan_jax.errors import UserError
@@ -12,6 +14,51 @@ def _levels(config: Any) -> int:
 def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(f"config.{where}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+_NETS = ("generator", "discriminator")
+_POSITIVE = (
+    *("batch_size", "micro_batches", "total_kimg", "checkpoint_kimg", "snapshot_kimg", "log_kimg", "text.width"),
+    *("loss.r1_interval", "checkpoint.keep", "ema.half_life_kimg", "snapshot.seeds", "discriminator.head_depth"),
+    *(
+        "generator.z_dim",
+        "generator.w_dim",
+        "generator.mapping_depth",
+        "generator.mapping_lr_mul",
+        "generator.rgb_gain",
+    ),
+    *(f"{net}.{size}" for net in _NETS for size in ("channel_base", "channel_max", "text.width", "text.heads")),
+    *(f"{net}.{size}" for net in _NETS for size in ("text.mlp_ratio", "attention.heads", "attention.head_dim")),
+    *(f"{net}.attention.{size}" for net in _NETS for size in ("dim_multiplier", "mlp_ratio")),
+    "discriminator.head_width",
+)
+_NOT_NEGATIVE = (
+    *("seed", "num_classes", "data.threads", "discriminator.minibatch_std", "discriminator.class_mapping_depth"),
+    *("checkpoint.keep_period_kimg", "ema.rampup", "generator.w_avg_decay"),
+    *("loss.match_d", "loss.match_g", "loss.intermediate_gan", "loss.intermediate_match"),
+    *(f"{net}.text.depth" for net in _NETS),
+    *(f"{o}_optimizer.{rate}" for o in "gd" for rate in ("learning_rate", "weight_decay", "attention_weight_decay")),
+    *(f"{o}_optimizer.{time}" for o in "gd" for time in ("warmup_kimg", "decay_kimg", "final_ratio", "beta1", "beta2")),
+)
+
+
+def _get(config: Any, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)
+
+
+def _check_numbers(config: Any) -> None:
+    for name in _POSITIVE:
+        if not 0 < _get(config, name) < math.inf:
+            raise UserError(f"config.{name}={_get(config, name)}: must be greater than 0")
+    for name in _NOT_NEGATIVE:
+        if not 0 <= _get(config, name) < math.inf:
+            raise UserError(f"config.{name}={_get(config, name)}: must not be negative")
+    if config.text.length < 3:
+        raise UserError(f"config.text.length={config.text.length}: must be at least 3 (a byte between begin and end)")
+    for net in _NETS:
+        base = _get(config, f"{net}.channel_base")
+        if base < config.resolution:
+            raise UserError(f"config.{net}.channel_base={base}: leaves no channel at resolution {config.resolution}")
 
 
 def validate(config: Any) -> None:
@@ -41,20 +88,7 @@ def validate(config: Any) -> None:
     ):
         if min(values) < least:
             raise UserError(f"config.{where}={values}: every entry must be at least {least}")
-    for where, number in (
-        ("batch_size", config.batch_size),
-        ("micro_batches", config.micro_batches),
-        ("total_kimg", config.total_kimg),
-        ("checkpoint_kimg", config.checkpoint_kimg),
-        ("snapshot_kimg", config.snapshot_kimg),
-        ("log_kimg", config.log_kimg),
-        ("loss.r1_interval", config.loss.r1_interval),
-        ("text.length", config.text.length - 1),
-        ("checkpoint.keep", config.checkpoint.keep),
-        ("ema.half_life_kimg", config.ema.half_life_kimg),
-    ):
-        if not number > 0:
-            raise UserError(f"config.{where}: must be greater than {1 if where == 'text.length' else 0}")
+    _check_numbers(config)
     if config.total_kimg * 1000 >= 2**32:
         raise UserError(
             f"config.total_kimg={config.total_kimg}: must be below {2**32 // 1000} (images are counted in 32 bits)"
@@ -99,8 +133,6 @@ def validate(config: Any) -> None:
         raise UserError(
             "config.discriminator.head='projection' needs a condition; use 'modulated' with condition='none'"
         )
-    if config.data.threads < 0:
-        raise UserError(f"config.data.threads={config.data.threads}: must be 0 (read in the main thread) or more")
     if not 0 <= config.data.caption_dropout <= 1 or not 0 <= config.data.max_bad_fraction <= 1:
         raise UserError("config.data.caption_dropout and config.data.max_bad_fraction are shares: 0 to 1")
     if g.pyramid != d.multi_scale_input:

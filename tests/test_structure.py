@@ -120,7 +120,7 @@ def heavy_imports(path, text):
     allowed = LIGHT | {PACKAGE} | sys.stdlib_module_names
     names = imported(path, text)
     outside = {n for n in names if top(n) not in allowed}
-    beside = {n for n in names if n.startswith(f"{PACKAGE}.") and group(n) not in ("models", *sum(ROWS[:3], ()))}
+    beside = {n for n in names if n.startswith(f"{PACKAGE}.") and group(n) not in ("models", *sum(ROWS[:4], ()))}
     return sorted(outside | beside)
 
 

@@ -27,7 +27,15 @@ from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import CompiledStep, TrainStep, abstract_batch
 
 # Dense bf16 peak FLOP/s of one device, by a part of its name (the makers' data sheets).
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "v5p": 459e12, "v5 lite": 197e12, "v6 lite": 918e12, "v4": 275e12}
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "v5p": 459e12,
+    "v5 lite": 197e12,
+    "v6 lite": 918e12,
+    "v4": 275e12,
+}
 
 
 def synthetic_batch(config: Config, shardings: dict[str, Any]) -> dict[str, jax.Array]:

@@ -100,10 +100,8 @@ class TextToImage:
         for start in range(0, total, self.batch):
             count = min(self.batch, total - start)
             rows = [start + min(i, count - 1) for i in range(self.batch)]
-            put = (
-                lambda x, where, rows=rows: jax.make_array_from_callback(
-                    (self.batch, *x.shape[1:]), where, lambda index: x[rows][index]
-                )
+            put = lambda x, where, rows=rows: jax.make_array_from_callback(
+                (self.batch, *x.shape[1:]), where, lambda index: x[rows][index]
             )
             batch = {k: put(x, self._inputs[k]) for k, x in columns.items()}
             out = self._run(params, w_avg, batch, psi)
