@@ -15,7 +15,8 @@ from gigagan_jax.config import Config, from_dict
 from gigagan_jax.errors import UserError
 
 BAD_INPUT = 2
-RESTART = 75  # EX_TEMPFAIL: stopped by a signal, state saved, run the same command again
+RESTART = 75  # EX_TEMPFAIL: stopped by SIGTERM with its state saved; launchers run the same command again
+INTERRUPTED = 130  # by the user, with its state saved
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +35,7 @@ def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
         code = BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (`| head`); nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

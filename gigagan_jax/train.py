@@ -4,6 +4,7 @@ The same command again goes on from the newest checkpoint.
 """
 
 import logging
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def verb(argv: Sequence[str]) -> int:
         run.train()
     except Interrupted as e:
         _log.info("%s; run the same command again to go on", e)
-        return cli.RESTART
+        return cli.RESTART if e.number == signal.SIGTERM else cli.INTERRUPTED
     return 0
 
 
