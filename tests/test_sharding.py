@@ -79,7 +79,7 @@ def test_spec_follows_the_rules():
     names = ("kernel", "kernel", "conv_in", "conv_out")
     assert sharding.spec(names, (3, 3, 64, 32), MIXED, DEFAULT_RULES, "w") == P(None, None, "fsdp", "tensor")
     assert sharding.spec(names, (3, 3, 64, 32), FSDP, DEFAULT_RULES, "w") == P(None, None, "fsdp", None)
-    assert sharding.spec(("batch", None), (32, 5), MIXED, DEFAULT_RULES, "x") == P(("data", "fsdp"), None)
+    assert sharding.spec(("batch", None), (32, 5), MIXED, DEFAULT_RULES, "x") == P(("fsdp", "data"), None)
     assert sharding.spec(("batch",), (64,), FSDP, DEFAULT_RULES, "x") == P("fsdp")
     assert sharding.spec((), (), MIXED, DEFAULT_RULES, "step") == P()
 
@@ -97,7 +97,7 @@ def test_spec_follows_the_rules():
         (("embed", None), (64, 8), {"embed": "fsdp,fsdp"}, "g/w: mesh axis 'fsdp' would be used twice"),
         (("batch", "mlp"), (32, 8), {"mlp": "data"}, "g/w: mesh axis 'data' would be used twice (batch, mlp)"),
         (("embed", "mlp"), (6, 8), {}, "g/w (6, 8): dimension embed=6 does not divide over fsdp=4"),
-        (("batch",), (48,), {}, "g/w (48,): dimension batch=48 does not divide over dataxfsdp=32"),
+        (("batch",), (48,), {}, "g/w (48,): dimension batch=48 does not divide over fsdpxdata=32"),
         (
             ("embed",),
             (8,),
@@ -136,7 +136,7 @@ def test_check_batch():
     said = complaint(sharding.check_batch, 64, 4, MIXED, DEFAULT_RULES)
     assert said == (
         "config.batch_size=64 in 4 micro-batches is 16 images at a time, which does not divide over 32 devices "
-        "(data,fsdp); use a multiple of 128"
+        "(fsdp,data); use a multiple of 128"
     )
     assert "multiple of 64" in complaint(sharding.check_batch, 96, 1, FSDP, DEFAULT_RULES)
 
@@ -167,7 +167,7 @@ def test_constrain_inside_a_mesh_places_the_array():
             sharding.constrain(jnp.asarray(x), "bacth", None)
         with pytest.raises(UserError, match="dimension batch=6 does not divide"):
             sharding.constrain(jnp.ones((6, 2)), "batch", None)
-    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), "tensor")), 2)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(("fsdp", "data"), "tensor")), 2)
     np.testing.assert_array_equal(y, 2 * x)
     assert sharding.constrain(x, "batch", None) is x  # the mesh is gone with the block
 

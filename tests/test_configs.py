@@ -1,0 +1,123 @@
+"""Every config file and variant: it validates, and its whole train step passes abstract evaluation at no cost."""
+
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import ablation
+from gigagan_jax.config import from_dict
+from gigagan_jax.errors import UserError
+from gigagan_jax.training.state import Networks
+from gigagan_jax.training.step import TrainStep, abstract_batch
+
+FILES = ("digits", "laion", "imagenet", "ablation")
+VARIANTS = [
+    ("digits", ""),
+    ("digits", "tiny"),
+    ("laion", ""),
+    ("laion", "tiny"),
+    ("imagenet", ""),
+    ("imagenet", "tiny"),
+    *(("ablation", row) for row in ablation.ROWS),
+]
+ids = lambda v: ":".join(filter(None, v))
+
+
+def module(name):
+    return importlib.import_module(f"configs.{name}")
+
+
+def test_no_config_file_is_forgotten():
+    found = {p.stem for p in Path(module("digits").__file__).parent.glob("*.py")} - {"__init__"}
+    assert found == set(FILES)
+
+
+def assert_same(out, given):
+    assert jax.tree.structure(out) == jax.tree.structure(given)
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(given), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert not a.weak_type  # a state that is weak where it came in strong would be traced again
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=ids)
+def test_whole_step(variant):
+    name, arg = variant
+    config = from_dict(module(name).get_config(arg) if arg else module(name).get_config())
+    networks = Networks(config)
+    step = TrainStep(networks)
+    state, batch, key = networks.abstract(), abstract_batch(config), jax.eval_shape(lambda: jax.random.key(0))
+    out, metrics = jax.eval_shape(lambda *a: step(*a, with_r1=True), state, batch, key)
+    assert_same(out, state)
+    assert "loss/r1" in metrics
+    assert {"loss/d", "loss/g", "grad_norm/d", "grad_norm/g"} <= metrics.keys()
+    assert ("loss/d_match" in metrics) == (config.condition == "text" and config.loss.match_d > 0)
+    assert all(m.shape == () and m.dtype == "float32" for m in metrics.values())
+
+    if arg == "tiny":
+        out, without = jax.eval_shape(lambda *a: step(*a, with_r1=False), state, batch, key)
+        assert_same(out, state)
+    else:
+        # G's half is the same program with R1 and without: trace D's alone.
+        grads, without = jax.eval_shape(lambda *a: step.d_gradients(*a, False), state, batch, key)
+        assert_same(grads, state.d.params)
+    assert "loss/r1" not in without
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_docstring_is_the_command(name):
+    said = module(name).__doc__
+    command = re.search(r"python -m gigagan_jax\.train .*", said)
+    assert command, said
+    config = re.search(rf"--config=configs/{name}\.py(:[A-Za-z]+)?( |$)", command.group())
+    assert config
+    assert "--workdir=" in command.group()
+    variant = (config.group(1) or ":")[1:]
+    if variant and variant != "ROW":
+        from_dict(module(name).get_config(variant))
+    needs_path = from_dict(module(name).get_config()).data.source != "digits"
+    assert ("--config.data.path=" in command.group()) == needs_path
+    assert module(name).get_config.__doc__
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_unknown_variant(name):
+    known = ", ".join(ablation.ROWS) if name == "ablation" else "tiny"
+    with pytest.raises(
+        (ValueError, UserError), match=rf"configs/{name}\.py has no (variant|row) 'tinny'; known: {known}"
+    ):
+        module(name).get_config("tinny")
+
+
+def test_names_tell_runs_apart():
+    names = [
+        from_dict(module(name).get_config(arg)).name for name, arg in VARIANTS if (name, arg) != ("digits", "tiny")
+    ]
+    assert len(set(names)) == len(names)
+
+
+def test_each_ablation_row_adds_its_part():
+    rows = {row: from_dict(ablation.get_config(row)) for row in ablation.ROWS}
+    has = {
+        "attention": lambda c: max(c.generator.attention_depth) > 0 and max(c.discriminator.attention_depth) > 0,
+        "matching": lambda c: c.loss.match_d > 0 and c.loss.match_g > 0,
+        "adaptive": lambda c: max(c.generator.bank) > 1,
+        "deeper": lambda c: max(c.generator.blocks) > 1 and max(c.discriminator.blocks) > 1,
+        "multiscale": lambda c: (
+            c.generator.pyramid and c.discriminator.multi_scale_input and c.discriminator.multi_scale_output
+        ),
+    }
+    for i, row in enumerate(ablation.ROWS):
+        for part, test in has.items():
+            assert test(rows[row]) == (ablation.ROWS.index(part) <= i), (row, part)
+    assert from_dict(ablation.get_config()) == rows["multiscale"]
+
+
+# Table A2: 652.5M and 381.4M for text to image, 209.5M and 76.7M for ImageNet.
+@pytest.mark.parametrize("name, g, d", [("laion", 652.5e6, 381.4e6), ("imagenet", 209.5e6, 76.7e6)])
+def test_sizes_are_the_papers(name, g, d):
+    networks = Networks(from_dict(module(name).get_config()))
+    assert networks.g.count() == pytest.approx(g, rel=0.05)
+    assert networks.d.count() == pytest.approx(d, rel=0.05)
