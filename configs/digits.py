@@ -2,6 +2,7 @@
 
     python -m gigagan_jax.train --config=configs/digits.py --workdir=runs/digits
 
+The matching-aware loss is for D only: on so small a model the opposing term of G slows the learning of captions.
 Data: the 1,797 real digits that ship with scikit-learn, each with eight wordings of its caption.
 """
 

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from gigagan_jax.config import Config, from_dict
+from gigagan_jax.config import DEFAULT_RULES, Config, from_dict
 from gigagan_jax.errors import UserError
+from gigagan_jax.sharding import check_rules
 
 BAD_INPUT = 2
 RESTART = 75  # EX_TEMPFAIL: stopped by SIGTERM with its state saved; launchers run the same command again
@@ -43,6 +44,19 @@ def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
     sys.exit(code)
 
 
+def local_folder(text: str) -> Path:
+    """A folder on a disk of this machine, for argparse."""
+    if "://" in text:
+        raise UserError(f"{text}: only folders on a mounted disk can be used; mount the bucket")
+    return Path(text)
+
+
+def writable(file: Path | None) -> None:
+    """Raises UserError for an output file that could not be written at the end of long work."""
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise UserError(f"{file} cannot be written: name a file in a folder you may write to")
+
+
 def load_config(path: str, overrides: Sequence[str]) -> Config:
     """The config of `FILE.py[:arg]` with `--config.key=value` overrides.
 
@@ -55,7 +69,9 @@ def load_config(path: str, overrides: Sequence[str]) -> Config:
         if not separator:
             raise UserError(f"{text}: write --config.{name}=VALUE")
         override(values, name, value)
-    return from_dict(values)
+    config = from_dict(values)
+    check_rules(config.rules, DEFAULT_RULES)
+    return config
 
 
 def read_config_file(spec: str) -> ConfigDict:
@@ -72,10 +88,13 @@ def read_config_file(spec: str) -> ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        return module.get_config(arg) if arg else module.get_config()
-    except Exception as e:
+        values = module.get_config(arg) if arg else module.get_config()
+    except (Exception, SystemExit) as e:
         # A config is the user's program: whatever it raises is theirs to read, in one line.
         raise UserError(f"--config={spec}: {type(e).__name__}: {e}") from e
+    if not isinstance(values, (ConfigDict, dict)):
+        raise UserError(f"--config={spec}: get_config() must return a ConfigDict, it returned {type(values).__name__}")
+    return values if isinstance(values, ConfigDict) else ConfigDict(values)
 
 
 def override(values: ConfigDict, name: str, text: str) -> None:

@@ -190,7 +190,6 @@ class CheckpointConfig:
     """Which checkpoints are kept."""
 
     keep: int = 3  # newest
-    keep_period_kimg: float = 0.0  # and one each so many kimg, for ever; 0 is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +296,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: expected {len(args)} values, got {len(value)}")
         return tuple(_read(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
     if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: expected a group of settings, got {value!r}")
         return {str(k): _read(str, v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(origin, types.UnionType):
         raise TypeError(f"{where}: unions are not supported in configs")

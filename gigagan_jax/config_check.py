@@ -34,7 +34,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("seed", "num_classes", "data.threads", "discriminator.minibatch_std", "discriminator.class_mapping_depth"),
-    *("checkpoint.keep_period_kimg", "ema.rampup", "generator.w_avg_decay"),
+    *("ema.rampup", "generator.w_avg_decay"),
     *("loss.match_d", "loss.match_g", "loss.intermediate_gan", "loss.intermediate_match"),
     *(f"{net}.text.depth" for net in _NETS),
     *(f"{o}_optimizer.{rate}" for o in "gd" for rate in ("learning_rate", "weight_decay", "attention_weight_decay")),
@@ -55,7 +55,17 @@ def _check_numbers(config: Any) -> None:
             raise UserError(f"config.{name}={_get(config, name)}: must not be negative")
     if config.text.length < 3:
         raise UserError(f"config.text.length={config.text.length}: must be at least 3 (a byte between begin and end)")
+    if config.seed >= 2**32:
+        raise UserError(f"config.seed={config.seed}: must be below {2**32}")
+    for name in ("g_optimizer.beta1", "g_optimizer.beta2", "d_optimizer.beta1", "d_optimizer.beta2"):
+        if _get(config, name) >= 1:
+            raise UserError(f"config.{name}={_get(config, name)}: must be below 1")
     for net in _NETS:
+        t, a = _get(config, f"{net}.text"), _get(config, f"{net}.attention")
+        if round(t.width * t.mlp_ratio) < 1 or round(a.head_dim * a.dim_multiplier) < 1 or a.mlp_ratio < 0.1:
+            raise UserError(
+                f"config.{net}: text.mlp_ratio, attention.mlp_ratio or attention.dim_multiplier leaves no width"
+            )
         base = _get(config, f"{net}.channel_base")
         if base < config.resolution:
             raise UserError(f"config.{net}.channel_base={base}: leaves no channel at resolution {config.resolution}")
@@ -106,6 +116,7 @@ def validate(config: Any) -> None:
         raise UserError(
             "config.discriminator.minibatch_std=1: a group of one has no deviation; use 0 (off) or at least 2"
         )
+    _one_of("data.source", config.data.source, ("digits", "folder"))
     _one_of("condition", config.condition, ("text", "class", "none"))
     _one_of("dtype", config.dtype, ("bfloat16", "float32"))
     _one_of("data.captions", config.data.captions, ("required", "optional"))
@@ -123,12 +134,21 @@ def validate(config: Any) -> None:
             raise UserError(f"config.{net}.text.width={text.width} does not divide into {text.heads} heads")
     for name in config.evaluators:
         _one_of("evaluators", name, ("digits",))
+    if "digits" in config.evaluators and config.condition != "text":
+        raise UserError("config.evaluators: 'digits' asks for digits by captions and needs config.condition='text'")
     if config.text.encoder != "bytes":
         raise UserError(
             f"config.text.encoder={config.text.encoder!r}: this version has 'bytes' (trainable, no download)"
         )
     if config.condition == "class" and config.num_classes < 2:
         raise UserError(f"config.num_classes={config.num_classes}: condition='class' needs at least 2")
+    s = config.snapshot
+    if not s.prompts or not s.truncations or any(not 0 <= psi <= 1 for psi in s.truncations):
+        raise UserError("config.snapshot: needs at least one prompt, and at least one truncation of 0 to 1")
+    if config.condition == "class" and any(
+        not p.strip().isdecimal() or int(p) >= config.num_classes for p in s.prompts
+    ):
+        raise UserError(f"config.snapshot.prompts={s.prompts}: must be class numbers, 0 to {config.num_classes - 1}")
     if config.condition == "none" and d.head == "projection":
         raise UserError(
             "config.discriminator.head='projection' needs a condition; use 'modulated' with condition='none'"

@@ -22,12 +22,14 @@ _log = logging.getLogger(__name__)
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(prog="python -m gigagan_jax.sample", description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="of a training run; its newest checkpoint is used")
+    parser.add_argument(
+        "--workdir", type=cli.local_folder, required=True, help="of a training run; its newest checkpoint is used"
+    )
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--num", type=int, default=8, help="images a prompt, with seeds SEED, SEED + 1, ... (8)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (0)")
     parser.add_argument(
-        "--truncation", type=float, default=1.0, help="0 is the mean image of a prompt, 1 (default) all variety"
+        "--truncation", type=float, default=0.7, help="0 is the mean image of a prompt, 1 all variety (0.7)"
     )
     parser.add_argument("--out", type=Path, required=True, help="a .png for a grid, or a folder")
     args = parser.parse_args(argv)

@@ -21,6 +21,14 @@ AXES = ("data", "fsdp", "tensor")
 _current: contextvars.ContextVar[tuple[Any, Mapping[str, str]] | None] = contextvars.ContextVar("mesh", default=None)
 
 
+def check_rules(rules: Mapping[str, str], known: Mapping[str, str]) -> None:
+    """Raises UserError for a rule of an unknown logical axis, or one that names no mesh axis."""
+    for name in rules:
+        if name not in known:
+            raise UserError(f"unknown config key config.rules.{name}; known: {', '.join(sorted(known))}")
+        _axes(name, rules, f"config.rules.{name}")
+
+
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     """Devices along (data, fsdp, tensor), with -1 filled in.
 

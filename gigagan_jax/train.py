@@ -52,9 +52,7 @@ def digits_hook(config: Config, sampler: TextToImage, workdir: Path) -> Hook:
     """Judges the digits of fresh seeds by an SVM trained on real ones, and prints and logs the figures."""
 
     def judge(state: GanState, kimg: float, logger: MetricLogger) -> None:
-        resize = lambda x: resize_and_crop(
-            x, config.resolution, crop=config.data.crop, filter=config.data.resize_filter
-        )
+        resize = lambda x: resize_and_crop(x, config.resolution, crop="center", filter=config.data.resize_filter)
         captions = [digit_captions(d)[i % len(digit_captions(d))] for d in range(10) for i in range(IMAGES_PER_DIGIT)]
         seeds = [_FRESH_SEEDS + i for i in range(len(captions))]
         images = sampler(state.g_ema, state.w_avg, captions, seeds)
@@ -75,12 +73,14 @@ def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(prog="python -m gigagan_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py[:variant]; fields by --config.key=value")
-    parser.add_argument("--workdir", type=Path, help="where the run lives; needed unless --dry_run")
+    parser.add_argument("--workdir", type=cli.local_folder, help="where the run lives; needed unless --dry_run")
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="build abstractly, print sizes and shardings"
     )
     parser.add_argument("--devices", type=int, help="with --dry_run: plan for so many devices instead of those here")
     args, unknown = parser.parse_known_args(argv)
+    if args.devices is not None and args.devices < 1:
+        raise cli.UserError(f"--devices={args.devices}: must be at least 1")
     config = cli.load_config(args.config, cli.config_overrides(unknown))
     configure(process_index=jax.process_index())
     if args.dry_run:

@@ -214,7 +214,6 @@ def test_sizes_are_positive(field, value):
         "discriminator__text__depth",
         "discriminator__class_mapping_depth",
         "discriminator__minibatch_std",
-        "checkpoint__keep_period_kimg",
         "ema__rampup",
         "g_optimizer__learning_rate",
         "d_optimizer__weight_decay",

@@ -58,6 +58,7 @@ def plan(config_path: str, overrides: list[str], topology: str, *, with_r1: bool
     compiled = lowered.compile()
     done = time.time()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    flops = step.flops(with_r1=with_r1) / len(devices)
     text = compiled.as_text()
     cycles, slowest = _cycles(text)
     arguments, outputs, alias = (
@@ -66,7 +67,6 @@ def plan(config_path: str, overrides: list[str], topology: str, *, with_r1: bool
         memory.alias_size_in_bytes,
     )
     need = arguments + outputs - alias + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    flops = cost.get("flops", math.nan)
     return {
         "config": config.name,
         "topology": topology,
@@ -85,7 +85,7 @@ def plan(config_path: str, overrides: list[str], topology: str, *, with_r1: bool
         "estimated_optimal_seconds": cost.get("optimal_seconds", math.nan),
         "estimated_cycle_seconds": cycles / clock,
         "estimated_share_of_peak": flops / peak / (cycles / clock) if cycles else math.nan,
-        "slowest": slowest,
+        "slowest_ms": [(where, n / clock * 1e3) for where, n in slowest],
     }
 
 
@@ -134,6 +134,7 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument("--r1", action="store_true", help="the variant with R1 (every 16th step)")
     parser.add_argument("--json", type=Path)
     args, unknown = parser.parse_known_args(argv)
+    cli.writable(args.json)
     out = plan(args.config, cli.config_overrides(unknown), args.topology, with_r1=args.r1)
     gib = lambda n: f"{n / 2**30:.2f} GiB"
     print(f"{out['config']} on {out['chips']} chips {out['topology']}, mesh {out['mesh']}, batch {out['batch_size']}")
@@ -146,8 +147,8 @@ def verb(argv: Sequence[str]) -> int:
     print(
         f"{out['estimated_optimal_seconds'] * 1e3:.0f} ms by optimal_seconds, {out['estimated_share_of_peak']:.1%} of peak"
     )
-    for name, cycles in out["slowest"]:
-        print(f"  {cycles / 1.75e6:9.2f} ms  {name}")
+    for name, ms in out["slowest_ms"]:
+        print(f"  {ms:9.2f} ms  {name}")
     if args.json:
         args.json.write_text(json.dumps(out, indent=1))
     return 0

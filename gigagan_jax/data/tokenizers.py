@@ -80,3 +80,14 @@ class ByteTokenizer:
             self.length - 2,
             self.length,
         )
+
+
+def make_tokenizer(encoder: str, length: int) -> Tokenizer:
+    """The tokenizer of a text encoder, by its name in the config.
+
+    Raises:
+      UserError: no encoder of that name.
+    """
+    if encoder != "bytes":
+        raise UserError(f"config.text.encoder={encoder!r}: this version has 'bytes' (trainable, no download)")
+    return ByteTokenizer(length)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gigagan_jax import sharding
 from gigagan_jax.config import Config
-from gigagan_jax.data.tokenizers import ByteTokenizer
+from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.errors import UserError
 from gigagan_jax.inference.images import to_uint8
 from gigagan_jax.inference.latents import truncate, z_of_seed
@@ -34,7 +34,7 @@ class TextToImage:
         self.config, self.mesh = config, mesh
         self.module = Module("generator", lambda rngs: Generator(config, rngs=rngs))
         self.batch = device_batch * sharding.batch_shards(mesh, config.rules)
-        self.tokenizer = ByteTokenizer(config.text.length)
+        self.tokenizer = make_tokenizer(config.text.encoder, config.text.length)
         self.shardings = self.module.shardings(mesh, config.rules)
         rules = config.rules
         row = lambda *shape: NamedSharding(
@@ -105,7 +105,10 @@ class TextToImage:
             )
             batch = {k: put(x, self._inputs[k]) for k, x in columns.items()}
             out = self._run(params, w_avg, batch, psi)
-            images.append(to_uint8(_gather(out))[:count])
+            try:
+                images.append(to_uint8(_gather(out))[:count])
+            except ValueError as e:
+                raise UserError(f"the model's images are broken ({e}): has its training diverged?") from None
             if progress is not None:
                 progress(start + count, total)
         return np.concatenate(images) if images else np.zeros((0, *(self.config.resolution,) * 2, 3), np.uint8)

@@ -5,7 +5,8 @@ positions (eq. 3a). w = M(z, t_global) (eq. 3b).
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,14 @@ class Condition(NamedTuple):
     mask: jax.Array | None = None
 
 
+class TextEncoder(Protocol):
+    """E_txt: token ids to features. What comes before T, chosen by `config.text.encoder` in ENCODERS."""
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """tokens int32 [N, C] -> features [N, C, config.text.width]"""
+        ...
+
+
 class ByteEncoder(nnx.Module):
     """Trainable E_txt over the bytes of a caption: needs no download.
 
@@ -55,6 +64,9 @@ class ByteEncoder(nnx.Module):
         mix = (self.mix[...] * (1.0 / math.sqrt(3.0))).astype(self.dtype)
         near = padded[:, :-2] * mix[0] + x * mix[1] + padded[:, 2:] * mix[2]
         return x + leaky_relu(near + self.bias[...].astype(self.dtype))
+
+
+ENCODERS: dict[str, Callable[..., TextEncoder]] = {"bytes": ByteEncoder}
 
 
 class TransformerBlock(nnx.Module):
@@ -104,7 +116,8 @@ class Conditioner(nnx.Module):
         self.kind = config.condition
         self.width = transformer.width if self.kind == "text" else config.generator.w_dim
         if self.kind == "text":
-            self.encoder = ByteEncoder(config.text.width, config.text.length, dtype=dtype, rngs=rngs)
+            make = ENCODERS[config.text.encoder]
+            self.encoder = make(config.text.width, config.text.length, dtype=dtype, rngs=rngs)
             self.transformer = TextTransformer(
                 config.text.width, transformer, remat=config.remat, dtype=dtype, rngs=rngs
             )

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,12 @@ def open_workdir(workdir: Path, config: Config) -> None:
     file = workdir / CONFIG_FILE
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        # Before its first checkpoint a workdir holds nothing that another config could spoil.
+        begun = any(p.name.isdecimal() for p in (workdir / FOLDER).glob("*"))
+        if file.exists() and begun:
             stored = json.loads(file.read_text())
+            if not isinstance(stored, dict):
+                raise UserError(f"{file} holds no config; remove it if its run is not needed")
             changed = differences(stored, config)
             if changed:
                 raise UserError(
@@ -52,7 +56,7 @@ def open_workdir(workdir: Path, config: Config) -> None:
         raise UserError(
             f"--workdir={workdir} cannot be used: {e.strerror or e}; choose a folder you may write to"
         ) from None
-    except json.JSONDecodeError as e:
+    except ValueError as e:
         raise UserError(f"{file} is not readable JSON ({e}); remove it if its run is not needed") from None
 
 
@@ -73,10 +77,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         if config is not None:
             self._clean()
-            keep_period = round(config.checkpoint.keep_period_kimg * 1000 / config.batch_size)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=config.checkpoint.keep,
-                keep_period=keep_period or None,
                 enable_async_checkpointing=True,
             )
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "data", "config"))
@@ -96,19 +98,26 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], config: Config) -> None:
         """Starts to write a checkpoint and returns when the state is copied; an error of the one before is raised here."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(dict(data)),
-                config=ocp.args.JsonSave(to_dict(config)),
-            ),
-            force=True,
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(dict(data)),
+            config=ocp.args.JsonSave(to_dict(config)),
         )
+        self._writing(lambda: self._manager.save(step, args=items, force=True))
 
     def wait(self) -> None:
         """Until everything is on disk."""
-        self._manager.wait_until_finished()
+        self._writing(self._manager.wait_until_finished)
+
+    def _writing(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except (OSError, ValueError) as e:
+            # A full disk or a quota; TensorStore reports them as ValueError.
+            raise UserError(
+                f"cannot write a checkpoint to {self.folder}: {_first_line(e)}; free some space or mend the folder, "
+                "and run the same command again"
+            ) from e
 
     def close(self) -> None:
         """Waits and lets go."""
@@ -170,7 +179,11 @@ class Checkpoints:
             raise
         except Exception as e:
             # Orbax and TensorStore raise whatever the damage leads to; the first line says what they met.
-            raise self._broken(step, f"{type(e).__name__}: {str(e).strip().splitlines()[0][:300]}") from e
+            raise self._broken(step, f"{type(e).__name__}: {_first_line(e)[:300]}") from e
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

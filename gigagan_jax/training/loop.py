@@ -16,7 +16,7 @@ from gigagan_jax import sharding
 from gigagan_jax.config import Config
 from gigagan_jax.data import pipeline
 from gigagan_jax.data.sources import make_source
-from gigagan_jax.data.tokenizers import ByteTokenizer
+from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.errors import UserError
 from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, with_shardings
 from gigagan_jax.training.logging import MetricLogger, Progress
@@ -56,7 +56,7 @@ def make_pipeline(config: Config, workdir: Path | None) -> pipeline.Pipeline:
         resolution=config.resolution,
         batch_size=config.batch_size,
         seed=config.seed,
-        tokenizer=ByteTokenizer(config.text.length),
+        tokenizer=make_tokenizer(config.text.encoder, config.text.length),
         crop=d.crop,
         flip=d.flip,
         caption_dropout=d.caption_dropout,
@@ -138,7 +138,7 @@ class Run:
     ) -> GanState:
         config = self.config
         images = int(state.images)
-        total = math.ceil(config.total_kimg * 1000 / config.batch_size) * config.batch_size
+        total = math.ceil(round(config.total_kimg * 1000) / config.batch_size) * config.batch_size
         if images >= total:
             _log.info("nothing to do: the run is at %.1f of %.1f kimg", images / 1000, config.total_kimg)
             return state
@@ -175,7 +175,10 @@ class Run:
             if len(pending) > 2:
                 jax.block_until_ready(pending.pop(0))
 
-            if due(config.log_kimg) or images >= total:
+            stop = self._signal
+            save = due(config.checkpoint_kimg) or images >= total or bool(stop)
+            # Numbers are looked at before they are saved, so that no checkpoint holds a diverged state.
+            if due(config.log_kimg) or save:
                 values = {k: float(v) for k, v in jax.device_get(latest).items()}
                 line = progress.update(images, values, time.monotonic())
                 bad = data.quarantine.causes
@@ -188,8 +191,7 @@ class Run:
                     print(line, flush=True)
                 self._check_finite(values, images, saved)
             began = time.monotonic()
-            stop = self._signal
-            if due(config.checkpoint_kimg) or images >= total or stop:
+            if save:
                 checkpoints.save(step, state, data.state(), config)
                 saved = step
             if self.snapshot is not None and (due(config.snapshot_kimg) or images >= total):
@@ -235,8 +237,8 @@ class _Signals:
 
     def _handle(self, number: int, frame: Any) -> None:
         self.run._signal = number
-        signal.signal(number, self.before[number])
+        signal.signal(number, self.before[number] or signal.SIG_DFL)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python

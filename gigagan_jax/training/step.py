@@ -13,6 +13,7 @@ from gigagan_jax.config import Config
 from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.layers.resample import pyramid
 from gigagan_jax.training import losses
+from gigagan_jax.training.flops import count_flops
 from gigagan_jax.training.mismatch import mismatch
 from gigagan_jax.training.optim import learning_rate
 from gigagan_jax.training.state import GanState, Net, Networks
@@ -253,6 +254,12 @@ class CompiledStep:
 
     def __call__(self, state: GanState, batch: Batch, key: jax.Array, *, with_r1: bool) -> tuple[GanState, Metrics]:
         return self._jit(state, batch, key, with_r1)
+
+    def flops(self, *, with_r1: bool) -> int:
+        """Floating-point operations of one step over all devices, from its trace; see flops.py."""
+        key = jax.eval_shape(functools.partial(jax.random.key, 0))
+        run = functools.partial(self.step, with_r1=with_r1)
+        return count_flops(run, self.step.networks.abstract(), abstract_batch(self.config), key)
 
     def lower(self, *, with_r1: bool) -> Any:
         """The step lowered for abstract arguments: to look at, or to compile for a device that is not here."""

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gigagan_jax import sharding
-from gigagan_jax.config import MeshConfig
+from gigagan_jax.config import DEFAULT_RULES, MeshConfig
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.training.mismatch import mismatch, same_wish
 from gigagan_jax.training.state import Networks
@@ -141,7 +141,7 @@ def test_a_sharded_batch_gets_the_captions_it_gets_on_one_device(shape):
     key = jax.random.key(9)
     plain = jax.device_get(jax.jit(mismatch)(key, tokens[0], labels[0]))
     mesh = sharding.make_mesh(MeshConfig(*shape))
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    rows = NamedSharding(mesh, sharding.spec(("batch",), (16,), mesh, DEFAULT_RULES, "batch"))
     everywhere = NamedSharding(mesh, PartitionSpec())
     spread = jax.jit(mismatch, in_shardings=(everywhere, rows, rows), out_shardings=rows)(key, tokens[0], labels[0])
     for one, eight in zip(plain, jax.device_get(spread), strict=True):

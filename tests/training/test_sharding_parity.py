@@ -1,5 +1,6 @@
 """Gradients on one device and on eight agree: losses, R1, attention, filter banks, accumulation, under every mesh axis."""
 
+import functools
 import math
 
 import jax
@@ -52,9 +53,8 @@ def accumulated():
 
 CASES = {
     "laion": lambda: laion.get_config("tiny"),
-    "digits": lambda: digits.get_config("tiny"),
+    "digits": accumulated,
     "imagenet": class_conditional,
-    "accumulated": accumulated,
 }
 
 
@@ -92,8 +92,7 @@ class Gradients:
         self.state = jax.device_get(self.networks.init(one))
         for net in (self.state.g, self.state.d):
             net.params.update(perturbed(net.params))
-        on_one = self.on((1, 1, 1))
-        self.expected = {key: on_one(key) for key in KEYS}
+        self.expected = functools.cache(self.on((1, 1, 1)))
 
     def on(self, shape):
         """Function of a key: ({"d": gradients, "g": gradients}, metrics), compiled for a mesh."""
@@ -140,13 +139,13 @@ def gradients(request):
 
 
 def test_there_is_a_gradient_to_compare(gradients):
-    for grads, metrics in gradients.expected.values():
-        for path, x in jax.tree_util.tree_leaves_with_path(grads):
-            assert np.isfinite(x).all(), path_name(path)
-            assert np.abs(x).max() > 0, path_name(path)
-        assert all(np.isfinite(x).all() for x in metrics.values())
-    first, second = (gradients.expected[key][0] for key in KEYS)
-    assert disagreements(first, second)  # and the comparison can tell two draws apart
+    grads, metrics = gradients.expected(KEYS[0])
+    for path, x in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(x).all(), path_name(path)
+        assert np.abs(x).max() > 0, path_name(path)
+    assert all(np.isfinite(x).all() for x in metrics.values())
+    # And the comparison can tell: a ten-thousandth more is further off than any sharding may be.
+    assert len(disagreements(grads, jax.tree.map(lambda x: x * 1.0001, grads))) > len(jax.tree.leaves(grads)) / 2
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -154,7 +153,7 @@ def test_gradients_do_not_depend_on_the_mesh(gradients, mesh):
     compiled = gradients.on(MESHES[mesh])
     found = []
     for key in KEYS:
-        expected, metrics = gradients.expected[key]
+        expected, metrics = gradients.expected(key)
         grads, mesh_metrics = compiled(key)
         for name, one in metrics.items():
             np.testing.assert_allclose(mesh_metrics[name], one, rtol=1e-4, atol=1e-4, err_msg=name)
