@@ -3,6 +3,7 @@
     python -m gigagan_jax.train --config=configs/digits.py --workdir=runs/digits
 
 The matching-aware loss is for D only: on so small a model the opposing term of G slows the learning of captions.
+About 14 minutes on two cores: 234 images/s, and 50 s to compile. It ends by judging 600 fresh images (README).
 Data: the 1,797 real digits that ship with scikit-learn, each with eight wordings of its caption.
 """
 
@@ -17,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.name = "digits"
     c.resolution = 16
     c.batch_size = 16
-    c.total_kimg = 200.0
+    c.total_kimg = 185.0
     c.checkpoint_kimg = 20.0
     c.snapshot_kimg = 20.0
     c.log_kimg = 1.0
