@@ -7,7 +7,10 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of the time of the tests: little optimisation, and a program that several processes run is compiled once.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 _cache = tempfile.TemporaryDirectory(prefix="gigagan_jax_tests_", ignore_cleanup_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
@@ -55,3 +58,62 @@ def tiny():
     config = get_config("tiny")
     config.dtype = "float32"
     return from_dict(config)
+
+
+@pytest.fixture(scope="session")
+def random_weights():
+    """random_weights(model, seed): fills a torch model so that no output hides another: embeddings, norms and all."""
+    import torch
+
+    def fill(model, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                noise = torch.randn(p.shape, generator=generator)
+                if p.ndim < 2:
+                    centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                    p.copy_(centre + 0.1 * noise)
+                elif "embed" in name and "patch" not in name:
+                    p.copy_(0.3 * noise)
+                else:
+                    p.copy_(noise / p[0].numel() ** 0.5)
+        return model
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def make_clip(random_weights):
+    """make_clip(folder, seed): a tiny CLIP with its tokenizer, saved by transformers."""
+    import warnings
+
+    import transformers
+
+    # The 256 bytes in CLIP's printable form, alone and at the end of a word, two merges, and the two special tokens.
+    letters = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    letters += [chr(256 + i) for i in range(256 - len(letters))]
+    tokens = [*letters, *(x + "</w>" for x in letters), "th", "the</w>", "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    ids = {"vocab_size": len(tokens), "bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+
+    def make(folder, seed=0):
+        config = transformers.CLIPConfig(
+            text_config=tower | ids | {"num_hidden_layers": 3, "pad_token_id": len(tokens) - 1},
+            vision_config=tower | {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8},
+            projection_dim=24,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            random_weights(transformers.CLIPModel(config), seed).save_pretrained(folder)
+            merges = [("t", "h"), ("th", "e</w>")]
+            transformers.CLIPTokenizer(vocab=vocabulary, merges=merges).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def clip_folder(make_clip, tmp_path_factory):
+    """A tiny CLIP with its tokenizer, as transformers saves them."""
+    return make_clip(tmp_path_factory.mktemp("clip"))
