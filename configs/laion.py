@@ -2,6 +2,9 @@
 
     python -m gigagan_jax.train --config=configs/laion.py --workdir=DIR --config.data.path=FOLDER
 
+Captions go through a frozen CLIP ViT-L/14, whose towers are those of the contrastive loss too; the vision-aided
+discriminator stands on CLIP ViT-B/32. Both are read from the hub's cache (`hf download ID`) or a folder.
+
 Hardware: the paper trained it on 96 to 128 A100 for 1,350k steps. Here it is planned for 64 TPU v5p chips at batch 1024
 (README: compile minutes, memory and step time as the compiler estimates them).
 """
@@ -12,26 +15,41 @@ from gigagan_jax import config as settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Variants: `:tiny` has every part at toy width, for tests and for a look at a CPU."""
+    """Variants: `:tiny` has every part at toy width, for tests and for a look at a CPU; `:bytes` needs no CLIP."""
     c = settings.default()  # the defaults are this model
     c.name = "laion"
+    c.text.encoder, c.text.path = "clip", "openai/clip-vit-large-patch14"
+    c.loss.clip = (0.2, 1.0)
+    c.vision_aided.path = "openai/clip-vit-base-patch32"
+    c.loss.vision_aided = 1.0
     c.data.source = "folder"
     c.data.crop = "center"
     c.data.caption_dropout = 0.1
     if arg == "tiny":
         shrink(c)
+    elif arg == "bytes":
+        c.name += "-bytes"
+        c.text.encoder, c.text.path, c.vision_aided.path = "bytes", "", ""
+        c.loss.clip, c.loss.vision_aided = (0.0, 0.0), 0.0
     elif arg:
-        raise ValueError(f"configs/laion.py has no variant {arg!r}; known: tiny")
+        raise ValueError(f"configs/laion.py has no variant {arg!r}; known: tiny, bytes")
     return c
 
 
 def shrink(c: ConfigDict) -> None:
-    """The same parts at toy width: 16 px, a few hundred thousand parameters."""
+    """The same parts at toy width: 16 px, a few hundred thousand parameters.
+
+    Without a download: captions go through the bytes encoder, and no loss needs a CLIP. `--config.text.path=FOLDER` of a CLIP
+    switches all of that on.
+    """
     c.name += "-tiny"
     c.resolution = 16
     c.batch_size = 16
     c.total_kimg, c.checkpoint_kimg, c.snapshot_kimg, c.log_kimg = 1.6, 0.8, 0.8, 0.16
     c.text.length, c.text.width = 48, 32
+    c.text.encoder, c.text.path, c.vision_aided.path = "auto", "", ""
+    c.vision_aided.layers, c.vision_aided.projection, c.vision_aided.head_width = (1, 2), 16, 16
+    c.vision_aided.text.width, c.vision_aided.text.heads = 32, 2
     g, d = c.generator, c.discriminator
     g.z_dim, g.w_dim = 16, 32
     g.channel_base, g.channel_max = 256, 32

@@ -12,6 +12,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -60,6 +61,7 @@ class DataConfig:
     flip: bool = False  # random horizontal flips
     caption_dropout: float = 0.0  # share of captions replaced by the null caption
     resize_filter: str = "lanczos"  # lanczos, bicubic, bilinear, box or nearest
+    embeddings: str = ""  # folder of text features made ahead of time (tools/prepare_data.py embed); empty: in the step
     threads: int = 8  # reader threads a host; 0 reads in the main thread
     max_bad_fraction: float = 0.05  # stop when more than this share of the examples tried cannot be read
 
@@ -68,10 +70,14 @@ class DataConfig:
 class TextConfig:
     """The text encoder that comes before T (sec. 3.1)."""
 
-    encoder: str = "bytes"  # "bytes": trainable, needs no download. Frozen encoders have their own issue.
+    # "bytes": trainable, needs no download; "clip" or "t5": frozen, from `path`; "auto": by `path`, and without one bytes
+    # and no loss that needs a CLIP
+    encoder: str = "bytes"
     path: str = ""  # folder or hub id of a frozen encoder's weights
     length: int = 77  # tokens, padding included (CLIP: 77)
-    width: int = 768  # features a token (CLIP ViT-L/14: 768)
+    width: int = 768  # features a token of the bytes encoder; a frozen one has its own
+    layer: str = "penultimate"  # (sec. 3.2) of CLIP: "penultimate" or "last"
+    final_norm: bool = True  # (open) CLIP's last norm on these features, whose channels differ widely in size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +88,27 @@ class TransformerConfig:
     depth: int = 4  # (A2)
     heads: int = 8  # (open)
     mlp_ratio: float = 4.0  # (open)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """The frozen CLIP of the contrastive loss (eq. 9); its weight is `loss.clip`."""
+
+    path: str = ""  # (open) folder or hub id; empty: that of the text encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionAidedConfig:
+    """The vision-aided discriminator (sec. 3.3); its weight is `loss.vision_aided`."""
+
+    backbone: str = "clip"  # (A2) "clip", or "dino" as in StyleGAN-T
+    path: str = ""  # (A2: CLIP ViT-B/32) folder or hub id; empty: that of the contrastive loss
+    layers: tuple[int, ...] = (4, 8, 12)  # (open) numbers of blocks after which features are taken
+    projection: int = 256  # (open) channels after the fixed random projection
+    head_width: int = 256  # (open)
+    head_depth: int = 2  # (open) modulated 3x3 convolutions of each head
+    augment: tuple[str, ...] = ("color", "translation", "cutout")  # differentiable augmentation (Zhao et al., 2020)
+    text: TransformerConfig = TransformerConfig(depth=0)  # (open) what its heads read the caption through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +184,8 @@ class LossConfig:
     intermediate_match: float = 0.05  # (A2) the same, matching-aware loss
     match_d: float = 1.0  # (A2)
     match_g: float = 1.0  # (A2)
+    clip: tuple[float, float] = (0.0, 0.0)  # (A2: 0.2 to 1.0) contrastive loss, first and last; linear in images
+    vision_aided: float = 0.0  # (open) of the vision-aided discriminator in G's loss; 0 is off
     r1_gamma: tuple[float, float] = (0.2048, 2.048)  # (A2) first and last; linear in images
     r1_interval: int = 16  # (A2) steps
     r1_levels: str = "full"  # (open) "full": gradient by the full-resolution real image; "all": by every level
@@ -229,11 +258,14 @@ class Config:
     rules: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(DEFAULT_RULES))  # see sharding.py
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
+    clip: ClipConfig = ClipConfig()
     generator: GeneratorConfig = GeneratorConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    vision_aided: VisionAidedConfig = VisionAidedConfig()
     loss: LossConfig = LossConfig()
     g_optimizer: OptimizerConfig = OptimizerConfig()
     d_optimizer: OptimizerConfig = OptimizerConfig()
+    v_optimizer: OptimizerConfig = OptimizerConfig()  # of the vision-aided discriminator
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     snapshot: SnapshotConfig = SnapshotConfig()
@@ -269,9 +301,31 @@ def from_dict(values: Any) -> Config:
     """
     if isinstance(values, ConfigDict):
         values = values.to_dict()
-    config = _read(Config, values, "config")
+    config = _without_auto(_read(Config, values, "config"))
     validate(config)
     return config
+
+
+def _without_auto(config: Config) -> Config:
+    """text.encoder="auto" as what it stands for, so that a stored config says what was run."""
+    if config.text.encoder != "auto":
+        return config
+    path, loss = config.text.path, config.loss
+    if path:
+        file = Path(path) / "config.json"
+        try:
+            kind = str(json.loads(file.read_text(encoding="utf-8")).get("model_type", ""))
+        except (OSError, ValueError, AttributeError):
+            kind = path.lower()  # a hub id, or a folder that the loader will complain about
+        encoder = "t5" if "t5" in kind else "clip"
+    else:
+        encoder = "bytes"
+    has_clip = bool(config.clip.path) or encoder == "clip"
+    has_vision = bool(config.vision_aided.path) or (has_clip and config.vision_aided.backbone == "clip")
+    loss = dataclasses.replace(
+        loss, clip=loss.clip if has_clip else (0.0, 0.0), vision_aided=loss.vision_aided if has_vision else 0.0
+    )
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, encoder=encoder), loss=loss)
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
@@ -335,6 +389,11 @@ FREE_FIELDS = (
     "data.threads",
     "data.max_bad_fraction",
     "data.captions",
+    # Where frozen weights lie; that they are the same is checked by their identity.
+    "data.embeddings",
+    "text.path",
+    "clip.path",
+    "vision_aided.path",
     "generator.adaptive_form",
     "checkpoint",
     "snapshot",

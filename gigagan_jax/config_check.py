@@ -31,14 +31,20 @@ _POSITIVE = (
     *(f"{net}.{size}" for net in _NETS for size in ("text.mlp_ratio", "attention.heads", "attention.head_dim")),
     *(f"{net}.attention.{size}" for net in _NETS for size in ("dim_multiplier", "mlp_ratio")),
     "discriminator.head_width",
+    *(f"vision_aided.{size}" for size in ("projection", "head_width", "head_depth", "text.width", "text.heads")),
 )
 _NOT_NEGATIVE = (
     *("seed", "num_classes", "data.threads", "discriminator.minibatch_std", "discriminator.class_mapping_depth"),
     *("ema.rampup", "generator.w_avg_decay"),
     *("loss.match_d", "loss.match_g", "loss.intermediate_gan", "loss.intermediate_match"),
-    *(f"{net}.text.depth" for net in _NETS),
-    *(f"{o}_optimizer.{rate}" for o in "gd" for rate in ("learning_rate", "weight_decay", "attention_weight_decay")),
-    *(f"{o}_optimizer.{time}" for o in "gd" for time in ("warmup_kimg", "decay_kimg", "final_ratio", "beta1", "beta2")),
+    *(f"{net}.text.depth" for net in (*_NETS, "vision_aided")),
+    "loss.vision_aided",
+    *(f"{o}_optimizer.{rate}" for o in "gdv" for rate in ("learning_rate", "weight_decay", "attention_weight_decay")),
+    *(
+        f"{o}_optimizer.{time}"
+        for o in "gdv"
+        for time in ("warmup_kimg", "decay_kimg", "final_ratio", "beta1", "beta2")
+    ),
 )
 
 
@@ -57,7 +63,7 @@ def _check_numbers(config: Any) -> None:
         raise UserError(f"config.text.length={config.text.length}: must be at least 3 (a byte between begin and end)")
     if config.seed >= 2**32:
         raise UserError(f"config.seed={config.seed}: must be below {2**32}")
-    for name in ("g_optimizer.beta1", "g_optimizer.beta2", "d_optimizer.beta1", "d_optimizer.beta2"):
+    for name in (f"{o}_optimizer.{beta}" for o in "gdv" for beta in ("beta1", "beta2")):
         if _get(config, name) >= 1:
             raise UserError(f"config.{name}={_get(config, name)}: must be below 1")
     for net in _NETS:
@@ -69,6 +75,51 @@ def _check_numbers(config: Any) -> None:
         base = _get(config, f"{net}.channel_base")
         if base < config.resolution:
             raise UserError(f"config.{net}.channel_base={base}: leaves no channel at resolution {config.resolution}")
+
+
+def _check_frozen(config: Any) -> None:
+    _one_of("text.encoder", config.text.encoder, ("bytes", "clip", "t5", "auto"))
+    _one_of("text.layer", config.text.layer, ("penultimate", "last"))
+    _one_of("vision_aided.backbone", config.vision_aided.backbone, ("clip", "dino"))
+    for name in config.vision_aided.augment:
+        _one_of("vision_aided.augment", name, ("color", "translation", "cutout"))
+    v = config.vision_aided
+    if not v.layers or min(v.layers) < 1 or list(v.layers) != sorted(set(v.layers)):
+        raise UserError(f"config.vision_aided.layers={v.layers}: numbers of blocks, at least 1, in rising order")
+    first, last = config.loss.clip
+    if min(first, last) < 0 or not max(first, last) < math.inf:
+        raise UserError(f"config.loss.clip={config.loss.clip}: weights must not be negative")
+    clip = max(first, last) > 0
+    if clip and config.condition != "text":
+        raise UserError(
+            "config.loss.clip: the contrastive loss compares with captions and needs config.condition='text'"
+        )
+    if config.condition != "text":
+        return
+    own = config.text.path if config.text.encoder == "clip" else ""
+    if config.text.encoder != "bytes" and not config.text.path:
+        raise UserError(
+            f"config.text.path is not set: text.encoder={config.text.encoder!r} needs the folder or hub id of its weights; "
+            "text.encoder=bytes needs none"
+        )
+    if clip and not (config.clip.path or own):
+        raise UserError(
+            "config.clip.path is not set: config.loss.clip needs the folder or hub id of a CLIP; (0,0) switches it off"
+        )
+
+
+def _check_vision_aided(config: Any) -> None:
+    text = config.vision_aided.text
+    own = config.text.path if config.text.encoder == "clip" else ""
+    if config.condition == "text" and text.width % text.heads:
+        raise UserError(f"config.vision_aided.text.width={text.width} does not divide into {text.heads} heads")
+    if config.loss.vision_aided and not (
+        config.vision_aided.path or (config.vision_aided.backbone == "clip" and (config.clip.path or own))
+    ):
+        raise UserError(
+            "config.vision_aided.path is not set: config.loss.vision_aided needs the folder or hub id of a "
+            f"{config.vision_aided.backbone} image tower; 0 switches it off"
+        )
 
 
 def validate(config: Any) -> None:
@@ -136,10 +187,8 @@ def validate(config: Any) -> None:
         _one_of("evaluators", name, ("digits",))
     if "digits" in config.evaluators and config.condition != "text":
         raise UserError("config.evaluators: 'digits' asks for digits by captions and needs config.condition='text'")
-    if config.text.encoder != "bytes":
-        raise UserError(
-            f"config.text.encoder={config.text.encoder!r}: this version has 'bytes' (trainable, no download)"
-        )
+    _check_frozen(config)
+    _check_vision_aided(config)
     if config.condition == "class" and config.num_classes < 2:
         raise UserError(f"config.num_classes={config.num_classes}: condition='class' needs at least 2")
     s = config.snapshot

@@ -51,6 +51,7 @@ def verb(argv: Sequence[str]) -> int:
     config = checkpoints.config(step)
     # Sampling shares images between devices, whatever mesh the model was trained on.
     sampler = TextToImage(config, sharding.make_mesh(MeshConfig()))
+    checkpoints.check_frozen(step, sampler.identities)
     wanted = {"g_ema": sampler.abstract_params(), "w_avg": sampler.abstract_w_avg()}
     state = checkpoints.restore_partial(step, wanted)
     prompts, seeds = rows_and_seeds(args.prompt, args.num, args.seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gigagan_jax import cli, sharding
+from gigagan_jax import cli
 from gigagan_jax.config import Config
 from gigagan_jax.data.sources.digits import digit_captions
 from gigagan_jax.data.transforms import resize_and_crop
@@ -90,13 +90,10 @@ def verb(argv: Sequence[str]) -> int:
         raise cli.UserError("--workdir=DIR is needed: the run's checkpoints, metrics and images go there")
     if args.devices:
         raise cli.UserError("--devices goes with --dry_run")
-    sampler = TextToImage(config, sharding.make_mesh(config.mesh))
-    run = Run(
-        config,
-        args.workdir,
-        snapshot=snapshot_hook(config, sampler, args.workdir),
-        finish=[EVALUATORS[name](config, sampler, args.workdir) for name in config.evaluators],
-    )
+    run = Run(config, args.workdir)
+    sampler = TextToImage(config, run.mesh, frozen=run.frozen[0])
+    run.snapshot = snapshot_hook(config, sampler, args.workdir)
+    run.finish = [EVALUATORS[name](config, sampler, args.workdir) for name in config.evaluators]
     if jax.process_index() == 0:
         print(dry_run.summary(run.networks, run.mesh), flush=True)
     try:

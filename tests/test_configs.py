@@ -49,20 +49,26 @@ def test_whole_step(variant):
     networks = Networks(config)
     step = TrainStep(networks)
     state, batch, key = networks.abstract(), abstract_batch(config), jax.eval_shape(lambda: jax.random.key(0))
-    out, metrics = jax.eval_shape(lambda *a: step(*a, with_r1=True), state, batch, key)
+    frozen = networks.frozen.abstract()
+    out, metrics = jax.eval_shape(lambda *a: step(*a, with_r1=True), state, batch, key, frozen)
     assert_same(out, state)
     assert "loss/r1" in metrics
     assert {"loss/d", "loss/g", "grad_norm/d", "grad_norm/g"} <= metrics.keys()
+    assert ("loss/clip" in metrics) == (max(config.loss.clip) > 0)
+    assert ("loss/v" in metrics) == ("loss/g_v" in metrics) == (config.loss.vision_aided > 0)
     assert ("loss/d_match" in metrics) == (config.condition == "text" and config.loss.match_d > 0)
     assert all(m.shape == () and m.dtype == "float32" for m in metrics.values())
 
     if arg == "tiny":
-        out, without = jax.eval_shape(lambda *a: step(*a, with_r1=False), state, batch, key)
+        out, without = jax.eval_shape(lambda *a: step(*a, with_r1=False), state, batch, key, frozen)
         assert_same(out, state)
     else:
         # G's half is the same program with R1 and without: trace D's alone.
-        grads, without = jax.eval_shape(lambda *a: step.d_gradients(*a, False), state, batch, key)
-        assert_same(grads, state.d.params)
+        def critics(state, batch, key, frozen):
+            return step.d_gradients(state, step.encode(batch, frozen), key, False, frozen)
+
+        grads, without = jax.eval_shape(critics, state, batch, key, frozen)
+        assert_same(grads, step.critics(state))
     assert "loss/r1" not in without
 
 

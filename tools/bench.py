@@ -96,6 +96,7 @@ def bench(config: Config, steps: int, repeats: int) -> dict[str, Any]:
     networks = Networks(config)
     step = CompiledStep(TrainStep(networks), mesh)
     state = networks.init(mesh)
+    weights = networks.frozen.load(mesh)[0]
     batch, key = synthetic_batch(config, step.batch_shardings), step.key()
     rows: dict[str, Any] = {}
     for name, with_r1 in (("step", False), ("step_with_r1", True)):
@@ -106,7 +107,7 @@ def bench(config: Config, steps: int, repeats: int) -> dict[str, Any]:
 
         def run(compiled: Any = compiled) -> Any:
             nonlocal state
-            state, metrics = compiled(state, batch, key)
+            state, metrics = compiled(state, batch, key, weights)
             return metrics
 
         timed = seconds(run, steps, repeats)

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,6 +27,8 @@ from gigagan_jax.errors import UserError
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import CompiledStep, TrainStep
 
+# Named scopes of training/step.py.
+PARTS = ("clip_loss", "vision_aided", "text_encoder")
 # bf16 peak, memory and clock of one chip (public documents of Google Cloud; the clock from the compiler's own figures).
 CHIPS = {
     "v5e": (197e12, 16, 1.5e9),
@@ -61,7 +63,8 @@ def plan(config_path: str, overrides: list[str], topology: str, *, with_r1: bool
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     flops = step.flops(with_r1=with_r1) / len(devices)
     text = compiled.as_text()
-    cycles, slowest = _cycles(text)
+    operations = _cycles(text)
+    cycles, slowest, parts = sum(operations.values()), _grouped(operations, _module), _grouped(operations, _part)
     arguments, outputs, alias = (
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
@@ -86,12 +89,13 @@ def plan(config_path: str, overrides: list[str], topology: str, *, with_r1: bool
         "estimated_optimal_seconds": cost.get("optimal_seconds", math.nan),
         "estimated_cycle_seconds": cycles / clock,
         "estimated_share_of_peak": flops / peak / (cycles / clock) if cycles else math.nan,
-        "slowest_ms": [(where, n / clock * 1e3) for where, n in slowest],
+        "parts_ms": [(where, n / clock * 1e3) for where, n in parts],
+        "slowest_ms": [(where, n / clock * 1e3) for where, n in slowest[:12]],
     }
 
 
-def _cycles(text: str) -> tuple[int, list[tuple[str, int]]]:
-    """Sum of the compiler's `estimated_cycles`, loops counted by their trips, and the largest by module."""
+def _cycles(text: str) -> Counter:
+    """The compiler's `estimated_cycles` by the name of the operation, loops counted by their trips."""
     per_computation: dict[str, Counter] = {}
     calls: dict[str, list[tuple[str, int]]] = {}
     current, entry = "", ""
@@ -106,7 +110,7 @@ def _cycles(text: str) -> tuple[int, list[tuple[str, int]]]:
         # The compiler writes the largest unsigned number where it has no estimate.
         if found and current and int(found.group(1)) < 2**62:
             op = re.search(r'op_name="([^"]*)"', line)
-            per_computation[current][_module(op.group(1) if op else "?")] += int(found.group(1))
+            per_computation[current][op.group(1) if op else "?"] += int(found.group(1))
         loop = re.search(r" while\(.*body=%?([\w.\-]+)", line)
         if loop and current:
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
@@ -119,8 +123,20 @@ def _cycles(text: str) -> tuple[int, list[tuple[str, int]]]:
                 out[k] += v * trips
         return out
 
-    everything = total(entry)
-    return sum(everything.values()), everything.most_common(12)
+    return total(entry)
+
+
+def _grouped(operations: Counter, name: Callable[[str], str]) -> list[tuple[str, int]]:
+    """Cycles summed by name(operation), largest first."""
+    out: Counter = Counter()
+    for op, n in operations.items():
+        out[name(op)] += n
+    return out.most_common()
+
+
+def _part(op_name: str) -> str:
+    """Which of the losses (named scopes of the step) an operation belongs to."""
+    return next((part for part in PARTS if part in op_name), "G, D and the rest")
 
 
 def _module(op_name: str) -> str:
@@ -149,6 +165,7 @@ def verb(argv: Sequence[str]) -> int:
     print(
         f"{out['estimated_optimal_seconds'] * 1e3:.0f} ms by optimal_seconds, {out['estimated_share_of_peak']:.1%} of peak"
     )
+    print("by part (cycles): " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in out["parts_ms"]))
     for name, ms in out["slowest_ms"]:
         print(f"  {ms:9.2f} ms  {name}")
     if args.json:

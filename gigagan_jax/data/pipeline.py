@@ -15,6 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from gigagan_jax.data.embeddings import Embeddings
 from gigagan_jax.data.quarantine import MIN_TRIED, Bad, Quarantine, describe
 from gigagan_jax.data.records import BadExample, Example, Source
 from gigagan_jax.data.tokenizers import Tokenizer
@@ -46,6 +47,8 @@ def build(
     start_example: int = 0,
     max_bad_fraction: float = 0.1,
     quarantine_path: str | os.PathLike | None = None,
+    clip_tokenizer: Tokenizer | None = None,
+    embeddings: Embeddings | None = None,
 ) -> "Pipeline":
     """Builds the stream of training batches.
 
@@ -67,6 +70,8 @@ def build(
       max_bad_fraction: share of bad examples beyond which the run ends, judged after 100 examples or an epoch.
       quarantine_path: file to which each bad example is appended once, one JSON object {name, cause} a line. Hosts
         other than the first put their index before the suffix: they may share the folder.
+      clip_tokenizer: captions to `clip_tokens` too, where the CLIP of the contrastive loss has tokens of its own.
+      embeddings: text embeddings made ahead of time, to be delivered with the captions they belong to.
 
     Raises:
       UserError: an argument out of its range, an empty source, or a quarantine_path that cannot be written.
@@ -94,17 +99,22 @@ def build(
         path = Path(quarantine_path)
         quarantine_path = path.with_name(f"{path.stem}.{process_index}{path.suffix}")
 
-    def prepare(example: Example, rng: np.random.Generator) -> Batch:
+    def prepare(example: Example, index: int, rng: np.random.Generator) -> Batch:
         # Drawn first and always both, so that captions do not depend on how images are cropped.
         choice, drop = rng.random(2)
-        caption = ""
+        which: int | None = None
         if example.captions and drop >= caption_dropout:
-            caption = example.captions[int(choice * len(example.captions))]
+            which = int(choice * len(example.captions))
+        caption = "" if which is None else example.captions[which]
+        extra: Batch = {} if clip_tokenizer is None else {"clip_tokens": clip_tokenizer([caption])[0]}
+        if embeddings is not None:
+            extra |= embeddings.of(index, which)
         image = resize_and_crop(example.image, resolution, crop=crop, filter=resize_filter, rng=rng)
         return {
             "image": random_flip(image, rng) if flip else image,
             "tokens": tokenizer([caption])[0],
             "label": np.asarray(example.label, np.int32),
+            **extra,
         }
 
     return Pipeline(
@@ -118,6 +128,7 @@ def build(
         num_threads=num_threads,
         prefetch_examples=prefetch_examples,
         start_example=start_example,
+        embeddings=embeddings,
     )
 
 
@@ -144,7 +155,9 @@ class Pipeline:
         num_threads: int,
         prefetch_examples: int | None,
         start_example: int,
+        embeddings: Embeddings | None = None,
     ):
+        self.embeddings = embeddings
         self.quarantine = quarantine
         self._reader = reader
         self._seed = seed
@@ -262,7 +275,7 @@ class _Reader:
         source: Source,
         seed: int,
         max_bad_fraction: float,
-        prepare: Callable[[Example, np.random.Generator], Batch],
+        prepare: Callable[[Example, int, np.random.Generator], Batch],
     ):
         self.source = source
         self._seed = seed
@@ -283,7 +296,7 @@ class _Reader:
                 bad.append(example)
                 continue
             # The position's generator, not the index's: each epoch crops anew.
-            prepared = self._prepare(example, np.random.default_rng((self._seed, k)))
+            prepared = self._prepare(example, index, np.random.default_rng((self._seed, k)))
             return prepared | {"index": np.asarray(index, self._index_dtype)}, (first, tuple(bad))
         causes: dict[str, int] = {}
         for one in bad:

@@ -52,6 +52,10 @@ class Source(abc.ABC):
     def __getitem__(self, i: int) -> Example:
         """Reads example `i`, 0 <= i < len(self); the same one every time. Raises BadExample if it cannot be decoded."""
 
+    def captions(self, i: int) -> tuple[str, ...]:
+        """Captions of example `i`, those of self[i]; without decoding its image where the source can. Raises BadExample."""
+        return self[i].captions
+
     @abc.abstractmethod
     def name(self, i: int) -> str:
         """Name of example `i`, known without decoding it."""

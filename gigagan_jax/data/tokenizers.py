@@ -1,9 +1,11 @@
 """Captions to token rows. A tokenizer is any object with the members of `Tokenizer`."""
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -69,25 +71,106 @@ class ByteTokenizer:
         return self([""])[0]
 
     def _report_truncation(self, size: int) -> None:
-        global _truncation_reported
-        with _truncation_lock:
-            if _truncation_reported:
-                return
-            _truncation_reported = True
-        _log.warning(
-            "a caption of %d bytes is cut to the %d that a row of %d tokens holds; further cuts are not reported",
-            size,
-            self.length - 2,
-            self.length,
-        )
+        _report_truncation("bytes", size, self.length - 2, self.length)
 
 
-def make_tokenizer(encoder: str, length: int) -> Tokenizer:
-    """The tokenizer of a text encoder, by its name in the config.
+def _report_truncation(unit: str, size: int, room: int, length: int) -> None:
+    global _truncation_reported
+    with _truncation_lock:
+        if _truncation_reported:
+            return
+        _truncation_reported = True
+    _log.warning(
+        "a caption of %d %s is cut to the %d that a row of %d tokens holds; further cuts are not reported",
+        size,
+        unit,
+        room,
+        length,
+    )
+
+
+class FrozenTokenizer:
+    """transformers' tokenizer of a frozen text encoder, from the folder of its weights.
+
+    A row is begin (where the encoder has one), text, end, pads. The empty caption is the null caption.
+
+    Args:
+      folder: with the tokenizer's files.
+      length: tokens a row, begin and end included.
+      vocab_size: ids that the encoder has an embedding for.
+      end_id: what the encoder takes for the end of text.
+      begins: does the encoder want a begin token?
 
     Raises:
-      UserError: no encoder of that name.
+      UserError: no tokenizer there, or one that does not fit the encoder.
     """
-    if encoder != "bytes":
-        raise UserError(f"config.text.encoder={encoder!r}: this version has 'bytes' (trainable, no download)")
-    return ByteTokenizer(length)
+
+    def __init__(self, folder: Path, length: int, *, vocab_size: int, end_id: int, begins: bool):
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        # Reader threads tokenize at once already; and a fork after its own threads have started warns.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        import transformers
+
+        mend = "copy the tokenizer's files (tokenizer.json, or vocab.json and merges.txt) of the same network beside the weights"
+        files = ("tokenizer.json", "vocab.json", "spiece.model")
+        if not any((folder / name).exists() for name in files):
+            raise UserError(f"{folder} holds no tokenizer (none of {', '.join(files)}): {mend}")
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            backend = tokenizer.backend_tokenizer
+        except Exception as e:
+            # A damaged file raises whatever its parser raises.
+            why = str(e).splitlines()[0] if str(e) else ""
+            raise UserError(
+                f"{folder}: its tokenizer cannot be read ({type(e).__name__}: {why[:120]}): {mend}"
+            ) from None
+        # Cut and padded here: those settings are not safe to use from several threads.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.length, self.vocab_size, self.eot_id = length, vocab_size, end_id
+        own = tokenizer.eos_token_id
+        if len(tokenizer) > vocab_size or own != end_id:
+            raise UserError(
+                f"{folder}: the tokenizer does not fit the weights: it has {len(tokenizer)} ids and ends a text by {own}, "
+                f"the weights have {vocab_size} and expect {end_id}: {mend}"
+            )
+        self._begin = [tokenizer.bos_token_id] if begins else []
+        if begins and tokenizer.bos_token_id is None:
+            raise UserError(f"{folder}: the tokenizer has no begin token, which the weights expect: {mend}")
+        self.pad_id = end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._room = length - len(self._begin) - 1
+        if self._room < 1:
+            raise UserError(f"config.text.length={length}: leaves no room for text")
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        """Captions to int32 [N, length]. Long ones are cut, so that the end still ends them."""
+        rows = np.full((len(captions), self.length), self.pad_id, dtype=np.int32)
+        for row, caption in zip(rows, captions, strict=True):
+            # Lone surrogates, legal in JSON files, are no text; text itself is never taken for the end token.
+            text = caption.encode("utf-8", "replace").decode()
+            ids = [i for i in self._backend.encode(text, add_special_tokens=False).ids if i != self.eot_id]
+            if len(ids) > self._room:
+                _report_truncation("tokens", len(ids), self._room, self.length)
+                ids = ids[: self._room]
+            line = [*self._begin, *ids, self.eot_id]
+            row[: len(line)] = line
+        return rows
+
+    def null(self) -> np.ndarray:
+        """The row of the null caption, int32 [length]."""
+        return self([""])[0]
+
+
+def make_tokenizer(encoder: str, length: int, **options: Any) -> Tokenizer:
+    """The tokenizer of a text encoder, by its name in the config.
+
+    Args:
+      encoder: "bytes", or the name of a frozen one.
+      length: tokens a row.
+      options: of a frozen encoder; see FrozenTokenizer.
+
+    Raises:
+      UserError: see FrozenTokenizer.
+    """
+    return ByteTokenizer(length) if encoder == "bytes" else FrozenTokenizer(length=length, **options)

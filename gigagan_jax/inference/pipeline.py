@@ -16,6 +16,8 @@ from gigagan_jax.inference.images import to_uint8
 from gigagan_jax.inference.latents import truncate, z_of_seed
 from gigagan_jax.models.abstract import Module, Params
 from gigagan_jax.models.generator import Generator
+from gigagan_jax.models.pretrained.frozen import Frozen
+from gigagan_jax.models.pretrained.text_spec import tokenizer_options
 
 
 class TextToImage:
@@ -28,13 +30,25 @@ class TextToImage:
       config: the run's config.
       mesh: devices to sample on.
       device_batch: images a device makes at once.
+      frozen: the frozen text encoder's parameters, if they are loaded already; see models/pretrained/frozen.py.
+
+    Attributes:
+      identities: of the frozen networks that were loaded here.
+
+    Raises:
+      UserError: the frozen text encoder is missing or damaged.
     """
 
-    def __init__(self, config: Config, mesh: Any, *, device_batch: int = 8):
+    def __init__(self, config: Config, mesh: Any, *, device_batch: int = 8, frozen: Params | None = None):
         self.config, self.mesh = config, mesh
         self.module = Module("generator", lambda rngs: Generator(config, rngs=rngs))
         self.batch = device_batch * sharding.batch_shards(mesh, config.rules)
-        self.tokenizer = make_tokenizer(config.text.encoder, config.text.length)
+        self.tokenizer = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
+        self.frozen = Frozen(config, roles=("text",))
+        self.identities: dict[str, str] = {}
+        self._frozen: Params = {k: (frozen or {})[k] for k in self.frozen.towers if k in (frozen or {})}
+        if self._frozen.keys() != self.frozen.towers.keys():
+            self._frozen, self.identities = self.frozen.load(mesh)
         self.shardings = self.module.shardings(mesh, config.rules)
         rules = config.rules
         row = lambda *shape: NamedSharding(
@@ -44,15 +58,18 @@ class TextToImage:
         self._inputs = {"tokens": row(config.text.length), "label": row(), "seed": row()}
         self._run = jax.jit(
             self._generate,
-            in_shardings=(self.shardings, everywhere, self._inputs, everywhere),
+            in_shardings=(self.shardings, everywhere, self._inputs, everywhere, self.frozen.shardings(mesh)),
             out_shardings=row(config.resolution, config.resolution, 3),
         )
 
-    def _generate(self, params: Params, w_avg: jax.Array, batch: dict[str, jax.Array], psi: jax.Array) -> jax.Array:
+    def _generate(
+        self, params: Params, w_avg: jax.Array, batch: dict[str, jax.Array], psi: jax.Array, frozen: Params
+    ) -> jax.Array:
         with sharding.use(self.mesh, self.config.rules):
             generator = self.module.bind(params)
             z_dim = self.config.generator.z_dim
-            condition = generator.condition(batch["tokens"], batch["label"])
+            said = self.frozen.encode(frozen, batch["tokens"]) if self.frozen.towers else {}
+            condition = generator.condition(batch["tokens"], batch["label"], said.get("features"))
             w = generator.map(z_of_seed(batch["seed"], z_dim), condition)
             w = truncate(generator, w, condition, w_avg, psi, z_dim)
             return generator.synthesize(w, condition)[-1]
@@ -104,7 +121,7 @@ class TextToImage:
                 (self.batch, *x.shape[1:]), where, lambda index: x[rows][index]
             )
             batch = {k: put(x, self._inputs[k]) for k, x in columns.items()}
-            out = self._run(params, w_avg, batch, psi)
+            out = self._run(params, w_avg, batch, psi, self._frozen)
             try:
                 images.append(to_uint8(_gather(out))[:count])
             except ValueError as e:

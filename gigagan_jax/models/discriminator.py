@@ -234,9 +234,14 @@ class Discriminator(nnx.Module):
             heads.append(head(config, out, width, dtype=dtype, rngs=rngs) if i in exits else None)
         self.entries, self.stages, self.heads = nnx.List(entries), nnx.List(stages), nnx.List(heads)
 
-    def condition(self, tokens: jax.Array | None, labels: jax.Array | None = None) -> jax.Array | None:
-        """tokens int32 [N, C] or labels int32 [N] -> t_D [N, D]: the global descriptor only (sec. 3.3)"""
-        t = self.conditioner(tokens, labels).global_
+    def condition(
+        self, tokens: jax.Array | None, labels: jax.Array | None = None, features: jax.Array | None = None
+    ) -> jax.Array | None:
+        """tokens int32 [N, C] (with features [N, C, D] of a frozen encoder) or labels int32 [N] -> t_D [N, D]
+
+        The global descriptor only (sec. 3.3).
+        """
+        t = self.conditioner(tokens, labels, features).global_
         if t is not None and self.class_mapping:
             t = normalize(t)
             for layer in self.class_mapping:

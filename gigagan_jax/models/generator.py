@@ -150,9 +150,11 @@ class Generator(nnx.Module):
         self.entry, self.rest = nnx.List(entry), nnx.List(rest)
         self.attention, self.to_rgb = nnx.List(attention), nnx.List(to_rgb)
 
-    def condition(self, tokens: jax.Array | None, labels: jax.Array | None = None) -> Condition:
-        """tokens int32 [N, C] or labels int32 [N] -> Condition (eq. 3a)"""
-        return self.conditioner(tokens, labels)
+    def condition(
+        self, tokens: jax.Array | None, labels: jax.Array | None = None, features: jax.Array | None = None
+    ) -> Condition:
+        """tokens int32 [N, C] (with features [N, C, D] of a frozen encoder) or labels int32 [N] -> Condition (eq. 3a)"""
+        return self.conditioner(tokens, labels, features)
 
     def map(self, z: jax.Array, condition: Condition) -> jax.Array:
         """z [N, z_dim] -> w [N, w_dim] (eq. 3b)"""
@@ -176,9 +178,13 @@ class Generator(nnx.Module):
         return images
 
     def __call__(
-        self, z: jax.Array, tokens: jax.Array | None = None, labels: jax.Array | None = None
+        self,
+        z: jax.Array,
+        tokens: jax.Array | None = None,
+        labels: jax.Array | None = None,
+        features: jax.Array | None = None,
     ) -> tuple[list[jax.Array], jax.Array]:
-        """z [N, z_dim], tokens int32 [N, C] or labels int32 [N] -> (images low to high, w [N, w_dim])"""
-        condition = self.condition(tokens, labels)
+        """z [N, z_dim], and what `condition` takes -> (images low to high, w [N, w_dim])"""
+        condition = self.condition(tokens, labels, features)
         w = self.map(z, condition)
         return self.synthesize(w, condition), w

@@ -1,12 +1,14 @@
-"""Conditions: captions through the byte-level encoder and the learned transformer T, or class labels; and the mapping M.
+"""Conditions: captions through a text encoder and the learned transformer T, or class labels; and the mapping M.
+
+The encoder is either the byte-level one, which is trained with the network, or a frozen one (models/pretrained), whose
+features come in from outside.
 
 (t_local, t_global) = T(E_txt(c)): t_global is T's output at the end-of-text token, t_local the outputs at all other
 positions (eq. 3a). w = M(z, t_global) (eq. 3b).
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,10 @@ from flax import nnx
 from gigagan_jax.config import AttentionConfig, Config, TransformerConfig
 from gigagan_jax.models.layers.attention import FeedForward, SelfAttention
 from gigagan_jax.models.layers.equalized import Linear, RmsNorm, Stack, leaky_relu, normalize, param
+from gigagan_jax.models.pretrained.text_spec import BYTE_VOCABULARY, text_spec
 from gigagan_jax.sharding import constrain
 
-# Bytes of UTF-8 shifted by three; the ids of data/tokenizers.py.
-BYTE_VOCABULARY, PAD_ID, END_ID = 259, 0, 2
+PAD_ID = 0  # of the bytes encoder
 
 
 class Condition(NamedTuple):
@@ -32,14 +34,6 @@ class Condition(NamedTuple):
     global_: jax.Array | None
     local: jax.Array | None = None
     mask: jax.Array | None = None
-
-
-class TextEncoder(Protocol):
-    """E_txt: token ids to features. What comes before T, chosen by `config.text.encoder` in ENCODERS."""
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """tokens int32 [N, C] -> features [N, C, config.text.width]"""
-        ...
 
 
 class ByteEncoder(nnx.Module):
@@ -64,9 +58,6 @@ class ByteEncoder(nnx.Module):
         mix = (self.mix[...] * (1.0 / math.sqrt(3.0))).astype(self.dtype)
         near = padded[:, :-2] * mix[0] + x * mix[1] + padded[:, 2:] * mix[2]
         return x + leaky_relu(near + self.bias[...].astype(self.dtype))
-
-
-ENCODERS: dict[str, Callable[..., TextEncoder]] = {"bytes": ByteEncoder}
 
 
 class TransformerBlock(nnx.Module):
@@ -110,27 +101,36 @@ class TextTransformer(nnx.Module):
 
 
 class Conditioner(nnx.Module):
-    """From what the data has (tokens or labels) to a Condition; each network owns one."""
+    """From what the data has (tokens or labels) to a Condition; each network owns one.
+
+    Raises:
+      UserError: the sizes of a frozen encoder cannot be found out (see models/pretrained/text_spec.py).
+    """
 
     def __init__(self, config: Config, transformer: TransformerConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.kind = config.condition
         self.width = transformer.width if self.kind == "text" else config.generator.w_dim
         if self.kind == "text":
-            make = ENCODERS[config.text.encoder]
-            self.encoder = make(config.text.width, config.text.length, dtype=dtype, rngs=rngs)
-            self.transformer = TextTransformer(
-                config.text.width, transformer, remat=config.remat, dtype=dtype, rngs=rngs
-            )
+            self.spec = text_spec(config.text)
+            own = config.text.encoder == "bytes"
+            make = lambda: ByteEncoder(config.text.width, config.text.length, dtype=dtype, rngs=rngs)
+            self.encoder = make() if own else None
+            self.transformer = TextTransformer(self.spec.width, transformer, remat=config.remat, dtype=dtype, rngs=rngs)
         elif self.kind == "class":
             self.embedding = param(rngs, (config.num_classes, self.width), ("vocab", "embed"), std=1.0)
 
-    def __call__(self, tokens: jax.Array | None, labels: jax.Array | None) -> Condition:
-        """tokens int32 [N, C] or labels int32 [N] -> Condition"""
+    def __call__(
+        self, tokens: jax.Array | None, labels: jax.Array | None, features: jax.Array | None = None
+    ) -> Condition:
+        """tokens int32 [N, C] (with features [N, C, D] of a frozen encoder) or labels int32 [N] -> Condition"""
         if self.kind == "text":
-            if tokens is None:
-                raise ValueError("condition='text' needs tokens")
-            end = jnp.argmax(tokens == END_ID, axis=1).astype(jnp.int32)
-            return self.transformer(self.encoder(tokens), tokens != PAD_ID, end)
+            if tokens is not None and self.encoder is not None:
+                features = self.encoder(tokens)
+            if tokens is None or features is None:
+                raise ValueError("condition='text' needs tokens, and with a frozen encoder its features")
+            end = self.spec.end(tokens)
+            mask = jnp.arange(tokens.shape[1]) <= end[:, None]
+            return self.transformer(features, mask, end)
         if self.kind == "class":
             return Condition(self.embedding[...][labels])
         return Condition(None)

@@ -1,6 +1,7 @@
-"""Checkpoints of a run: Orbax, asynchronous, atomic; each holds the state, the position in the data and the config.
+"""Checkpoints of a run: Orbax, asynchronous, atomic; each holds the state, the position in the data, the config, and the
+identities of the frozen networks (not their weights).
 
-A workdir holds `config.json`, `checkpoints/<step>/{state,data,config}`, metrics and snapshots.
+A workdir holds `config.json`, `checkpoints/<step>/{state,data,config,frozen}`, metrics and snapshots.
 """
 
 import json
@@ -81,7 +82,9 @@ class Checkpoints:
                 max_to_keep=config.checkpoint.keep,
                 enable_async_checkpointing=True,
             )
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "data", "config"))
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, item_names=("state", "data", "config", "frozen")
+        )
 
     def _clean(self) -> None:
         """Removes what a killed run had half written: folders that were never renamed into place."""
@@ -96,12 +99,15 @@ class Checkpoints:
         """Step of the newest checkpoint; None when there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, data: Mapping[str, Any], config: Config) -> None:
+    def save(
+        self, step: int, state: Any, data: Mapping[str, Any], config: Config, frozen: Mapping[str, str] | None = None
+    ) -> None:
         """Starts to write a checkpoint and returns when the state is copied; an error of the one before is raised here."""
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(dict(data)),
             config=ocp.args.JsonSave(to_dict(config)),
+            frozen=ocp.args.JsonSave(dict(frozen or {})),
         )
         self._writing(lambda: self._manager.save(step, args=items, force=True))
 
@@ -141,6 +147,19 @@ class Checkpoints:
         self._check(step)
         restored = self._restore(step, config=ocp.args.JsonRestore())
         return from_dict(restored["config"])
+
+    def check_frozen(self, step: int, identities: Mapping[str, str]) -> None:
+        """Raises UserError where a checkpoint was trained with other frozen weights than those of `identities`."""
+        if not (self.folder / str(step) / "frozen").exists():
+            return  # of a version that had no frozen networks
+        stored = self._restore(step, frozen=ocp.args.JsonRestore())["frozen"]
+        for role, identity in identities.items():
+            if role in stored and stored[role] != identity:
+                raise UserError(
+                    f"checkpoint {self.folder / str(step)} was trained with other weights of the frozen network {role!r} "
+                    f"(SHA-256 {stored[role][:12]}..., now {identity[:12]}...): use the network it was trained with, or a new "
+                    "--workdir"
+                )
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """(state, data position) of a checkpoint.

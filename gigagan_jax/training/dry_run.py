@@ -43,7 +43,7 @@ def _million(n: float) -> str:
 def summary(networks: Networks, mesh: Any) -> str:
     """A row for each group of modules: parameters in all and on one device."""
     rows = []
-    for module in (networks.g, networks.d):
+    for module, _ in networks.trained().values():
         whole: dict[str, int] = defaultdict(int)
         local: dict[str, int] = defaultdict(int)
         for path, spec, where in _parameters(module, mesh, networks.config):
@@ -52,6 +52,14 @@ def summary(networks: Networks, mesh: Any) -> str:
             local[key] += math.prod(where.shard_shape(spec.shape))
         rows += [(f"{module.name}/{k}", _million(whole[k]), _million(local[k])) for k in whole]
         rows.append((f"{module.name}", _million(sum(whole.values())), _million(sum(local.values()))))
+    for tower in networks.frozen.towers.values():
+        name = f"frozen {tower.role} ({tower.path})"
+        where = tower.module.shardings(mesh, networks.config.rules)
+        here = sum(
+            math.prod(w.shard_shape(a.shape))
+            for a, w in zip(jax.tree.leaves(tower.module.abstract()), jax.tree.leaves(where), strict=True)
+        )
+        rows.append((name, _million(tower.module.count()), _million(here)))
     shape = ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
     return table(rows, ("module", "M parameters", "M a device")) + f"\nmesh: {shape}"
 
@@ -77,10 +85,11 @@ def memory(networks: Networks, mesh: Any) -> dict[str, int]:
     state, where = networks.abstract(), networks.shardings(mesh)
     part = lambda get: _bytes_per_device(get(state), get(where))
     out = {
-        "parameters": part(lambda s: (s.g.params, s.d.params)),
-        "optimizer": part(lambda s: (s.g.opt, s.d.opt)),
+        "parameters": part(lambda s: [n.params for n in (s.g, s.d, s.v) if n is not None]),
+        "optimizer": part(lambda s: [n.opt for n in (s.g, s.d, s.v) if n is not None]),
         "ema": part(lambda s: (s.g_ema, s.w_avg)),
-        "gradients": max(part(lambda s: s.g.params), part(lambda s: s.d.params)),
+        "frozen": _bytes_per_device(networks.frozen.abstract(), networks.frozen.shardings(mesh)),
+        "gradients": max(part(lambda s: s.g.params), part(lambda s: (s.d.params, s.v.params if s.v else ()))),
         "activations": math.ceil(_kept(networks) / sharding.batch_shards(mesh, config.rules)),
     }
     return out | {"total": sum(out.values())}
@@ -93,11 +102,15 @@ def _kept(networks: Networks) -> int:
     micro = config.batch_size // config.micro_batches
     batch = {k: jax.ShapeDtypeStruct((micro, *x.shape[1:]), x.dtype) for k, x in abstract_batch(config).items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    pg, pd = networks.g.abstract(), networks.d.abstract()
+    frozen = networks.frozen.abstract()
+    batch = jax.eval_shape(step.encode, batch, frozen)
+    pg, critics = networks.g.abstract(), step.critics(networks.abstract())
     gamma = jax.ShapeDtypeStruct((), jnp.float32)
-    d_loss = lambda p, g, b, k, gamma: step.d_loss(p, g, b, k, gamma, False)
+    d_loss = lambda p, g, b, k, gamma, f: step.d_loss(p, g, b, k, gamma, False, f)
+    g_loss = lambda p, c, b, k, f: step.g_loss(p, c, b, k, f, b.get("clip_text"))
     most = 0
-    for loss, own, args in ((step.g_loss, pg, (pd, batch, key)), (d_loss, pd, (pg, batch, key, gamma))):
+    both = ((g_loss, pg, (critics, batch, key, frozen)), (d_loss, critics, (pg, batch, key, gamma, frozen)))
+    for loss, own, args in both:
         pullback = jax.eval_shape(lambda p, *a, loss=loss: jax.vjp(lambda q: loss(q, *a)[0], p)[1], own, *args)
         sized = [x for x in jax.tree.leaves(pullback) if hasattr(x, "shape") and x.shape]
         # What has the micro-batch in front (or a multiple of it: levels and sources joined to it) is an activation.
@@ -120,7 +133,7 @@ def report(config: Config, devices: int, workdir: Path | None) -> str:
     sharding.check_batch(config.batch_size, config.micro_batches, mesh, config.rules)
     networks = Networks(config)
     rows, modules = [], []
-    for module in (networks.g, networks.d):
+    for module, _ in networks.trained().values():
         for path, spec, where in _parameters(module, mesh, config):
             name, shape = f"{module.name}/{path}", "x".join(map(str, spec.shape))
             rows.append((name, shape, f"{math.prod(spec.shape):,}", str(tuple(where.spec)).replace("'", "")))

@@ -1,5 +1,6 @@
 """The training loop: data in, steps, metrics, checkpoints, and the callers' hooks at snapshots and at the end."""
 
+import functools
 import logging
 import math
 import signal
@@ -13,11 +14,16 @@ import jax
 import numpy as np
 
 from gigagan_jax import sharding
-from gigagan_jax.config import Config
+from gigagan_jax.config import Config, TextConfig
 from gigagan_jax.data import pipeline
+from gigagan_jax.data.embeddings import Embeddings
+from gigagan_jax.data.records import Source
 from gigagan_jax.data.sources import make_source
-from gigagan_jax.data.tokenizers import make_tokenizer
+from gigagan_jax.data.tokenizers import Tokenizer, make_tokenizer
 from gigagan_jax.errors import UserError
+from gigagan_jax.models.abstract import Params
+from gigagan_jax.models.pretrained.frozen import clip_length, clip_path, own_clip_tokens
+from gigagan_jax.models.pretrained.text_spec import tokenizer_options
 from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, with_shardings
 from gigagan_jax.training.logging import MetricLogger, Progress
 from gigagan_jax.training.state import GanState, Networks
@@ -37,8 +43,8 @@ class Interrupted(Exception):
         self.number = number
 
 
-def make_pipeline(config: Config, workdir: Path | None) -> pipeline.Pipeline:
-    """The config's stream of batches for this host."""
+def data_source(config: Config) -> Source:
+    """The config's data set."""
     d = config.data
     options: dict[str, Any] = {}
     if d.source == "folder":
@@ -51,12 +57,32 @@ def make_pipeline(config: Config, workdir: Path | None) -> pipeline.Pipeline:
         raise UserError(
             f"{d.path} has {classes} classes (folders), config.num_classes={config.num_classes}: set it to {classes}"
         )
+    return source
+
+
+def tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
+    """(of the text encoder, of the CLIP of the contrastive loss where that has tokens of its own)"""
+    text = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
+    if not own_clip_tokens(config):
+        return text, None
+    clip = TextConfig(encoder="clip", path=clip_path(config), length=clip_length(config))
+    return text, make_tokenizer("clip", clip.length, **tokenizer_options(clip))
+
+
+def make_pipeline(config: Config, workdir: Path | None) -> pipeline.Pipeline:
+    """The config's stream of batches for this host."""
+    d = config.data
+    source = data_source(config)
+    text, clip = tokenizers(config)
+    stored = bool(d.embeddings) and config.condition == "text"
     return pipeline.build(
         source,
         resolution=config.resolution,
         batch_size=config.batch_size,
         seed=config.seed,
-        tokenizer=make_tokenizer(config.text.encoder, config.text.length),
+        tokenizer=text,
+        clip_tokenizer=None if stored else clip,
+        embeddings=Embeddings(Path(d.embeddings), config, source) if stored else None,
         crop=d.crop,
         flip=d.flip,
         caption_dropout=d.caption_dropout,
@@ -96,6 +122,14 @@ class Run:
         self.step = CompiledStep(TrainStep(self.networks), self.mesh)
         self._signal = 0
 
+    @functools.cached_property
+    def frozen(self) -> tuple[Params, dict[str, str]]:
+        """The frozen networks' parameters, loaded once, and their identities."""
+        names = ", ".join(f"{t.role} ({t.path})" for t in self.networks.frozen.towers.values())
+        if names:
+            _log.info("loading the frozen networks: %s", names)
+        return self.networks.frozen.load(self.mesh)
+
     def train(self) -> GanState:
         """Trains to `total_kimg`, from the newest checkpoint if there is one, and returns the final state.
 
@@ -109,11 +143,14 @@ class Run:
         with make_pipeline(config, self.workdir) as data:
             checkpoints = Checkpoints(self.workdir, config)
             try:
-                state, step = self._start(checkpoints, data)
+                weights, identities = self.frozen
+                if data.embeddings is not None:
+                    identities = identities | data.embeddings.identities
+                state, step = self._start(checkpoints, data, identities)
                 resumed = step if step else None
                 with MetricLogger(self.workdir, enabled=jax.process_index() == 0, resume_step=resumed) as logger:
                     with self._signals():
-                        state = self._loop(state, step, data, checkpoints, logger)
+                        state = self._loop(state, step, data, checkpoints, logger, weights, identities)
                     checkpoints.wait()
                     kimg = int(state.images) / 1000
                     for hook in self.finish:
@@ -122,19 +159,39 @@ class Run:
                 checkpoints.close()
         return state
 
-    def _start(self, checkpoints: Checkpoints, data: pipeline.Pipeline) -> tuple[GanState, int]:
+    def _start(
+        self, checkpoints: Checkpoints, data: pipeline.Pipeline, identities: dict[str, str]
+    ) -> tuple[GanState, int]:
         latest = checkpoints.latest()
         if latest is None:
             _log.info("start: initialising G and D")
             return self.networks.init(self.mesh), 0
         _log.info("resume: restoring checkpoint %d", latest)
+        checkpoints.check_frozen(latest, identities)
+        before = checkpoints.config(latest)
+        for name, o in (("g", self.config.g_optimizer), ("d", self.config.d_optimizer), ("v", self.config.v_optimizer)):
+            if o.decay_kimg and before.total_kimg < self.config.total_kimg:
+                _log.warning(
+                    "total_kimg was %g and is now %g: the learning rate of %s, which decays over the last %g kimg, may rise",
+                    before.total_kimg,
+                    self.config.total_kimg,
+                    name.upper(),
+                    o.decay_kimg,
+                )
         abstract = with_shardings(self.networks.abstract(), self.step.state_shardings)
         state, position = checkpoints.restore(latest, abstract)
         data.restore(position)
         return state, latest
 
     def _loop(
-        self, state: GanState, step: int, data: pipeline.Pipeline, checkpoints: Checkpoints, logger: MetricLogger
+        self,
+        state: GanState,
+        step: int,
+        data: pipeline.Pipeline,
+        checkpoints: Checkpoints,
+        logger: MetricLogger,
+        weights: Params,
+        identities: dict[str, str],
     ) -> GanState:
         config = self.config
         images = int(state.images)
@@ -160,7 +217,7 @@ class Run:
             began = time.monotonic()
             if first_time:
                 _log.info("compiling the train step %s R1 (once)", "with" if with_r1 else "without")
-            state, metrics = self.step(state, self._next(data), key, with_r1=with_r1)
+            state, metrics = self.step(state, self._next(data), key, weights, with_r1=with_r1)
             step += 1
             images += config.batch_size
             latest |= metrics
@@ -192,7 +249,7 @@ class Run:
                 self._check_finite(values, images, saved)
             began = time.monotonic()
             if save:
-                checkpoints.save(step, state, data.state(), config)
+                checkpoints.save(step, state, data.state(), config, identities)
                 saved = step
             if self.snapshot is not None and (due(config.snapshot_kimg) or images >= total):
                 self.snapshot(state, images / 1000, logger)

@@ -71,6 +71,20 @@ def match_g(fake: jax.Array) -> jax.Array:
     return softplus(-fake)
 
 
+def clip_contrastive(image: jax.Array, own: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
+    """CLIP contrastive loss (eq. 9), image to text: -log softmax over the captions of the global batch, at the own one.
+
+    Args:
+      image: [N, P] normalised embeddings of generated images
+      own: [N, P] normalised embeddings of their captions
+      text: [M, P] those of all captions of the global batch, the own ones among them
+      scale: CLIP's logit scale (100 in the published networks)
+    """
+    exact = jax.lax.Precision.HIGHEST  # the scale multiplies what rounding does to a cosine
+    logits = scale * jnp.einsum("np,mp->nm", image, text, precision=exact)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(image * own, axis=1))
+
+
 def r1(logit: Callable[[list[jax.Array]], jax.Array], reals: list[jax.Array]) -> jax.Array:
     """Mean over images of the squared gradient norm of `logit` by the images (Mescheder et al., 2018).
 

@@ -13,6 +13,8 @@ from gigagan_jax.config import Config
 from gigagan_jax.models.abstract import Module, Params
 from gigagan_jax.models.discriminator import Discriminator
 from gigagan_jax.models.generator import Generator
+from gigagan_jax.models.pretrained.frozen import Frozen
+from gigagan_jax.models.vision_aided import VisionAided
 from gigagan_jax.training.optim import make_optimizer
 
 
@@ -33,6 +35,7 @@ class GanState:
     g, d: both networks
     g_ema: moving average of g.params
     w_avg: float32 [w_dim], moving average of w, for truncation
+    v: the heads of the vision-aided discriminator; None where it is off
     """
 
     step: Any  # jax.Array, or what stands for one: a ShapeDtypeStruct, a NamedSharding
@@ -41,37 +44,49 @@ class GanState:
     d: Net
     g_ema: Params
     w_avg: Any
+    v: Net | None = None
 
 
 class Networks:
-    """G, D and their optimizers for a config; holds no arrays."""
+    """G, D, the vision-aided heads V where they are on, their optimizers and the frozen networks; holds no arrays."""
 
     def __init__(self, config: Config):
         self.config = config
         self.g = Module("generator", lambda rngs: Generator(config, rngs=rngs))
         self.d = Module("discriminator", lambda rngs: Discriminator(config, rngs=rngs))
+        self.frozen = Frozen(config)
+        self.v = (
+            Module("vision_aided", lambda rngs: VisionAided(config, rngs=rngs)) if config.loss.vision_aided else None
+        )
+        self.v_tx = None if self.v is None else make_optimizer(config.v_optimizer, self.v.axes())
         self.g_tx = make_optimizer(config.g_optimizer, self.g.axes())
         self.d_tx = make_optimizer(config.d_optimizer, self.d.axes(), lazy_interval=config.loss.r1_interval)
 
+    def trained(self) -> dict[str, tuple[Module, optax.GradientTransformation]]:
+        """Every network that learns, with its optimizer, by its name in the state."""
+        nets = {"g": (self.g, self.g_tx), "d": (self.d, self.d_tx)}
+        return nets if self.v is None or self.v_tx is None else nets | {"v": (self.v, self.v_tx)}
+
     def abstract(self) -> GanState:
         """The state as ShapeDtypeStructs."""
-        pg, pd = self.g.abstract(), self.d.abstract()
+        nets = {}
+        for name, (module, tx) in self.trained().items():
+            params = module.abstract()
+            nets[name] = Net(params, jax.eval_shape(tx.init, params))
         return GanState(
             step=jax.ShapeDtypeStruct((), jnp.int32),
             images=jax.ShapeDtypeStruct((), jnp.uint32),
-            g=Net(pg, jax.eval_shape(self.g_tx.init, pg)),
-            d=Net(pd, jax.eval_shape(self.d_tx.init, pd)),
-            g_ema=pg,
+            g_ema=nets["g"].params,
             w_avg=jax.ShapeDtypeStruct((self.config.generator.w_dim,), jnp.float32),
+            **nets,
         )
 
     def shardings(self, mesh: Any) -> GanState:
         """Shardings of the state; optimizer moments and EMA follow their parameter."""
-        rules = self.config.rules
         everywhere = NamedSharding(mesh, PartitionSpec())
-        nets = []
-        for module, tx in ((self.g, self.g_tx), (self.d, self.d_tx)):
-            params = module.shardings(mesh, rules)
+        nets = {}
+        for name, (module, tx) in self.trained().items():
+            params = module.shardings(mesh, self.config.rules)
             opt = optax.tree_map_params(
                 tx,
                 lambda _, where: where,
@@ -79,23 +94,21 @@ class Networks:
                 params,
                 transform_non_params=lambda _: everywhere,
             )
-            nets.append(Net(params, opt))
-        return GanState(everywhere, everywhere, nets[0], nets[1], nets[0].params, everywhere)
+            nets[name] = Net(params, opt)
+        return GanState(everywhere, everywhere, g_ema=nets["g"].params, w_avg=everywhere, **nets)
 
     def init(self, mesh: Any) -> GanState:
         """The initial state, born sharded."""
         where = self.shardings(mesh)
-        seed = self.config.seed
-        pg, pd = self.g.init(seed, where.g.params), self.d.init(seed, where.d.params)
-        opts = jax.jit(lambda a, b: (self.g_tx.init(a), self.d_tx.init(b)), out_shardings=(where.g.opt, where.d.opt))(
-            pg, pd
-        )
+        trained = self.trained()
+        params = {k: module.init(self.config.seed, getattr(where, k).params) for k, (module, _) in trained.items()}
+        start = lambda params: {k: tx.init(params[k]) for k, (_, tx) in trained.items()}
+        opts = jax.jit(start, out_shardings={k: getattr(where, k).opt for k in trained})(params)
         put = lambda value: jax.make_array_from_callback(value.shape, where.step, lambda index: value[index])
         return GanState(
             step=put(np.zeros((), np.int32)),
             images=put(np.zeros((), np.uint32)),
-            g=Net(pg, opts[0]),
-            d=Net(pd, opts[1]),
-            g_ema=jax.tree.map(jnp.copy, pg),
+            g_ema=jax.tree.map(jnp.copy, params["g"]),
             w_avg=put(np.zeros((self.config.generator.w_dim,), np.float32)),
+            **{k: Net(params[k], opts[k]) for k in trained},
         )

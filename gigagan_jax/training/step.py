@@ -1,4 +1,7 @@
-"""One training step, top to bottom as in the paper (sec. 3.3): D on real and generated images, then G, then the averages."""
+"""One training step, top to bottom as in the paper (sec. 3.3): D (and V) on real and generated images, then G, then averages.
+
+`critics` are the parameters of what judges: of D alone, or {"d": ..., "v": ...} with the vision-aided heads V.
+"""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +15,10 @@ from gigagan_jax import sharding
 from gigagan_jax.config import Config
 from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.layers.resample import pyramid
+from gigagan_jax.models.pretrained.frozen import clip_length, clip_width, own_clip_tokens, uses_clip_loss
+from gigagan_jax.models.pretrained.text_spec import text_spec
 from gigagan_jax.training import losses
+from gigagan_jax.training.augment import augment
 from gigagan_jax.training.flops import count_flops
 from gigagan_jax.training.mismatch import mismatch
 from gigagan_jax.training.optim import learning_rate
@@ -23,24 +29,37 @@ Metrics = dict[str, jax.Array]
 
 
 def batch_axes(name: str) -> tuple[str | None, ...]:
-    """Logical axes of one entry of a batch: `image` uint8 [N, R, R, 3], `tokens` int32 [N, C], `label` int32 [N]."""
-    return ("batch", *(None,) * {"image": 3, "tokens": 1, "label": 0}[name])
+    """Logical axes of one entry of a batch.
+
+    `image` uint8 [N, R, R, 3], `tokens` int32 [N, C], `label` int32 [N]; `clip_tokens` int32 [N, C'] where the contrastive
+    loss has other tokens; `features` [N, C, D] and `clip_text` [N, P] where text embeddings are stored with the data (else
+    the step makes them).
+    """
+    return ("batch", *(None,) * {"image": 3, "features": 2, "label": 0}.get(name, 1))
 
 
 def batch_entries(config: Config) -> tuple[str, ...]:
     """Which entries of the data's batch the step takes."""
-    return ("image", "tokens", "label") if config.condition == "text" else ("image", "label")
+    if config.condition != "text":
+        return ("image", "label")
+    entries = ["image", "tokens", "label"]
+    stored, clip = bool(config.data.embeddings), uses_clip_loss(config)
+    entries += ["features"] * stored + ["clip_text"] * (stored and clip)
+    return (*entries, *["clip_tokens"] * (own_clip_tokens(config) and not stored))
 
 
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """ShapeDtypeStructs of a global batch."""
     n, r = config.batch_size, config.resolution
-    shapes = {
-        "image": ((n, r, r, 3), jnp.uint8),
-        "tokens": ((n, config.text.length), jnp.int32),
-        "label": ((n,), jnp.int32),
+    shapes: dict[str, Callable[[], Any]] = {
+        "image": lambda: ((n, r, r, 3), jnp.uint8),
+        "tokens": lambda: ((n, config.text.length), jnp.int32),
+        "label": lambda: ((n,), jnp.int32),
+        "clip_tokens": lambda: ((n, clip_length(config)), jnp.int32),
+        "features": lambda: ((n, config.text.length, text_spec(config.text).width), jnp.dtype(config.dtype)),
+        "clip_text": lambda: ((n, clip_width(config)), jnp.float32),
     }
-    return {k: jax.ShapeDtypeStruct(*shapes[k]) for k in batch_entries(config)}
+    return {k: jax.ShapeDtypeStruct(*shapes[k]()) for k in batch_entries(config)}
 
 
 def batch_shardings(config: Config, mesh: Any) -> dict[str, NamedSharding]:
@@ -69,17 +88,50 @@ class TrainStep:
         self.matches = self.config.condition == "text" and (
             self.config.loss.match_d > 0 or self.config.loss.match_g > 0
         )
+        self.frozen = networks.frozen
+        self.weights_vision = (1.0 / len(self.config.vision_aided.layers),) * len(self.config.vision_aided.layers)
 
     # -- what both halves share
+
+    def encode(self, batch: Batch, frozen: Params) -> Batch:
+        """The batch with what frozen encoders say of its captions, once for both halves."""
+        if "text" not in self.frozen.users and "clip_text" not in self.frozen.users:
+            return batch
+        with jax.named_scope("text_encoder"):
+            said = self.frozen.encode(frozen, batch["tokens"], batch.get("clip_tokens"))
+        return batch | {k: sharding.constrain(x, *batch_axes(k)) for k, x in said.items()}
+
+    def critics(self, state: GanState) -> Params:
+        """Parameters of what judges."""
+        return state.d.params if state.v is None else {"d": state.d.params, "v": state.v.params}
+
+    def split(self, critics: Params) -> tuple[Params, Params | None]:
+        """(of D, of V or None)"""
+        return (critics, None) if self.networks.v is None else (critics["d"], critics["v"])
+
+    def vision_logits(
+        self, params: Params, frozen: Params, images: jax.Array, batch: Batch, key: jax.Array
+    ) -> list[jax.Array]:
+        """What V says of images [N, S, R, R, 3], augmented by one draw an image -> [N, S, h * w] a layer"""
+        n, s = images.shape[:2]
+        c = self.config.vision_aided
+        assert self.networks.v is not None
+        v = self.networks.v.bind(params)
+        flat = augment(key, images.reshape(n * s, *images.shape[2:]), c.augment)
+        features = self.frozen.vision_features(frozen, sharding.constrain(flat, "batch", None, None, None))
+        t = v.condition(batch.get("tokens"), batch["label"], batch.get("features"))
+        logits = v(features, None if t is None else jnp.repeat(t, s, axis=0))
+        return [x.reshape(n, s, -1) for x in logits]
 
     def fakes(self, params: Params, batch: Batch, key: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         """Generated pyramids for the captions of the batch -> (images low to high, w [N, w_dim])"""
         z = jax.random.normal(key, (batch["image"].shape[0], self.config.generator.z_dim))
-        return self.networks.g.bind(params)(sharding.constrain(z, "batch", None), batch.get("tokens"), batch["label"])
+        z = sharding.constrain(z, "batch", None)
+        return self.networks.g.bind(params)(z, batch.get("tokens"), batch["label"], batch.get("features"))
 
     def captions(self, disc: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         """t_D of each image's own caption and of a wrong one -> (t [N, 2, D], valid [N]); see mismatch.py"""
-        t = disc.condition(batch.get("tokens"), batch["label"])
+        t = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
         if t is None:
             return None, None
         if not self.matches:
@@ -91,10 +143,18 @@ class TrainStep:
     # -- the two losses
 
     def d_loss(
-        self, params: Params, g_params: Params, batch: Batch, key: jax.Array, gamma: jax.Array, with_r1: bool
+        self,
+        critics: Params,
+        g_params: Params,
+        batch: Batch,
+        key: jax.Array,
+        gamma: jax.Array,
+        with_r1: bool,
+        frozen: Params | None = None,
     ) -> tuple[jax.Array, Metrics]:
-        """Loss of D on one micro-batch; eq. 6 with eq. 8, and R1."""
+        """Loss of D (and of V) on one micro-batch; eq. 6 with eq. 8, and R1."""
         c = self.config
+        params, v_params = self.split(critics)
         key_z, key_wrong = jax.random.split(key)
         disc = self.networks.d.bind(params)
         real = batch["image"].astype(jnp.float32) / 127.5 - 1.0
@@ -115,6 +175,14 @@ class TrainStep:
             metrics["logits/wrong"] = wrong_real[-len(reals)].mean()
         metrics |= {"logits/real": real_[-len(reals)].mean(), "logits/fake": fake[-len(reals)].mean()}
 
+        if v_params is not None:
+            with jax.named_scope("vision_aided"):
+                both = jnp.stack([fakes[0], real], axis=1)
+                seen = self.vision_logits(v_params, frozen or {}, both, batch, jax.random.fold_in(key, 2))
+                fake_v, real_v = ([x[:, source] for x in seen] for source in (0, 1))
+                metrics["loss/v"] = losses.over_pairs(losses.gan_d, self.weights_vision, fake_v, real_v)
+            loss += metrics["loss/v"]
+
         if with_r1:
             own = None if t is None else t[:, :1]
             by = 1 if c.loss.r1_levels == "full" else len(reals)
@@ -127,9 +195,24 @@ class TrainStep:
             loss += 0.5 * gamma * c.loss.r1_interval * metrics["loss/r1"]
         return loss, metrics | {"loss/d": loss}
 
-    def g_loss(self, params: Params, d_params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """Loss of G on one micro-batch."""
+    def g_loss(
+        self,
+        params: Params,
+        critics: Params,
+        batch: Batch,
+        key: jax.Array,
+        frozen: Params | None = None,
+        captions: jax.Array | None = None,
+        progress: jax.Array | float = 0.0,
+    ) -> tuple[jax.Array, Metrics]:
+        """Loss of G on one micro-batch.
+
+        Args:
+          captions: [M, P] embeddings of all captions of the global batch, for eq. 9
+          progress: share of the run that is done, for what is ramped
+        """
         c = self.config
+        d_params, v_params = self.split(critics)
         key_z, key_wrong = jax.random.split(key)
         images, w = self.fakes(params, batch, key_z)
         disc = self.networks.d.bind(d_params)
@@ -143,6 +226,19 @@ class TrainStep:
             metrics["loss/g_match"] = losses.over_pairs(losses.match_g, self.weights_match, wrong, valid=valid)
             loss += c.loss.match_g * metrics["loss/g_match"]
         out = images[-1]
+        if captions is not None:
+            with jax.named_scope("clip_loss"):
+                embedding, scale = self.frozen.clip_image(frozen or {}, out)
+                embedding = sharding.constrain(embedding, "batch", None)
+                metrics["loss/clip"] = losses.clip_contrastive(embedding, batch["clip_text"], captions, scale)
+            first, last = c.loss.clip
+            loss += (first + (last - first) * progress) * metrics["loss/clip"]
+        if v_params is not None:
+            with jax.named_scope("vision_aided"):
+                seen = self.vision_logits(v_params, frozen or {}, out[:, None], batch, jax.random.fold_in(key, 2))
+                own_v = [x[:, 0] for x in seen]
+                metrics["loss/g_v"] = losses.over_pairs(losses.gan_g, self.weights_vision, own_v)
+            loss += c.loss.vision_aided * metrics["loss/g_v"]
         metrics["image/spread"] = jnp.std(out, axis=0).mean()
         return loss, metrics | {"loss/g": loss, "w": w.mean(0)}
 
@@ -171,32 +267,54 @@ class TrainStep:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, params, *args, first, key))
         return jax.lax.scan(body, zeros, (stacked, jnp.arange(parts)))[0]
 
-    def d_gradients(self, state: GanState, batch: Batch, key: jax.Array, with_r1: bool) -> tuple[Params, Metrics]:
-        """Gradient of D's loss."""
+    def progress(self, state: GanState) -> jax.Array:
+        """Share of the run that is done, 0 to 1."""
+        return jnp.minimum(1.0, state.images.astype(jnp.float32) / (self.config.total_kimg * 1000.0))
+
+    def d_gradients(
+        self, state: GanState, batch: Batch, key: jax.Array, with_r1: bool, frozen: Params | None = None
+    ) -> tuple[Params, Metrics]:
+        """Gradient of the critics' loss."""
         first, last = self.config.loss.r1_gamma
-        progress = jnp.minimum(1.0, state.images.astype(jnp.float32) / (self.config.total_kimg * 1000.0))
-        gamma = first + (last - first) * progress
+        gamma = first + (last - first) * self.progress(state)
 
-        def loss(params: Params, g_params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-            return self.d_loss(params, g_params, batch, key, gamma, with_r1)
+        def loss(critics: Params, g_params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+            return self.d_loss(critics, g_params, batch, key, gamma, with_r1, frozen)
 
-        return self.gradients(loss, state.d.params, batch, key, state.g.params)
+        return self.gradients(loss, self.critics(state), batch, key, state.g.params)
 
-    def g_gradients(self, state: GanState, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
-        """Gradient of G's loss, by the parameters of D that are in the state."""
-        return self.gradients(self.g_loss, state.g.params, batch, key, state.d.params)
+    def g_gradients(
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params | None = None
+    ) -> tuple[Params, Metrics]:
+        """Gradient of G's loss, by the critics that are in the state."""
+        # Negatives are the captions of the global batch, whatever micro-batch an image is in: gathered once.
+        captions = sharding.constrain(batch["clip_text"], None, None) if "clip_text" in batch else None
+        progress = self.progress(state)
 
-    def __call__(self, state: GanState, batch: Batch, key: jax.Array, *, with_r1: bool) -> tuple[GanState, Metrics]:
-        """(state, global batch, the run's key) -> (state, metrics); `with_r1` is static."""
+        def loss(params: Params, critics: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+            return self.g_loss(params, critics, batch, key, frozen, captions, progress)
+
+        return self.gradients(loss, state.g.params, batch, key, self.critics(state))
+
+    def __call__(
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params | None = None, *, with_r1: bool
+    ) -> tuple[GanState, Metrics]:
+        """(state, global batch, the run's key, frozen networks) -> (state, metrics); `with_r1` is static."""
         c, nets = self.config, self.networks
         key_d, key_g = jax.random.split(jax.random.fold_in(key, state.step))
+        batch = self.encode(batch, frozen or {})
 
-        grads, metrics = self.d_gradients(state, batch, key_d, with_r1)
+        grads, metrics = self.d_gradients(state, batch, key_d, with_r1, frozen)
+        d_grads, v_grads = self.split(grads)
         rate = learning_rate(c.d_optimizer, state.images, c.total_kimg, lazy_interval=c.loss.r1_interval)
-        d, metrics["grad_norm/d"] = _update(nets.d_tx, state.d, grads, rate)
-        state = state.replace(d=d)  # type: ignore[attr-defined]
+        d, metrics["grad_norm/d"] = _update(nets.d_tx, state.d, d_grads, rate)
+        v = state.v
+        if v is not None:
+            rate = learning_rate(c.v_optimizer, state.images, c.total_kimg)
+            v, metrics["grad_norm/v"] = _update(nets.v_tx, v, v_grads or {}, rate)
+        state = state.replace(d=d, v=v)  # type: ignore[attr-defined]
 
-        grads, g_metrics = self.g_gradients(state, batch, key_g)
+        grads, g_metrics = self.g_gradients(state, batch, key_g, frozen)
         rate = learning_rate(c.g_optimizer, state.images, c.total_kimg)
         g, g_metrics["grad_norm/g"] = _update(nets.g_tx, state.g, grads, rate)
         w = g_metrics.pop("w")
@@ -206,7 +324,7 @@ class TrainStep:
         g_ema = jax.tree.map(lambda e, p: p + (e - p) * keep, state.g_ema, g.params)
         w_keep = c.generator.w_avg_decay
         w_avg = jnp.where(state.step == 0, w, w + (state.w_avg - w) * w_keep)
-        return GanState(state.step + 1, images, g, d, g_ema, w_avg), {**metrics, **g_metrics}
+        return GanState(state.step + 1, images, g, d, g_ema, w_avg, v), {**metrics, **g_metrics}
 
 
 def ema_decay(config: Config, images: jax.Array) -> jax.Array:
@@ -227,6 +345,8 @@ def _update(tx: Any, net: Net, grads: Params, rate: jax.Array) -> tuple[Net, jax
 class CompiledStep:
     """The step on a mesh: two compiled programs (with and without R1), state donated, everything sharded.
 
+    Frozen networks are an argument of their own, sharded and not donated.
+
     Attributes:
       traces: `with_r1` of each tracing so far; two entries in a healthy run.
     """
@@ -237,34 +357,41 @@ class CompiledStep:
         self.traces: list[bool] = []
         self.state_shardings = step.networks.shardings(mesh)
         self.batch_shardings = batch_shardings(self.config, mesh)
+        self.frozen_shardings = step.networks.frozen.shardings(mesh)
         everywhere = NamedSharding(mesh, PartitionSpec())
         self.key_sharding = everywhere
         self._jit = jax.jit(
             self._run,
             static_argnames="with_r1",
             donate_argnums=0,
-            in_shardings=(self.state_shardings, self.batch_shardings, everywhere),
+            in_shardings=(self.state_shardings, self.batch_shardings, everywhere, self.frozen_shardings),
             out_shardings=(self.state_shardings, everywhere),
         )
 
-    def _run(self, state: GanState, batch: Batch, key: jax.Array, with_r1: bool) -> tuple[GanState, Metrics]:
+    def _run(
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params, with_r1: bool
+    ) -> tuple[GanState, Metrics]:
         self.traces.append(with_r1)
         with sharding.use(self.mesh, self.config.rules):
-            return self.step(state, batch, key, with_r1=with_r1)
+            return self.step(state, batch, key, frozen, with_r1=with_r1)
 
-    def __call__(self, state: GanState, batch: Batch, key: jax.Array, *, with_r1: bool) -> tuple[GanState, Metrics]:
-        return self._jit(state, batch, key, with_r1)
+    def __call__(
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params | None = None, *, with_r1: bool
+    ) -> tuple[GanState, Metrics]:
+        return self._jit(state, batch, key, frozen or {}, with_r1)
 
     def flops(self, *, with_r1: bool) -> int:
         """Floating-point operations of one step over all devices, from its trace; see flops.py."""
         key = jax.eval_shape(functools.partial(jax.random.key, 0))
         run = functools.partial(self.step, with_r1=with_r1)
-        return count_flops(run, self.step.networks.abstract(), abstract_batch(self.config), key)
+        nets = self.step.networks
+        return count_flops(run, nets.abstract(), abstract_batch(self.config), key, nets.frozen.abstract())
 
     def lower(self, *, with_r1: bool) -> Any:
         """The step lowered for abstract arguments: to look at, or to compile for a device that is not here."""
         key = jax.eval_shape(functools.partial(jax.random.key, 0))
-        return self._jit.lower(self.step.networks.abstract(), abstract_batch(self.config), key, with_r1)
+        nets = self.step.networks
+        return self._jit.lower(nets.abstract(), abstract_batch(self.config), key, nets.frozen.abstract(), with_r1)
 
     def key(self) -> jax.Array:
         """The run's key, the same on all hosts."""

@@ -23,6 +23,10 @@ from gigagan_jax.training.loop import Run
 from gigagan_jax.training.state import Networks
 
 ROOT = Path(__file__).parents[2]
+# For child processes: one device, compiled fast.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 
 
 def small(**fields):
@@ -49,8 +53,8 @@ def read(workdir: Path, config, devices=1):
 def child(workdir: Path, *extra: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "gigagan_jax.train", "--config=configs/digits.py:tiny", f"--workdir={workdir}"]
     fields = ["--config.total_kimg=0.64", "--config.checkpoint_kimg=0.032", "--config.snapshot_kimg=10", *extra]
-    # One device. Compiled once, by the first child: what is tested here is the state, not the compiler.
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    # Compiled once, by the first child: what is tested here is the state, not the compiler.
+    environment = os.environ | {"XLA_FLAGS": QUICK}
     with open(workdir.parent / f"{workdir.name}.log", "a") as out:
         return subprocess.Popen(command + fields, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
 

@@ -42,6 +42,9 @@ class DigitsSource(Source):
         label = self._labels[i]
         return Example(image=self._images[i], captions=digit_captions(label), label=label, name=self.name(i))
 
+    def captions(self, i: int) -> tuple[str, ...]:
+        return digit_captions(self._labels[i])
+
     def name(self, i: int) -> str:
         return f"digits/{i:04d}"
 

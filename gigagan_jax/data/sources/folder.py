@@ -63,14 +63,20 @@ class FolderSource(Source):
         `caption_unreadable` (the file system refuses) or `caption_empty` (no line with text).
         """
         name = self._names[i]
-        captions: tuple[str, ...] = ()
-        if _caption_name(name) in self._caption_files:
-            captions = decode_captions(self._read(_caption_name(name), "caption_unreadable"))
-        if self._caption_required and not captions:
-            raise BadExample("caption_empty", f"{_caption_name(name)} has no text")
+        captions = self.captions(i)
         image = decode_image(self._read(name, "image_unreadable"))
         label = self._label_of[PurePosixPath(name).parts[0]] if self._label_of else UNKNOWN_LABEL
         return Example(image=image, captions=captions, label=label, name=name)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """Lines of the caption file; see `__getitem__`."""
+        file = _caption_name(self._names[i])
+        captions: tuple[str, ...] = ()
+        if file in self._caption_files:
+            captions = decode_captions(self._read(file, "caption_unreadable"))
+        if self._caption_required and not captions:
+            raise BadExample("caption_empty", f"{file} has no text")
+        return captions
 
     def name(self, i: int) -> str:
         """Path relative to the folder, with forward slashes."""

@@ -1,0 +1,296 @@
+"""The frozen networks that a config asks for: which, what they look like, how they are loaded, and what they are asked.
+
+Roles: `text` is E_txt before T; `clip_text` and `clip_image` are the CLIP of the contrastive loss; `vision_aided` is the
+image tower under the vision-aided discriminator. Where two roles are the same tower of the same weights it exists once.
+Their parameters are an argument of every function that uses them: sharded, in the computation's precision, never
+donated, never in a checkpoint. A checkpoint holds their identities instead.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gigagan_jax.config import Config, TextConfig
+from gigagan_jax.errors import UserError
+from gigagan_jax.models.abstract import Module, Params, is_spec
+from gigagan_jax.models.pretrained import clip, dino, files, t5
+from gigagan_jax.models.pretrained.files import Row, Weights
+from gigagan_jax.models.pretrained.text_spec import NEEDS, WITHOUT_CLIP, architecture, text_spec
+from gigagan_jax.models.vision_aided import RandomProjection
+
+
+def clip_path(config: Config) -> str:
+    """Of the CLIP of the contrastive loss."""
+    return config.clip.path or (config.text.path if config.text.encoder == "clip" else "")
+
+
+def vision_path(config: Config) -> str:
+    """Of the image tower of the vision-aided discriminator."""
+    return config.vision_aided.path or (clip_path(config) if config.vision_aided.backbone == "clip" else "")
+
+
+def uses_clip_loss(config: Config) -> bool:
+    """Is the contrastive loss on?"""
+    return max(config.loss.clip) > 0
+
+
+def clip_width(config: Config) -> int:
+    """Width P of the space in which the contrastive loss compares."""
+    return architecture("clip", clip_path(config), NEEDS["clip_text"]).projection_dim
+
+
+def clip_length(config: Config) -> int:
+    """Tokens a row of the CLIP of the contrastive loss."""
+    sizes = architecture("clip", clip_path(config), NEEDS["clip_text"]).text
+    return sizes.max_position_embeddings if sizes is not None else 0
+
+
+def own_clip_tokens(config: Config) -> bool:
+    """Does the contrastive loss need tokens of its own (E_txt is not a CLIP)?"""
+    return uses_clip_loss(config) and config.text.encoder != "clip"
+
+
+# ---------------------------------------------------------------- towers
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """One frozen network."""
+
+    role: str
+    kind: str  # clip_text, clip_vision, t5 or dino
+    path: str
+    sizes: Any
+    module: Module
+
+
+def _tower(role: str, kind: str, path: str, config: Config) -> Tower:
+    family = kind.partition("_")[0]
+    sizes = architecture(family, path, NEEDS[role])
+    dtype = jnp.dtype(config.dtype)
+    options: dict[str, Any] = {"dtype": dtype, "remat": config.remat}
+    if kind == "clip_text":
+        if sizes.text is None:
+            raise UserError(f"{NEEDS[role].field}={path} is a CLIP without a text tower; {NEEDS[role].instead}")
+        make: Any = lambda rngs: clip.ClipText(sizes.text, sizes.projection_dim, rngs=rngs, **options)
+    elif kind == "clip_vision":
+        if sizes.vision is None:
+            raise UserError(f"{NEEDS[role].field}={path} is a CLIP without a vision tower; {NEEDS[role].instead}")
+        full = sizes.text is not None
+        make = lambda rngs: clip.ClipVision(sizes.vision, sizes.projection_dim, scaled=full, rngs=rngs, **options)
+    elif kind == "t5":
+        make = lambda rngs: t5.T5Encoder(sizes, rngs=rngs, **options)
+    else:
+        make = lambda rngs: dino.Dino(sizes, rngs=rngs, **options)
+    return Tower(role, kind, path, sizes, Module(f"{role} ({path})", make))
+
+
+def _table(tower: Tower, keys: set[str]) -> tuple[list[Row], Any, Any]:
+    """(key table, is a tensor part of this tower, does a tensor hold nothing learned)"""
+    if tower.kind == "clip_text":
+        prefix = "text_model." if any(k.startswith("text_model.") for k in keys) else ""
+        rows = clip.text_rows(prefix, projection=tower.sizes.projection_dim > 0)
+        others = ("vision_model.", "visual_projection.", "logit_scale")
+        return rows, lambda k: not k.startswith(others), clip.is_position_number
+    if tower.kind == "clip_vision":
+        prefix = "vision_model." if any(k.startswith("vision_model.") for k in keys) else ""
+        scaled = tower.sizes.text is not None
+        rows = clip.vision_rows(prefix, projection=tower.sizes.projection_dim > 0, scaled=scaled)
+        other = ("text_model.", "text_projection.")
+        return rows, lambda k: not k.startswith(other), clip.is_position_number
+    if tower.kind == "t5":
+        return t5.rows(keys, tower.sizes), t5.is_encoder, t5.is_copy(keys)
+    return dino.rows(keys, tower.sizes), lambda k: True, dino.ignored
+
+
+class Frozen:
+    """The frozen networks of a config; holds no arrays.
+
+    Args:
+      config: of the run.
+      roles: only these; None for all that a training step needs (with embeddings stored with the data, no text tower).
+    """
+
+    def __init__(self, config: Config, roles: Sequence[str] | None = None):
+        self.config = config
+        self.users: dict[str, str] = {}  # role -> name of its tower
+        self.towers: dict[str, Tower] = {}
+        wanted: dict[str, tuple[str, str]] = {}
+        if config.condition == "text" and config.text.encoder != "bytes":
+            kind = "clip_text" if config.text.encoder == "clip" else "t5"
+            wanted["text"] = (kind, config.text.path)
+        if uses_clip_loss(config):
+            wanted["clip_text"] = ("clip_text", clip_path(config))
+            wanted["clip_image"] = ("clip_vision", clip_path(config))
+        if config.loss.vision_aided > 0:
+            kind = "clip_vision" if config.vision_aided.backbone == "clip" else "dino"
+            wanted["vision_aided"] = (kind, vision_path(config))
+        seen: dict[tuple[str, str], str] = {}
+        for role, (tower_kind, path) in wanted.items():
+            what = (tower_kind, path)
+            stored = roles is None and bool(config.data.embeddings) and role in ("text", "clip_text")
+            if stored or (roles is not None and role not in roles):
+                continue
+            if what not in seen:
+                seen[what] = role
+                self.towers[role] = _tower(role, tower_kind, path, config)
+            self.users[role] = seen[what]
+        self.projection = None
+        if "vision_aided" in self.users:
+            tower = self.towers[self.users["vision_aided"]]
+            self._check_layers(tower)
+            width, out = self.vision_width, config.vision_aided.projection
+            count = len(config.vision_aided.layers)
+            self.projection = Module(
+                "vision_aided_projection", lambda rngs: RandomProjection(width, out, count, rngs=rngs)
+            )
+        if "clip_image" in self.users:
+            self._check_clip(self.towers[self.users["clip_image"]])
+
+    def _check_layers(self, tower: Tower) -> None:
+        sizes = tower.sizes.vision if tower.kind == "clip_vision" else tower.sizes
+        depth = sizes.num_hidden_layers
+        if max(self.config.vision_aided.layers) > depth:
+            raise UserError(
+                f"config.vision_aided.layers={self.config.vision_aided.layers}: {tower.path} has {depth} blocks"
+            )
+
+    def _check_clip(self, tower: Tower) -> None:
+        c, sizes = self.config, tower.sizes
+        if not sizes.projection_dim or sizes.vision is None or sizes.text is None:
+            raise UserError(f"config.clip.path={tower.path}: the contrastive loss needs a whole CLIP; {WITHOUT_CLIP}")
+        if c.text.encoder == "clip":
+            spec = text_spec(c.text)
+            if (spec.vocab_size, spec.end_id) != (sizes.text.vocab_size, sizes.text.eos_token_id):
+                raise UserError(
+                    f"config.clip.path={tower.path} has other tokens than config.text.path={c.text.path}: "
+                    f"{sizes.text.vocab_size} ids against {spec.vocab_size}; use CLIPs with one vocabulary"
+                )
+            if c.text.length > sizes.text.max_position_embeddings:
+                raise UserError(f"config.text.length={c.text.length} is more than {tower.path} takes")
+
+    # -- parameters
+
+    def abstract(self) -> Params:
+        """ShapeDtypeStructs of all parameters, by tower."""
+        one = lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(_dtype(s, self.config)))
+        return {name: jax.tree.map(one, module.specs, is_leaf=is_spec) for name, module in self._modules().items()}
+
+    def shardings(self, mesh: Any) -> Params:
+        """NamedShardings of all parameters."""
+        return {name: module.shardings(mesh, self.config.rules) for name, module in self._modules().items()}
+
+    def _modules(self) -> dict[str, Module]:
+        modules = {name: tower.module for name, tower in self.towers.items()}
+        return modules if self.projection is None else modules | {"projection": self.projection}
+
+    def load(self, mesh: Any) -> tuple[Params, dict[str, str]]:
+        """Reads all parameters from their files, each born sharded.
+
+        Returns:
+          (parameters by tower, identity by role: SHA-256 of the weights as stored)
+
+        Raises:
+          UserError: files missing, damaged, of another architecture, or pickles.
+        """
+        params: Params = {}
+        identities = {}
+        where = self.shardings(mesh)
+        dtype_of = functools.partial(_dtype, config=self.config)
+        for name, tower in self.towers.items():
+            weights = Weights(files.find(tower.path, NEEDS[tower.role]))
+            rows, ours, ignore = _table(tower, weights.keys())
+            params[name], identities[name] = files.load(
+                tower.module, rows, weights, shardings=where[name], dtype_of=dtype_of, ours=ours, ignore=ignore
+            )
+        if self.projection is not None:
+            drawn = self.projection.init(self.config.seed, where["projection"])
+            cast = lambda spec, x: x.astype(dtype_of(spec))
+            params["projection"] = jax.tree.map(cast, self.projection.specs, drawn, is_leaf=is_spec)
+        return params, {role: identities[name] for role, name in self.users.items()}
+
+    def bind(self, role: str, params: Params) -> Any:
+        """The module of a role with its parameters, or None where the config has no such role."""
+        name = self.users.get(role)
+        return None if name is None else self.towers[name].module.bind(params[name])
+
+    # -- what they are asked
+
+    def encode(self, params: Params, tokens: jax.Array, clip_tokens: jax.Array | None = None) -> dict[str, jax.Array]:
+        """What training needs of captions.
+
+        Args:
+          tokens: int32 [N, C] of E_txt
+          clip_tokens: int32 [N, C'] of the CLIP of the contrastive loss, where that has others
+
+        Returns:
+          `features` [N, C, D] of E_txt, where it is frozen; `clip_text` float32 [N, P], normalised, where the loss is on
+        """
+        out: dict[str, jax.Array] = {}
+        shared = "text" in self.users and self.users.get("clip_text") == self.users["text"]
+        text = self.bind("text", params)
+        if text is not None:
+            features, projected = text_features(text, self.config.text, tokens, pool=shared)
+            out["features"] = features
+            if shared and projected is not None:
+                out["clip_text"] = unit(projected)
+        if "clip_text" in self.users and not shared:
+            said = self.bind("clip_text", params)(tokens if clip_tokens is None else clip_tokens)
+            out["clip_text"] = unit(said.projected)
+        return {k: jax.lax.stop_gradient(x) for k, x in out.items()}
+
+    def clip_image(self, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """images [N, R, R, 3] in [-1, 1] -> (float32 [N, P] normalised embeddings, logit scale)"""
+        tower = self.bind("clip_image", params)
+        projected = tower(clip.preprocess(images, tower.config.image_size)).projected
+        return unit(projected), jax.lax.stop_gradient(jnp.exp(tower.logit_scale[...].astype(jnp.float32)))
+
+    @property
+    def vision_width(self) -> int:
+        """Channels of the features under the vision-aided discriminator."""
+        tower = self.towers[self.users["vision_aided"]]
+        return (tower.sizes.vision if tower.kind == "clip_vision" else tower.sizes).hidden_size
+
+    def vision_features(self, params: Params, images: jax.Array) -> list[jax.Array]:
+        """images [N, R, R, 3] in [-1, 1] -> [N, h, w, projection] at each of config.vision_aided.layers"""
+        tower = self.bind("vision_aided", params)
+        prepare = clip.preprocess if self.config.vision_aided.backbone == "clip" else dino.preprocess
+        x = prepare(images, tower.config.image_size)
+        hidden = tower(x, taps=self.config.vision_aided.layers, pool=False).hidden
+        assert self.projection is not None
+        project = self.projection.bind(params["projection"])
+        side = tower.config.image_size // tower.config.patch_size
+        return project([h[:, 1:].reshape(h.shape[0], side, side, h.shape[2]) for h in hidden])
+
+
+def _dtype(spec: Any, config: Config) -> Any:
+    # Norms, biases and the logit scale stay float32: they are small and their rounding shows.
+    return config.dtype if len([a for a in spec.axes if a != "layers"]) > 1 else "float32"
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x / |x| along the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+
+
+def text_features(
+    encoder: Any, config: TextConfig, tokens: jax.Array, *, pool: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """E_txt(c), and the embedding in CLIP's shared space when `pool`.
+
+    tokens int32 [N, C] -> (features [N, C, D], [N, P] or None)
+    """
+    if config.encoder == "t5":
+        spec = text_spec(config)
+        mask = jnp.arange(tokens.shape[1]) <= spec.end(tokens)[:, None]
+        return encoder(tokens, mask), None
+    depth = encoder.config.num_hidden_layers
+    last = config.layer == "last"
+    said = encoder(tokens, taps=(depth if last else depth - 1,), pool=pool)
+    features = said.hidden[0]
+    return (encoder.norm(features) if config.final_norm else features), said.projected

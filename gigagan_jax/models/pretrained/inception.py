@@ -1,0 +1,357 @@
+"""Inception-v3 (Szegedy et al., 2016), whose pooled features the Frechet Inception distance compares (Heusel et al., 2017).
+
+One network in the layout of torchvision's Inception3, in the two variants that are in use:
+
+- "fid": the TensorFlow graph of 2015-12-05, as pytorch-fid's `pt_inception-2015-12-05` ports its weights;
+- "torchvision": torchvision's inception_v3 with its pretrained weights.
+
+Both read the same names of tensors. Proved equal to a torch definition in tests/models/pretrained/test_inception.py.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gigagan_jax.errors import UserError
+from gigagan_jax.models.layers.equalized import LAYOUT, param
+from gigagan_jax.models.pretrained.files import Row, hwio, transposed
+from gigagan_jax.models.pretrained.layers import Dense
+
+SIZE = 299
+FEATURES = 2048
+EPS = 1e-3  # of every batch norm
+# Of the RGB values in 0..1, for "torchvision".
+MEAN, STD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Where the two networks differ.
+
+    classes: number of logits
+    count_padding: do the average pools count the zeros around the map?
+    last_pool: of the pool branch of Mixed_7c
+    imagenet: are images given normalised by MEAN and STD? They are brought back to [-1, 1] first, torchvision's
+      `transform_input`, which its pretrained weights come with
+    """
+
+    classes: int
+    count_padding: bool
+    last_pool: str
+    imagenet: bool
+
+
+VARIANTS = {
+    "fid": Variant(classes=1008, count_padding=False, last_pool="max", imagenet=False),
+    "torchvision": Variant(classes=1000, count_padding=True, last_pool="average", imagenet=True),
+}
+
+
+def _variant(name: str) -> Variant:
+    if name not in VARIANTS:
+        raise UserError(f"Inception variant {name!r} is unknown; known: {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+# ---------------------------------------------------------------- the architecture, as data
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One convolution: its name in the file, output channels, kernel (height, width), stride, zero padding to keep the size."""
+
+    name: str
+    out: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padded: bool = True
+
+
+# A branch is a chain of units, pools by name ("shrink" halves, "last" is the variant's), and forks: units side by side.
+Step = Unit | str | tuple[Unit, ...]
+Branches = tuple[tuple[Step, ...], ...]
+
+
+def _a(pool: int) -> Branches:
+    return (
+        (Unit("branch1x1", 64),),
+        (Unit("branch5x5_1", 48), Unit("branch5x5_2", 64, (5, 5))),
+        (Unit("branch3x3dbl_1", 64), Unit("branch3x3dbl_2", 96, (3, 3)), Unit("branch3x3dbl_3", 96, (3, 3))),
+        ("average", Unit("branch_pool", pool)),
+    )
+
+
+def _c(width: int) -> Branches:
+    return (
+        (Unit("branch1x1", 192),),
+        (Unit("branch7x7_1", width), Unit("branch7x7_2", width, (1, 7)), Unit("branch7x7_3", 192, (7, 1))),
+        (
+            Unit("branch7x7dbl_1", width),
+            Unit("branch7x7dbl_2", width, (7, 1)),
+            Unit("branch7x7dbl_3", width, (1, 7)),
+            Unit("branch7x7dbl_4", width, (7, 1)),
+            Unit("branch7x7dbl_5", 192, (1, 7)),
+        ),
+        ("average", Unit("branch_pool", 192)),
+    )
+
+
+def _e(pool: str) -> Branches:
+    fork = lambda name, a, b: (Unit(f"{name}{a}", 384, (1, 3)), Unit(f"{name}{b}", 384, (3, 1)))
+    return (
+        (Unit("branch1x1", 320),),
+        (Unit("branch3x3_1", 384), fork("branch3x3_", "2a", "2b")),
+        (Unit("branch3x3dbl_1", 448), Unit("branch3x3dbl_2", 384, (3, 3)), fork("branch3x3dbl_", "3a", "3b")),
+        (pool, Unit("branch_pool", 192)),
+    )
+
+
+BLOCKS: dict[str, Branches] = {
+    "stem": (
+        (
+            Unit("Conv2d_1a_3x3", 32, (3, 3), stride=2, padded=False),
+            Unit("Conv2d_2a_3x3", 32, (3, 3), padded=False),
+            Unit("Conv2d_2b_3x3", 64, (3, 3)),
+            "shrink",
+            Unit("Conv2d_3b_1x1", 80),
+            Unit("Conv2d_4a_3x3", 192, (3, 3), padded=False),
+            "shrink",
+        ),
+    ),
+    "Mixed_5b": _a(32),
+    "Mixed_5c": _a(64),
+    "Mixed_5d": _a(64),
+    "Mixed_6a": (
+        (Unit("branch3x3", 384, (3, 3), stride=2, padded=False),),
+        (
+            Unit("branch3x3dbl_1", 64),
+            Unit("branch3x3dbl_2", 96, (3, 3)),
+            Unit("branch3x3dbl_3", 96, (3, 3), stride=2, padded=False),
+        ),
+        ("shrink",),
+    ),
+    "Mixed_6b": _c(128),
+    "Mixed_6c": _c(160),
+    "Mixed_6d": _c(160),
+    "Mixed_6e": _c(192),
+    "Mixed_7a": (
+        (Unit("branch3x3_1", 192), Unit("branch3x3_2", 320, (3, 3), stride=2, padded=False)),
+        (
+            Unit("branch7x7x3_1", 192),
+            Unit("branch7x7x3_2", 192, (1, 7)),
+            Unit("branch7x7x3_3", 192, (7, 1)),
+            Unit("branch7x7x3_4", 192, (3, 3), stride=2, padded=False),
+        ),
+        ("shrink",),
+    ),
+    "Mixed_7b": _e("average"),
+    "Mixed_7c": _e("last"),
+}
+
+
+def _units(block: str, channels: int) -> tuple[list[tuple[Unit, int]], int]:
+    """([(unit, its input channels)], output channels) of a block that reads `channels`."""
+    found: list[tuple[Unit, int]] = []
+    total = 0
+    for branch in BLOCKS[block]:
+        width = channels
+        for step in branch:
+            if not isinstance(step, str):
+                fork = step if isinstance(step, tuple) else (step,)
+                found += [(unit, width) for unit in fork]
+                width = sum(unit.out for unit in fork)
+        total += width
+    return found, total
+
+
+# ---------------------------------------------------------------- the network
+
+
+class ConvNormRelu(nnx.Module):
+    """Convolution, batch norm by the running statistics, ReLU."""
+
+    def __init__(self, unit: Unit, channels: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.stride, self.padding, self.dtype = unit.stride, "SAME" if unit.padded else "VALID", dtype
+        # Whole on every device: 24 million parameters, in widths (48, 80, 1008) that divide over few meshes.
+        vector = lambda: param(rngs, (unit.out,), (None,))
+        self.weight = param(rngs, (*unit.kernel, channels, unit.out), (None,) * 4)
+        self.gain, self.bias, self.mean, self.variance = vector(), vector(), vector(), vector()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, H, W, in] -> [N, H', W', out]"""
+        gain, bias, mean, variance, weight = (
+            p[...].astype(jnp.float32) for p in (self.gain, self.bias, self.mean, self.variance, self.weight)
+        )
+        scale = gain * jax.lax.rsqrt(variance + EPS)
+        weight = (weight * scale).astype(self.dtype)
+        y = jax.lax.conv_general_dilated(x, weight, (self.stride,) * 2, self.padding, dimension_numbers=LAYOUT)
+        return jax.nn.relu(y + (bias - mean * scale).astype(self.dtype))
+
+
+def _pool(x: jax.Array, kind: str, count_padding: bool) -> jax.Array:
+    if kind == "shrink":
+        return nnx.max_pool(x, (3, 3), strides=(2, 2))
+    if kind == "max":
+        return nnx.max_pool(x, (3, 3), strides=(1, 1), padding="SAME")
+    # Sums in float32; divided by nine or, without the padding, by the samples that are there.
+    add = lambda y: jax.lax.reduce_window(y, np.float32(0), jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+    count = np.float32(9) if count_padding else add(jnp.ones((1, *x.shape[1:3], 1), jnp.float32))
+    return (add(x.astype(jnp.float32)) / count).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """Branches over one input, joined along the channels.
+
+    Args:
+      name: in BLOCKS.
+      channels: of the input.
+      variant: name in VARIANTS.
+    """
+
+    def __init__(self, name: str, channels: int, variant: str, *, dtype: Any, rngs: nnx.Rngs):
+        self.name, self.variant = name, variant
+        for unit, width in _units(name, channels)[0]:
+            setattr(self, unit.name, ConvNormRelu(unit, width, dtype=dtype, rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, H, W, in] -> [N, H', W', out]"""
+        return jnp.concatenate([self._branch(x, branch) for branch in BLOCKS[self.name]], axis=-1)
+
+    def _branch(self, x: jax.Array, branch: tuple[Step, ...]) -> jax.Array:
+        v = VARIANTS[self.variant]
+        for step in branch:
+            if isinstance(step, str):
+                x = _pool(x, v.last_pool if step == "last" else step, v.count_padding)
+            else:
+                fork = step if isinstance(step, tuple) else (step,)
+                x = jnp.concatenate([getattr(self, unit.name)(x) for unit in fork], axis=-1)
+        return x
+
+
+class InceptionOutput(NamedTuple):
+    """What the network says, in float32.
+
+    pool3: [N, 2048] features averaged over the last map: what the Frechet distance compares
+    logits: [N, classes]
+    """
+
+    pool3: jax.Array
+    logits: jax.Array
+
+
+class Inception(nnx.Module):
+    """Inception-v3 without its auxiliary classifier.
+
+    Args:
+      variant: "fid" or "torchvision".
+      dtype: of the computation; in float32 its products run in full precision on any device, as a metric must.
+
+    Raises:
+      UserError: no such variant.
+    """
+
+    def __init__(self, variant: str, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        v = _variant(variant)
+        self.variant, self.dtype = variant, dtype
+        channels = 3
+        for name in BLOCKS:
+            setattr(self, name, Block(name, channels, variant, dtype=dtype, rngs=rngs))
+            channels = _units(name, channels)[1]
+        assert channels == FEATURES
+        self.fc = Dense(FEATURES, v.classes, axes=(None, None), dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> InceptionOutput:
+        """images float [N, 299, 299, 3] as `preprocess` makes them -> InceptionOutput"""
+        if images.shape[1:] != (SIZE, SIZE, 3):
+            raise ValueError(f"images {images.shape}: this network sees {SIZE} px")
+        x = images.astype(jnp.float32)
+        if VARIANTS[self.variant].imagenet:
+            x = x * (2 * STD) + (2 * MEAN - 1)
+        x = x.astype(self.dtype)
+        with jax.default_matmul_precision("highest"):
+            for name in BLOCKS:
+                x = getattr(self, name)(x)
+            pool3 = x.astype(jnp.float32).mean((1, 2))
+            return InceptionOutput(pool3, self.fc(pool3).astype(jnp.float32))
+
+
+# ---------------------------------------------------------------- its input
+
+
+def preprocess(images: jax.Array, variant: str, *, tf1: bool = False) -> jax.Array:
+    """Images of ours as a variant expects them, differentiably.
+
+    "fid": bilinear as pytorch-fid does it (half-pixel centres, no antialiasing: shrinking aliases, and published numbers
+    depend on it), values stay in [-1, 1]. With `tf1` the input stage of the graph of 2015 instead: TensorFlow 1's bilinear,
+    which reads at `i * scale` without the half-pixel offset, then (u - 128) / 128 of the values u in 0..255. Distances made
+    in one way do not compare with those made in the other; images of 299 px differ by the range alone.
+
+    "torchvision": bilinear with antialiasing, as torchvision's own transform, then normalised by MEAN and STD.
+
+    Args:
+      images: float [N, H, W, 3] in [-1, 1], of any size
+      variant: name in VARIANTS
+      tf1: with "fid" only
+
+    Returns:
+      float32 [N, 299, 299, 3]
+
+    Raises:
+      UserError: no such variant.
+    """
+    x = images.astype(jnp.float32)
+    if _variant(variant).imagenet:
+        if tf1:
+            raise ValueError("tf1 is a way to resize for the variant fid")
+        x = jax.image.resize(x, (x.shape[0], SIZE, SIZE, x.shape[3]), "linear", antialias=True)
+        return (x - (2 * MEAN - 1)) / (2 * STD)
+    if x.shape[1:3] != (SIZE, SIZE):
+        rows, columns = (_bilinear(n, tf1) for n in x.shape[1:3])
+        exact = jax.lax.Precision.HIGHEST
+        x = jnp.einsum("oh,nhwc->nowc", rows, x, precision=exact)
+        x = jnp.einsum("ow,nhwc->nhoc", columns, x, precision=exact)
+    return (x * 127.5 - 0.5) / 128 if tf1 else x
+
+
+@functools.cache
+def _bilinear(n: int, tf1: bool) -> np.ndarray:
+    """[299, n] weights of a bilinear resize of n samples, two a row."""
+    # Places rounded to float32 where the references round them: TensorFlow after its product, torch, which fuses product and
+    # sum, after both. In large images the rounding shows.
+    f = np.float32
+    out = np.arange(SIZE)
+    scale = float(f(n) / f(SIZE))
+    at = (out * scale if tf1 else np.maximum((out + 0.5) * scale - 0.5, 0)).astype(f)
+    low = np.minimum(at.astype(np.int64), n - 1)
+    share = at - low.astype(f)
+    m = np.zeros((SIZE, n), f)
+    m[out, low] += f(1) - share
+    m[out, np.minimum(low + 1, n - 1)] += share
+    return m
+
+
+# ---------------------------------------------------------------- the key table
+
+_NORM = {"gain": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
+
+
+def rows() -> list[Row]:
+    """The network's table, the same for both variants."""
+    table = [Row("fc/weight", "fc.weight", transposed), Row("fc/bias", "fc.bias")]
+    for block in BLOCKS:
+        prefix = "" if block == "stem" else f"{block}."
+        for unit, _ in _units(block, 0)[0]:
+            ours, theirs = f"{block}/{unit.name}", f"{prefix}{unit.name}"
+            table.append(Row(f"{ours}/weight", f"{theirs}.conv.weight", hwio))
+            table += [Row(f"{ours}/{a}", f"{theirs}.bn.{b}") for a, b in _NORM.items()]
+    return table
+
+
+def ignored(key: str) -> bool:
+    """Tensors of the files that inference does not use: the auxiliary classifier, and counters."""
+    return key.startswith("AuxLogits.") or key.endswith(".num_batches_tracked")
