@@ -3,6 +3,7 @@
 A `.png` path gets one grid (rows prompts, columns seeds); a folder gets one PNG an image, with its prompt and seed inside.
 """
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--truncation", type=float, default=0.7, help="0 is the mean image of a prompt, 1 all variety (0.7)"
     )
+    parser.add_argument("--text_path", help="folder or hub id of the frozen text encoder, where it moved since training")
     parser.add_argument("--out", type=Path, required=True, help="a .png for a grid, or a folder")
     args = parser.parse_args(argv)
     configure(process_index=jax.process_index())
@@ -49,6 +51,8 @@ def verb(argv: Sequence[str]) -> int:
     if step is None:
         raise cli.UserError(f"{args.workdir} has no finished checkpoint yet: wait for the run's first one")
     config = checkpoints.config(step)
+    if args.text_path is not None:
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, path=args.text_path))
     # Sampling shares images between devices, whatever mesh the model was trained on.
     sampler = TextToImage(config, sharding.make_mesh(MeshConfig()))
     checkpoints.check_frozen(step, sampler.identities)

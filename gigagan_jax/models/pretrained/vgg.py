@@ -86,7 +86,7 @@ def unit(x: jax.Array) -> jax.Array:
     """
     x = x.astype(jnp.float32)
     squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    # Positions where all channels are off occur; the root has no gradient there, and lpips gets NaN.
+    # Where all channels are off the root has no gradient: a NaN, unless a ReLU before it happens to drop it.
     some = squares > 0
     return x / (jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0) + 1e-10)
 
