@@ -73,8 +73,13 @@ class Need:
     instead: str = ""
 
 
-def find(path: str, need: Need) -> Path:
+def find(path: str, need: Need, *, config: bool = True) -> Path:
     """The folder of a network: a local one, or the hub's cache (which is filled if the network can be reached).
+
+    Args:
+      path: folder or hub id.
+      need: for the line that says it is missing.
+      config: does the network have a config.json (Inception, VGG and the LPIPS heads have none)?
 
     Raises:
       UserError: there is none, or no safetensors file in it; with the files, the place, and how to get them.
@@ -94,8 +99,12 @@ def find(path: str, need: Need) -> Path:
         for file in sorted(folder.iterdir()):
             if file.suffix in _PICKLES:
                 raise _pickle(need, file, folder)
+        if not Path(path).exists():
+            raise UserError(
+                f"{need.field}={path}: the hub has no {SINGLE} or {INDEX} of it (only a pickle?); {_convert(path)}{_or(need)}"
+            )
         raise UserError(f"{need.field}={path}: neither {SINGLE} nor {INDEX} in {folder}{_get(path)}{_or(need)}")
-    if not (folder / CONFIG).exists():
+    if config and not (folder / CONFIG).exists():
         raise UserError(f"{need.field}={path}: no {CONFIG} in {folder}{_get(path)}{_or(need)}")
     return folder
 
@@ -137,9 +146,15 @@ def _or(need: Need) -> str:
 
 def _pickle(need: Need, file: Path, folder: Path) -> UserError:
     return UserError(
-        f"{need.field}: {file} is a pickle, which can run code and is not opened; convert it once where you trust it: "
-        f"python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{folder}').save_pretrained('OUT')\" "
-        f"(with torch installed; copy the tokenizer's files too) and use OUT"
+        f"{need.field}: {file} is a pickle, which can run code and is not opened; {_convert(str(folder))}{_or(need)}"
+    )
+
+
+def _convert(name: str) -> str:
+    return (
+        "convert it once where you trust it: "
+        f"python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{name}').save_pretrained('OUT')\" "
+        "(with torch installed; copy the tokenizer's files too) and use OUT"
     )
 
 
