@@ -2,18 +2,18 @@
 
     python -m gigagan_jax.train --config=configs/ablation.py:attention --workdir=DIR --config.data.path=FOLDER
 
-Rows, each with all before it: stylegan2, attention, matching, adaptive, deeper, multiscale. 64 px, batch 256, 100k steps.
-The CLIP loss and the vision-aided discriminator (the other two rows) have no switch yet.
+Rows, each with all before it: stylegan2, attention, matching, adaptive, deeper, clip, multiscale, vision. 64 px, batch 256,
+100k steps. Captions go through a frozen CLIP ViT-L/14 in every row; up to `deeper`, `--config.text.encoder=bytes` needs none.
 """
 
 from ml_collections import ConfigDict
 
 from gigagan_jax import config as settings
 
-ROWS = ("stylegan2", "attention", "matching", "adaptive", "deeper", "multiscale")
+ROWS = ("stylegan2", "attention", "matching", "adaptive", "deeper", "clip", "multiscale", "vision")
 
 
-def get_config(arg: str = "multiscale") -> ConfigDict:
+def get_config(arg: str = "vision") -> ConfigDict:
     """The row `arg`."""
     if arg not in ROWS:
         raise ValueError(f"configs/ablation.py has no row {arg!r}; known: {', '.join(ROWS)}")
@@ -36,6 +36,11 @@ def get_config(arg: str = "multiscale") -> ConfigDict:
         g.bank = (1, 1, 2, 4, 8)
     if has("deeper"):
         g.blocks, d.blocks = (3, 3, 3, 2, 2), (1, 2, 2, 2, 2)
+    c.text.encoder, c.text.path = "clip", "openai/clip-vit-large-patch14"
+    if has("clip"):
+        c.loss.clip = (0.2, 1.0)
+    if has("vision"):
+        c.vision_aided.path, c.loss.vision_aided = "openai/clip-vit-base-patch32", 1.0
     if not has("multiscale"):
         g.pyramid = d.multi_scale_input = d.multi_scale_output = False
     return c

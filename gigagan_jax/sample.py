@@ -32,7 +32,9 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--truncation", type=float, default=0.7, help="0 is the mean image of a prompt, 1 all variety (0.7)"
     )
-    parser.add_argument("--text_path", help="folder or hub id of the frozen text encoder, where it moved since training")
+    parser.add_argument(
+        "--text_path", help="folder or hub id of the frozen text encoder, where it moved since training"
+    )
     parser.add_argument("--out", type=Path, required=True, help="a .png for a grid, or a folder")
     args = parser.parse_args(argv)
     configure(process_index=jax.process_index())

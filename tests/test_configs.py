@@ -19,6 +19,7 @@ VARIANTS = [
     ("digits", "tiny"),
     ("laion", ""),
     ("laion", "tiny"),
+    ("laion", "bytes"),
     ("imagenet", ""),
     ("imagenet", "tiny"),
     *(("ablation", row) for row in ablation.ROWS),
@@ -90,9 +91,9 @@ def test_docstring_is_the_command(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_unknown_variant(name):
-    known = ", ".join(ablation.ROWS) if name == "ablation" else "tiny"
+    known = {"ablation": ", ".join(ablation.ROWS), "laion": "tiny, bytes"}.get(name, "tiny")
     with pytest.raises(
-        (ValueError, UserError), match=rf"configs/{name}\.py has no (variant|row) 'tinny'; known: {known}"
+        (ValueError, UserError), match=rf"configs/{name}\.py has no (variant|row) 'tinny'; known: {known}$"
     ):
         module(name).get_config("tinny")
 
@@ -114,11 +115,13 @@ def test_each_ablation_row_adds_its_part():
         "multiscale": lambda c: (
             c.generator.pyramid and c.discriminator.multi_scale_input and c.discriminator.multi_scale_output
         ),
+        "clip": lambda c: max(c.loss.clip) > 0,
+        "vision": lambda c: c.loss.vision_aided > 0,
     }
     for i, row in enumerate(ablation.ROWS):
         for part, test in has.items():
             assert test(rows[row]) == (ablation.ROWS.index(part) <= i), (row, part)
-    assert from_dict(ablation.get_config()) == rows["multiscale"]
+    assert from_dict(ablation.get_config()) == rows["vision"]
 
 
 # Table A2: 652.5M and 381.4M for text to image, 209.5M and 76.7M for ImageNet.

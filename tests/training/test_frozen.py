@@ -14,6 +14,7 @@ from gigagan_jax import sharding
 from gigagan_jax.config import MeshConfig, from_dict
 from gigagan_jax.data.sources.digits import digit_captions
 from gigagan_jax.errors import UserError
+from gigagan_jax.models.pretrained import clip
 from gigagan_jax.models.pretrained.frozen import Frozen
 from gigagan_jax.training import losses
 from gigagan_jax.training.loop import make_pipeline
@@ -85,6 +86,23 @@ def test_contrastive_loss_is_the_formula():
     assert float(ours) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", clip.KNOWN)
+@pytest.mark.parametrize("shape", [(1, 64, 1), (1, 16, 4)])
+def test_sharding_leaves_no_large_frozen_weight_whole(name, shape):
+    """Every published CLIP under a discriminator and a text encoder, cut over 64 devices; sizes known without its files."""
+    values = laion.get_config()
+    values.text.path = values.vision_aided.path = name
+    values.vision_aided.backbone = "clip"
+    frozen = Frozen(from_dict(values))
+    where = frozen.shardings(sharding.abstract_mesh(MeshConfig(*shape), 64))
+    for (path, x), s in zip(
+        jax.tree_util.tree_leaves_with_path(frozen.abstract()), jax.tree.leaves(where), strict=True
+    ):
+        if math.prod(x.shape) > 1_000_000:
+            assert any(s.spec), f"{path} {x.shape} is whole on every device"
+            assert x.dtype == jnp.bfloat16
+
+
 class Towers:
     """The contrastive loss of images through the production towers, on any mesh."""
 
@@ -133,8 +151,6 @@ def test_contrastive_loss_torch_parity(towers, on_one, clip_folder):
     """The whole way from pixels and tokens to the loss, and its gradient by the pixels, against transformers' CLIP."""
     import torch
     import transformers
-
-    from gigagan_jax.models.pretrained import clip
 
     model = transformers.CLIPModel.from_pretrained(clip_folder).eval()
     seen, back = jax.vjp(lambda x: clip.preprocess(x, 32), jnp.asarray(towers.images))

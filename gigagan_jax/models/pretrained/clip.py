@@ -39,6 +39,11 @@ class TextConfig:
     bos_token_id: int = 49406
     eos_token_id: int = 49407
 
+    @property
+    def end_id(self) -> int:
+        """The token that ends a text, in old configs too."""
+        return self.vocab_size - 1 if self.eos_token_id == LEGACY_EOS else self.eos_token_id
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:

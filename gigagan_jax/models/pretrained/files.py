@@ -8,6 +8,7 @@ missing and how to get it. Pickles are never opened: they run code.
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def find(path: str, need: Need, *, config: bool = True) -> Path:
     """
     if not path:
         raise UserError(f"{need.field} is not set: give the folder or hub id of a network{_or(need)}")
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))  # Path.expanduser raises for a home that is not there
     if not folder.exists():
         if not _HUB_ID.fullmatch(path) or path.startswith((".", "/")):
             raise UserError(f"{need.field}={path}: there is no such folder, and it is no hub id (org/name){_or(need)}")
@@ -101,7 +102,8 @@ def find(path: str, need: Need, *, config: bool = True) -> Path:
                 raise _pickle(need, file, folder)
         if not Path(path).exists():
             raise UserError(
-                f"{need.field}={path}: the hub has no {SINGLE} or {INDEX} of it (only a pickle?); {_convert(path)}{_or(need)}"
+                f"{need.field}={path}: neither {SINGLE} nor {INDEX} in {folder}{_get(path)}; if the hub has only a pickle, "
+                f"{_convert(path)}{_or(need)}"
             )
         raise UserError(f"{need.field}={path}: neither {SINGLE} nor {INDEX} in {folder}{_get(path)}{_or(need)}")
     if config and not (folder / CONFIG).exists():
@@ -109,17 +111,27 @@ def find(path: str, need: Need, *, config: bool = True) -> Path:
     return folder
 
 
-def _from_hub(path: str, need: Need) -> Path:
+def cached(path: str) -> Path | None:
+    """The folder of a hub id in the hub's cache, with its weights in it; None where it is not there. No network."""
     import huggingface_hub as hub
 
     name, _, revision = path.partition("@")
-    wanted: dict[str, Any] = {"revision": revision or None, "allow_patterns": _WANTED}
     try:
-        folder = Path(hub.snapshot_download(name, local_files_only=True, **wanted))
-        if (folder / SINGLE).exists() or (folder / INDEX).exists():
-            return folder
+        folder = Path(hub.snapshot_download(name, revision=revision or None, local_files_only=True))
     except Exception:
-        pass
+        return None  # whatever the hub raises for what it does not have
+    whole = (folder / CONFIG).exists() and ((folder / SINGLE).exists() or (folder / INDEX).exists())
+    return folder if whole else None
+
+
+def _from_hub(path: str, need: Need) -> Path:
+    import huggingface_hub as hub
+
+    folder = cached(path)
+    if folder is not None:
+        return folder
+    name, _, revision = path.partition("@")
+    wanted: dict[str, Any] = {"revision": revision or None, "allow_patterns": _WANTED}
     try:
         return Path(hub.snapshot_download(name, etag_timeout=5, **wanted))
     except Exception as e:
@@ -162,7 +174,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError where it cannot be read."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{file} holds no JSON object; fetch it again")
@@ -268,9 +280,12 @@ def load(
         for key in names[name]:
             raw = weights.read(key)
             digest[key] = hashlib.sha256(f"{key}{raw.shape}{raw.dtype}".encode() + _bytes(raw)).digest()
-            part = table[name].transform(raw)
             expected = shape[1:] if stacked[name] else shape
-            if part.shape != expected:
+            try:
+                part = table[name].transform(raw)
+            except ValueError:  # not even of as many dimensions
+                part = None
+            if part is None or part.shape != expected:
                 raise UserError(
                     f"{weights.folder}: {key} has shape {raw.shape}, which does not give {expected} for {module.name}/{name}: "
                     f"{CONFIG} is of another architecture than the weights"

@@ -19,7 +19,7 @@ from gigagan_jax.errors import UserError
 from gigagan_jax.models.abstract import Module, Params, is_spec
 from gigagan_jax.models.pretrained import clip, dino, files, t5
 from gigagan_jax.models.pretrained.files import Row, Weights
-from gigagan_jax.models.pretrained.text_spec import NEEDS, WITHOUT_CLIP, architecture, text_spec
+from gigagan_jax.models.pretrained.text_spec import NEEDS, WITHOUT_CLIP, architecture, check_architecture, text_spec
 from gigagan_jax.models.vision_aided import RandomProjection
 
 
@@ -165,7 +165,7 @@ class Frozen:
             raise UserError(f"config.clip.path={tower.path}: the contrastive loss needs a whole CLIP; {WITHOUT_CLIP}")
         if c.text.encoder == "clip":
             spec = text_spec(c.text)
-            if (spec.vocab_size, spec.end_id) != (sizes.text.vocab_size, sizes.text.eos_token_id):
+            if (spec.vocab_size, spec.end_id) != (sizes.text.vocab_size, sizes.text.end_id):
                 raise UserError(
                     f"config.clip.path={tower.path} has other tokens than config.text.path={c.text.path}: "
                     f"{sizes.text.vocab_size} ids against {spec.vocab_size}; use CLIPs with one vocabulary"
@@ -202,7 +202,9 @@ class Frozen:
         where = self.shardings(mesh)
         dtype_of = functools.partial(_dtype, config=self.config)
         for name, tower in self.towers.items():
-            weights = Weights(files.find(tower.path, NEEDS[tower.role]))
+            folder = files.find(tower.path, NEEDS[tower.role])
+            check_architecture(tower.kind.partition("_")[0], tower.sizes, folder, NEEDS[tower.role])
+            weights = Weights(folder)
             rows, ours, ignore = _table(tower, weights.keys())
             params[name], identities[name] = files.load(
                 tower.module, rows, weights, shardings=where[name], dtype_of=dtype_of, ours=ours, ignore=ignore

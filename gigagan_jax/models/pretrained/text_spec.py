@@ -30,8 +30,18 @@ def architecture(kind: str, path: str, need: Need) -> Any:
     """The sizes of a network: from its config.json, or from the table of known ones where its files are not here."""
     known = _KNOWN[kind].get(path.partition("@")[0])
     if known is not None and not Path(path).exists():
-        return known
+        folder = files.cached(path)
+        return known if folder is None else _READ[kind](folder)
     return _READ[kind](files.find(path, need))
+
+
+def check_architecture(kind: str, sizes: Any, folder: Path, need: Need) -> None:
+    """Raises UserError where a folder's config.json is not what was planned with (a table that is out of date)."""
+    if _READ[kind](folder) != sizes:
+        raise UserError(
+            f"{need.field}: {folder / files.CONFIG} has other sizes than are known of this network: start again, it is read "
+            "first now that it is here"
+        )
 
 
 # ---------------------------------------------------------------- the text encoder, as T sees it
@@ -45,6 +55,7 @@ class TextSpec:
     length: most tokens a row; 0 for any
     vocab_size: ids
     end_id: of the end-of-text token
+    by_highest: is the end the highest id of a row (CLIPs with an old config)?
     """
 
     encoder: str
@@ -52,11 +63,12 @@ class TextSpec:
     length: int
     vocab_size: int
     end_id: int
+    by_highest: bool = False
 
     def end(self, tokens: jax.Array) -> jax.Array:
         """Place of the end of text, int32 [N], in tokens int32 [N, C]"""
-        if self.encoder == "clip":
-            return clip.end_of_text(tokens, self.end_id)
+        if self.by_highest:
+            return clip.end_of_text(tokens, clip.LEGACY_EOS)
         return jnp.argmax(tokens == self.end_id, axis=1).astype(jnp.int32)
 
 
@@ -78,7 +90,8 @@ def text_spec(config: TextConfig) -> TextSpec:
         raise UserError(
             f"config.text.length={config.length}: {config.path} takes at most {t.max_position_embeddings} tokens"
         )
-    return TextSpec("clip", t.hidden_size, t.max_position_embeddings, t.vocab_size, t.eos_token_id)
+    old = t.eos_token_id == clip.LEGACY_EOS
+    return TextSpec("clip", t.hidden_size, t.max_position_embeddings, t.vocab_size, t.end_id, old)
 
 
 def tokenizer_options(config: TextConfig) -> dict[str, Any]:
@@ -91,10 +104,9 @@ def tokenizer_options(config: TextConfig) -> dict[str, Any]:
         return {}
     spec = text_spec(config)
     folder = files.find(config.path, NEEDS["text"])
-    legacy = spec.encoder == "clip" and spec.end_id == clip.LEGACY_EOS
     return {
         "folder": folder,
         "vocab_size": spec.vocab_size,
-        "end_id": spec.vocab_size - 1 if legacy else spec.end_id,
+        "end_id": spec.end_id,
         "begins": spec.encoder == "clip",
     }
