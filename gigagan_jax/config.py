@@ -70,9 +70,8 @@ class DataConfig:
 class TextConfig:
     """The text encoder that comes before T (sec. 3.1)."""
 
-    # "bytes": trainable, needs no download; "clip" or "t5": frozen, from `path`; "auto": by `path`, and without one bytes
-    # and no loss that needs a CLIP
-    encoder: str = "bytes"
+    # "auto": by `path`, and without one bytes and no loss that needs a CLIP
+    encoder: str = "bytes"  # "bytes": trainable, needs no download; "clip" or "t5": frozen, from `path`; or "auto"
     path: str = ""  # folder or hub id of a frozen encoder's weights
     length: int = 77  # tokens, padding included (CLIP: 77)
     width: int = 768  # features a token of the bytes encoder; a frozen one has its own

@@ -7,10 +7,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of the time of the tests: little optimisation, and a program that several processes run is compiled once.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 _cache = tempfile.TemporaryDirectory(prefix="gigagan_jax_tests_", ignore_cleanup_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name

@@ -262,7 +262,7 @@ def leaves(tree):
 @pytest.fixture(scope="module")
 def paper():
     """Networks of configs/laion.py, their abstract state, and its shardings on both meshes."""
-    networks = Networks(from_dict(laion.get_config()))
+    networks = Networks(from_dict(laion.get_config("bytes")))
     return networks, networks.abstract(), {mesh: networks.shardings(mesh) for mesh in (FSDP, MIXED)}
 
 

@@ -167,7 +167,7 @@ def test_dry_run(capsys, tmp_path):
         (["--config.micro_batches=3"], "does not divide into config.micro_batches=3"),
         (["--config.batch_size=many"], "config.batch_size: expected int"),
         (["--config.generator.bank=(1,2,3)"], "config.generator.bank has 3 entries"),
-        (["--config.text.encoder=clip"], "config.text.encoder='clip'"),
+        (["--config.text.encoder=clip"], "text.encoder='clip' needs the folder or hub id"),
         (["--config.rules.conv_in=datum"], "config.rules.conv_in='datum': 'datum' is not a mesh axis"),
         (["--config.rules.convin=fsdp"], "unknown config key config.rules.convin"),
         (["--config.snapshot.truncations=2"], "config.snapshot: needs"),

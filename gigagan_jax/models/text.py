@@ -17,10 +17,10 @@ from flax import nnx
 from gigagan_jax.config import AttentionConfig, Config, TransformerConfig
 from gigagan_jax.models.layers.attention import FeedForward, SelfAttention
 from gigagan_jax.models.layers.equalized import Linear, RmsNorm, Stack, leaky_relu, normalize, param
-from gigagan_jax.models.pretrained.text_spec import BYTE_VOCABULARY, text_spec
+from gigagan_jax.models.pretrained.text_spec import BYTE_VOCABULARY, BYTES_END, text_spec
 from gigagan_jax.sharding import constrain
 
-PAD_ID = 0  # of the bytes encoder
+PAD_ID, END_ID = 0, BYTES_END  # of the bytes encoder
 
 
 class Condition(NamedTuple):

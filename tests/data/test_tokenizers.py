@@ -219,6 +219,8 @@ def plain(tmp_path):
 
 
 def test_frozen_without_a_begin_token(plain):
+    import transformers
+
     options = {"vocab_size": 8, "end_id": 1}  # an embedding may have more rows than there are ids
     tokenizer = FrozenTokenizer(plain, 5, begins=False, **options)
     assert tokenizer(["the cat", "dog", "", "the the the the the"]).tolist() == [
@@ -228,6 +230,12 @@ def test_frozen_without_a_begin_token(plain):
         [3, 3, 3, 3, 1],
     ]
     assert (tokenizer.pad_id, tokenizer.eot_id) == (0, 1)
+    # How transformers was last asked to pad is saved with it, and does not matter.
+    saved = transformers.AutoTokenizer.from_pretrained(plain)
+    saved(["the"], padding="max_length", max_length=4)
+    saved.save_pretrained(plain)
+    assert json.loads((plain / "tokenizer.json").read_text())["padding"] is not None
+    assert FrozenTokenizer(plain, 5, begins=False, **options)(["the"]).tolist() == [[3, 1, 0, 0, 0]]
     refused(
         lambda: FrozenTokenizer(plain, 5, begins=True, **options), plain, "no begin token", "copy the tokenizer's files"
     )

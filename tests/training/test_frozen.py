@@ -21,6 +21,12 @@ from gigagan_jax.training.loop import make_pipeline
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep, abstract_batch, batch_shardings
 
+# Compilation is nearly all of the time. What is compared are sums in another order, not how well they are compiled.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 TOLERANCE = 1e-5
 
 
@@ -125,7 +131,9 @@ class Towers:
                 everyone = sharding.constrain(text, None, None)
                 return losses.clip_contrastive(sharding.constrain(embedding, "batch", None), text, everyone, scale)
 
-        run = jax.jit(jax.value_and_grad(loss), in_shardings=(rows, self.frozen.shardings(mesh), rows))
+        run = jax.jit(
+            jax.value_and_grad(loss), in_shardings=(rows, self.frozen.shardings(mesh), rows), compiler_options=QUICK
+        )
         return jax.device_get(run(self.images, params, self.batch["tokens"]))
 
 
@@ -194,7 +202,7 @@ class Gradients:
 
         everywhere = NamedSharding(mesh, PartitionSpec())
         inputs = (networks.shardings(mesh), batch_shardings(config, mesh), everywhere, networks.frozen.shardings(mesh))
-        compiled = jax.jit(run, in_shardings=inputs)
+        compiled = jax.jit(run, in_shardings=inputs, compiler_options=QUICK)
         return jax.device_get(compiled(state, self.batch, jax.random.key(3), params))
 
 

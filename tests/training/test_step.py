@@ -22,6 +22,14 @@ STEPS = 5
 WITH_R1 = tuple(step % 4 == 0 for step in range(STEPS))
 
 
+# Compilation is nearly all of the time, and what is computed is tested here, not how fast.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+
 @pytest.fixture(scope="module")
 def config(tiny):
     return dataclasses.replace(tiny, remat=False, batch_size=8)
@@ -40,9 +48,11 @@ def batch_of(config, step):
 
 
 def compiled_step(config):
-    """A CompiledStep on two devices."""
+    """A CompiledStep on two devices, its programs compiled with QUICK."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=1), jax.devices()[:2])
-    return CompiledStep(TrainStep(Networks(config)), mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+        return CompiledStep(TrainStep(Networks(config)), mesh)
 
 
 @dataclasses.dataclass
