@@ -117,7 +117,9 @@ def cached(path: str) -> Path | None:
 
     name, _, revision = path.partition("@")
     try:
-        folder = Path(hub.snapshot_download(name, revision=revision or None, local_files_only=True))
+        # The same patterns as when it was downloaded: the hub calls a snapshot without them incomplete.
+        wanted: dict[str, Any] = {"revision": revision or None, "allow_patterns": _WANTED}
+        folder = Path(hub.snapshot_download(name, local_files_only=True, **wanted))
     except Exception:
         return None  # whatever the hub raises for what it does not have
     whole = (folder / CONFIG).exists() and ((folder / SINGLE).exists() or (folder / INDEX).exists())

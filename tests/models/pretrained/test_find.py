@@ -1,5 +1,6 @@
 """Where weights are looked for: whatever is wrong is one line that names the setting, the place and the way to mend it."""
 
+import json
 import os
 import pickle
 import re
@@ -13,7 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from gigagan_jax.errors import UserError
-from gigagan_jax.models.pretrained.files import CONFIG, INDEX, SINGLE, Need, Weights, find
+from gigagan_jax.models.pretrained.files import CONFIG, INDEX, SINGLE, Need, Weights, cached, find
 
 INSTEAD = "config.loss.clip=(0,0) does without"
 NEED = Need("config.clip.path", INSTEAD)
@@ -115,6 +116,19 @@ def test_a_hub_id_in_the_cache(hub, folder, shards):
     other = hub("org/other", revision="v1")
     shutil.copytree(shards, other, dirs_exist_ok=True)
     assert find("org/other@v1", NEED) == other
+
+
+def test_a_hub_id_of_which_we_downloaded_what_we_need(hub, folder):
+    """The hub lists all files of a network, also those for other frameworks, which are left there."""
+    snapshot = hub("org/name")
+    shutil.copytree(folder, snapshot, dirs_exist_ok=True)
+    listed = {name: {"size": 0, "blob_id": "0"} for name in (CONFIG, SINGLE, "README.md", "pytorch_model.bin")}
+    trees = snapshot.parent.parent / "trees"
+    trees.mkdir()
+    (trees / f"{snapshot.name}.json").write_text(json.dumps({"format_version": 1, "files": listed}))
+    assert find("org/name", NEED) == snapshot
+    assert cached("org/name") == snapshot  # without asking the hub
+    assert cached("org/other") is None
 
 
 def test_a_hub_id_of_which_only_parts_are_in_the_cache(hub, folder):
