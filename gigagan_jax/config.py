@@ -274,6 +274,21 @@ class Config:
         """Sides of the pyramid, low to high: (4, 8, ..., resolution)."""
         return tuple(1 << i for i in range(2, self.resolution.bit_length()))
 
+    @property
+    def clip_path(self) -> str:
+        """Of the CLIP of the contrastive loss; empty where none is named."""
+        return self.clip.path or (self.text.path if self.text.encoder == "clip" else "")
+
+    @property
+    def vision_path(self) -> str:
+        """Of the image tower of the vision-aided discriminator; empty where none is named."""
+        return self.vision_aided.path or (self.clip_path if self.vision_aided.backbone == "clip" else "")
+
+    @property
+    def uses_clip_loss(self) -> bool:
+        """Is the contrastive loss on?"""
+        return max(self.loss.clip) > 0
+
 
 # ---------------------------------------------------------------- reading
 
@@ -309,22 +324,18 @@ def _without_auto(config: Config) -> Config:
     """text.encoder="auto" as what it stands for, so that a stored config says what was run."""
     if config.text.encoder != "auto":
         return config
-    path, loss = config.text.path, config.loss
+    path, encoder = config.text.path, "bytes"
     if path:
-        file = Path(path) / "config.json"
         try:
-            kind = str(json.loads(file.read_text(encoding="utf-8")).get("model_type", ""))
+            values = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+            kind = str(values.get("model_type", ""))
         except (OSError, ValueError, AttributeError):
             kind = path.lower()  # a hub id, or a folder that the loader will complain about
         encoder = "t5" if "t5" in kind else "clip"
-    else:
-        encoder = "bytes"
-    has_clip = bool(config.clip.path) or encoder == "clip"
-    has_vision = bool(config.vision_aided.path) or (has_clip and config.vision_aided.backbone == "clip")
-    loss = dataclasses.replace(
-        loss, clip=loss.clip if has_clip else (0.0, 0.0), vision_aided=loss.vision_aided if has_vision else 0.0
-    )
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, encoder=encoder), loss=loss)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, encoder=encoder))
+    without: dict[str, Any] = {} if config.clip_path else {"clip": (0.0, 0.0)}
+    without |= {} if config.vision_path else {"vision_aided": 0.0}
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, **without))
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:

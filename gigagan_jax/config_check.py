@@ -89,20 +89,18 @@ def _check_frozen(config: Any) -> None:
     first, last = config.loss.clip
     if min(first, last) < 0 or not max(first, last) < math.inf:
         raise UserError(f"config.loss.clip={config.loss.clip}: weights must not be negative")
-    clip = max(first, last) > 0
-    if clip and config.condition != "text":
+    if config.uses_clip_loss and config.condition != "text":
         raise UserError(
             "config.loss.clip: the contrastive loss compares with captions and needs config.condition='text'"
         )
     if config.condition != "text":
         return
-    own = config.text.path if config.text.encoder == "clip" else ""
     if config.text.encoder != "bytes" and not config.text.path:
         raise UserError(
             f"config.text.path is not set: text.encoder={config.text.encoder!r} needs the folder or hub id of its weights; "
             "text.encoder=bytes needs none"
         )
-    if clip and not (config.clip.path or own):
+    if config.uses_clip_loss and not config.clip_path:
         raise UserError(
             "config.clip.path is not set: config.loss.clip needs the folder or hub id of a CLIP; (0,0) switches it off"
         )
@@ -110,15 +108,16 @@ def _check_frozen(config: Any) -> None:
 
 def _check_vision_aided(config: Any) -> None:
     text = config.vision_aided.text
-    own = config.text.path if config.text.encoder == "clip" else ""
     if config.condition == "text" and text.width % text.heads:
         raise UserError(f"config.vision_aided.text.width={text.width} does not divide into {text.heads} heads")
-    if config.loss.vision_aided and not (
-        config.vision_aided.path or (config.vision_aided.backbone == "clip" and (config.clip.path or own))
-    ):
+    if config.loss.vision_aided and not config.vision_path:
         raise UserError(
             "config.vision_aided.path is not set: config.loss.vision_aided needs the folder or hub id of a "
             f"{config.vision_aided.backbone} image tower; 0 switches it off"
+        )
+    if config.loss.vision_aided and config.condition == "text" and config.text.encoder == "bytes" and not text.depth:
+        raise UserError(
+            "config.vision_aided.text.depth=0: the bytes encoder says nothing of a caption at its end; use at least 1"
         )
 
 

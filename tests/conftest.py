@@ -114,3 +114,20 @@ def make_clip(random_weights):
 def clip_folder(make_clip, tmp_path_factory):
     """A tiny CLIP with its tokenizer, as transformers saves them."""
     return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def refused():
+    """refused(call, *words): the one line of a UserError, with all of `words` in it."""
+    from gigagan_jax.errors import UserError
+
+    def refused(call, *words):
+        with pytest.raises(UserError) as caught:
+            call()
+        message = str(caught.value)
+        assert message.splitlines() == [message]
+        for word in words:
+            assert str(word) in message
+        return message
+
+    return refused

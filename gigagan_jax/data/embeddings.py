@@ -43,7 +43,7 @@ def describe(config: Config, source: Source) -> dict[str, Any]:
         "final_norm": t.final_norm,
         "length": t.length,
         "dtype": config.dtype,
-        "clip_loss": max(config.loss.clip) > 0,
+        "clip_loss": config.uses_clip_loss,
     }
 
 

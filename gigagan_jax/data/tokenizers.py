@@ -112,7 +112,7 @@ class FrozenTokenizer:
         import transformers
 
         mend = "copy the tokenizer's files (tokenizer.json, or vocab.json and merges.txt) of the same network beside the weights"
-        files = ("tokenizer.json", "vocab.json", "spiece.model")
+        files = ("tokenizer.json", "vocab.json")  # a spiece.model alone would need sentencepiece
         if not any((folder / name).exists() for name in files):
             raise UserError(f"{folder} holds no tokenizer (none of {', '.join(files)}): {mend}")
         try:
@@ -141,7 +141,9 @@ class FrozenTokenizer:
         self.pad_id = end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._room = length - len(self._begin) - 1
         if self._room < 1:
-            raise UserError(f"config.text.length={length}: leaves no room for text")
+            raise UserError(
+                f"config.text.length={length}: leaves no room for text; use {length - self._room + 1} or more"
+            )
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
         """Captions to int32 [N, length]. Long ones are cut, so that the end still ends them."""

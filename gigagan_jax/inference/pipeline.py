@@ -46,7 +46,7 @@ class TextToImage:
         self.tokenizer = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
         self.frozen = Frozen(config, roles=("text",))
         self.identities: dict[str, str] = {}
-        self._frozen: Params = {k: (frozen or {})[k] for k in self.frozen.towers if k in (frozen or {})}
+        self._frozen: Params = {k: params for k, params in (frozen or {}).items() if k in self.frozen.towers}
         if self._frozen.keys() != self.frozen.towers.keys():
             self._frozen, self.identities = self.frozen.load(mesh)
         self.shardings = self.module.shardings(mesh, config.rules)

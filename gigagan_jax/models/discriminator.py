@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.config import Config, entry_levels
-from gigagan_jax.models.layers.adaptive_conv import AdaptiveConv
+from gigagan_jax.models.layers.adaptive_conv import modulated_head
 from gigagan_jax.models.layers.attention import FeedForward, SelfAttention
 from gigagan_jax.models.layers.equalized import SQRT2, Conv, Linear, Stack, leaky_relu, normalize, run
 from gigagan_jax.models.text import Conditioner
@@ -123,26 +123,9 @@ class ModulatedHead(nnx.Module):
     def __init__(self, config: Config, features: int, condition_width: int, *, dtype: Any, rngs: nnx.Rngs):
         d = config.discriminator
         self.unconditional = Conv(features, 1, kernel=1, axes=("conv_in", None), dtype=dtype, rngs=rngs)
-        layers = []
-        width = features
-        for i in range(d.head_depth if config.condition != "none" else 0):
-            last = i == d.head_depth - 1
-            out = 1 if last else d.head_width
-            layers.append(
-                AdaptiveConv(
-                    width,
-                    out,
-                    w_dim=condition_width,
-                    kernel=1,
-                    demodulate=not last,
-                    activation=not last,
-                    out_axis="rgb" if last else "conv_out",
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-            )
-            width = out
-        self.layers = nnx.List(layers)
+        depth = d.head_depth if config.condition != "none" else 0
+        kind: dict[str, Any] = {"w_dim": condition_width, "kernel": 1, "dtype": dtype, "rngs": rngs}
+        self.layers = modulated_head(features, d.head_width, depth, **kind)
 
     def __call__(self, x: jax.Array, t: jax.Array | None) -> jax.Array:
         """x [N, P, h, w, C], t [N, M, D] -> float32 logits [N, P, M, h * w]; M = 1 without a condition"""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.config import Config
-from gigagan_jax.models.layers.adaptive_conv import AdaptiveConv
+from gigagan_jax.models.layers.adaptive_conv import modulated_head
 from gigagan_jax.models.layers.equalized import Conv, Linear, leaky_relu, normalize, param
 from gigagan_jax.models.text import Conditioner
 
@@ -44,23 +44,9 @@ class Head(nnx.Module):
         v = config.vision_aided
         self.entry = Conv(v.projection, v.head_width, kernel=3, dtype=dtype, rngs=rngs)
         self.unconditional = Conv(v.head_width, 1, kernel=1, axes=("conv_in", None), dtype=dtype, rngs=rngs)
-        layers = []
-        for i in range(v.head_depth if config.condition != "none" else 0):
-            last = i == v.head_depth - 1
-            layers.append(
-                AdaptiveConv(
-                    v.head_width,
-                    1 if last else v.head_width,
-                    w_dim=condition_width,
-                    kernel=3,
-                    demodulate=not last,
-                    activation=not last,
-                    out_axis="rgb" if last else "conv_out",
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-            )
-        self.layers = nnx.List(layers)
+        depth = v.head_depth if config.condition != "none" else 0
+        kind: dict[str, Any] = {"w_dim": condition_width, "kernel": 3, "dtype": dtype, "rngs": rngs}
+        self.layers = modulated_head(v.head_width, v.head_width, depth, **kind)
 
     def __call__(self, x: jax.Array, t: jax.Array | None) -> jax.Array:
         """x [N, h, w, C], t [N, D] -> float32 logits [N, h * w]"""

@@ -22,7 +22,7 @@ from gigagan_jax.data.sources import make_source
 from gigagan_jax.data.tokenizers import Tokenizer, make_tokenizer
 from gigagan_jax.errors import UserError
 from gigagan_jax.models.abstract import Params
-from gigagan_jax.models.pretrained.frozen import clip_length, clip_path, own_clip_tokens
+from gigagan_jax.models.pretrained.frozen import clip_length, own_clip_tokens
 from gigagan_jax.models.pretrained.text_spec import tokenizer_options
 from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, with_shardings
 from gigagan_jax.training.logging import MetricLogger, Progress
@@ -65,7 +65,7 @@ def tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
     text = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
     if not own_clip_tokens(config):
         return text, None
-    clip = TextConfig(encoder="clip", path=clip_path(config), length=clip_length(config))
+    clip = TextConfig(encoder="clip", path=config.clip_path, length=clip_length(config))
     return text, make_tokenizer("clip", clip.length, **tokenizer_options(clip))
 
 

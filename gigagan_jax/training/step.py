@@ -15,7 +15,7 @@ from gigagan_jax import sharding
 from gigagan_jax.config import Config
 from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.layers.resample import pyramid
-from gigagan_jax.models.pretrained.frozen import clip_length, clip_width, own_clip_tokens, uses_clip_loss
+from gigagan_jax.models.pretrained.frozen import clip_length, clip_width, own_clip_tokens
 from gigagan_jax.models.pretrained.text_spec import text_spec
 from gigagan_jax.training import losses
 from gigagan_jax.training.augment import augment
@@ -24,6 +24,7 @@ from gigagan_jax.training.mismatch import mismatch
 from gigagan_jax.training.optim import learning_rate
 from gigagan_jax.training.state import GanState, Net, Networks
 
+NOTHING: Params = {}  # the frozen networks of a config that asks for none
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -38,28 +39,21 @@ def batch_axes(name: str) -> tuple[str | None, ...]:
     return ("batch", *(None,) * {"image": 3, "features": 2, "label": 0}.get(name, 1))
 
 
-def batch_entries(config: Config) -> tuple[str, ...]:
-    """Which entries of the data's batch the step takes."""
-    if config.condition != "text":
-        return ("image", "label")
-    entries = ["image", "tokens", "label"]
-    stored, clip = bool(config.data.embeddings), uses_clip_loss(config)
-    entries += ["features"] * stored + ["clip_text"] * (stored and clip)
-    return (*entries, *["clip_tokens"] * (own_clip_tokens(config) and not stored))
-
-
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """ShapeDtypeStructs of a global batch."""
+    """ShapeDtypeStructs of a global batch: the entries of the data's batch that the step takes."""
     n, r = config.batch_size, config.resolution
-    shapes: dict[str, Callable[[], Any]] = {
-        "image": lambda: ((n, r, r, 3), jnp.uint8),
-        "tokens": lambda: ((n, config.text.length), jnp.int32),
-        "label": lambda: ((n,), jnp.int32),
-        "clip_tokens": lambda: ((n, clip_length(config)), jnp.int32),
-        "features": lambda: ((n, config.text.length, text_spec(config.text).width), jnp.dtype(config.dtype)),
-        "clip_text": lambda: ((n, clip_width(config)), jnp.float32),
-    }
-    return {k: jax.ShapeDtypeStruct(*shapes[k]()) for k in batch_entries(config)}
+    entry = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((n, *shape), dtype)
+    batch = {"image": entry(r, r, 3, dtype=jnp.uint8), "label": entry()}
+    if config.condition != "text":
+        return batch
+    batch["tokens"] = entry(config.text.length)
+    if config.data.embeddings:
+        batch["features"] = entry(config.text.length, text_spec(config.text).width, dtype=jnp.dtype(config.dtype))
+        if config.uses_clip_loss:
+            batch["clip_text"] = entry(clip_width(config), dtype=jnp.float32)
+    elif own_clip_tokens(config):
+        batch["clip_tokens"] = entry(clip_length(config))
+    return batch
 
 
 def batch_shardings(config: Config, mesh: Any) -> dict[str, NamedSharding]:
@@ -150,7 +144,7 @@ class TrainStep:
         key: jax.Array,
         gamma: jax.Array,
         with_r1: bool,
-        frozen: Params | None = None,
+        frozen: Params = NOTHING,
     ) -> tuple[jax.Array, Metrics]:
         """Loss of D (and of V) on one micro-batch; eq. 6 with eq. 8, and R1."""
         c = self.config
@@ -178,7 +172,7 @@ class TrainStep:
         if v_params is not None:
             with jax.named_scope("vision_aided"):
                 both = jnp.stack([fakes[0], real], axis=1)
-                seen = self.vision_logits(v_params, frozen or {}, both, batch, jax.random.fold_in(key, 2))
+                seen = self.vision_logits(v_params, frozen, both, batch, jax.random.fold_in(key, 2))
                 fake_v, real_v = ([x[:, source] for x in seen] for source in (0, 1))
                 metrics["loss/v"] = losses.over_pairs(losses.gan_d, self.weights_vision, fake_v, real_v)
             loss += metrics["loss/v"]
@@ -201,7 +195,7 @@ class TrainStep:
         critics: Params,
         batch: Batch,
         key: jax.Array,
-        frozen: Params | None = None,
+        frozen: Params = NOTHING,
         captions: jax.Array | None = None,
         progress: jax.Array | float = 0.0,
     ) -> tuple[jax.Array, Metrics]:
@@ -228,14 +222,14 @@ class TrainStep:
         out = images[-1]
         if captions is not None:
             with jax.named_scope("clip_loss"):
-                embedding, scale = self.frozen.clip_image(frozen or {}, out)
+                embedding, scale = self.frozen.clip_image(frozen, out)
                 embedding = sharding.constrain(embedding, "batch", None)
                 metrics["loss/clip"] = losses.clip_contrastive(embedding, batch["clip_text"], captions, scale)
             first, last = c.loss.clip
             loss += (first + (last - first) * progress) * metrics["loss/clip"]
         if v_params is not None:
             with jax.named_scope("vision_aided"):
-                seen = self.vision_logits(v_params, frozen or {}, out[:, None], batch, jax.random.fold_in(key, 2))
+                seen = self.vision_logits(v_params, frozen, out[:, None], batch, jax.random.fold_in(key, 2))
                 own_v = [x[:, 0] for x in seen]
                 metrics["loss/g_v"] = losses.over_pairs(losses.gan_g, self.weights_vision, own_v)
             loss += c.loss.vision_aided * metrics["loss/g_v"]
@@ -272,7 +266,7 @@ class TrainStep:
         return jnp.minimum(1.0, state.images.astype(jnp.float32) / (self.config.total_kimg * 1000.0))
 
     def d_gradients(
-        self, state: GanState, batch: Batch, key: jax.Array, with_r1: bool, frozen: Params | None = None
+        self, state: GanState, batch: Batch, key: jax.Array, with_r1: bool, frozen: Params = NOTHING
     ) -> tuple[Params, Metrics]:
         """Gradient of the critics' loss."""
         first, last = self.config.loss.r1_gamma
@@ -284,7 +278,7 @@ class TrainStep:
         return self.gradients(loss, self.critics(state), batch, key, state.g.params)
 
     def g_gradients(
-        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params | None = None
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING
     ) -> tuple[Params, Metrics]:
         """Gradient of G's loss, by the critics that are in the state."""
         # Negatives are the captions of the global batch, whatever micro-batch an image is in: gathered once.
@@ -297,12 +291,12 @@ class TrainStep:
         return self.gradients(loss, state.g.params, batch, key, self.critics(state))
 
     def __call__(
-        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params | None = None, *, with_r1: bool
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING, *, with_r1: bool
     ) -> tuple[GanState, Metrics]:
         """(state, global batch, the run's key, frozen networks) -> (state, metrics); `with_r1` is static."""
         c, nets = self.config, self.networks
         key_d, key_g = jax.random.split(jax.random.fold_in(key, state.step))
-        batch = self.encode(batch, frozen or {})
+        batch = self.encode(batch, frozen)
 
         grads, metrics = self.d_gradients(state, batch, key_d, with_r1, frozen)
         d_grads, v_grads = self.split(grads)
@@ -376,9 +370,9 @@ class CompiledStep:
             return self.step(state, batch, key, frozen, with_r1=with_r1)
 
     def __call__(
-        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params | None = None, *, with_r1: bool
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING, *, with_r1: bool
     ) -> tuple[GanState, Metrics]:
-        return self._jit(state, batch, key, frozen or {}, with_r1)
+        return self._jit(state, batch, key, frozen, with_r1)
 
     def flops(self, *, with_r1: bool) -> int:
         """Floating-point operations of one step over all devices, from its trace; see flops.py."""

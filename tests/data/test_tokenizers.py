@@ -119,17 +119,6 @@ def copy(clip_folder, tmp_path):
     return shutil.copytree(clip_folder, tmp_path / "copy")
 
 
-def refused(call, *words):
-    """The one line of a refusal, with all of `words` in it."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert message.splitlines() == [message]
-    for word in words:
-        assert str(word) in message
-    return message
-
-
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_frozen_rows_are_those_of_transformers(clip_folder, theirs, name):
     caption = CAPTIONS[name]
@@ -218,7 +207,7 @@ def plain(tmp_path):
     return tmp_path
 
 
-def test_frozen_without_a_begin_token(plain):
+def test_frozen_without_a_begin_token(plain, refused):
     import transformers
 
     options = {"vocab_size": 8, "end_id": 1}  # an embedding may have more rows than there are ids
@@ -253,7 +242,7 @@ def test_the_tokenizer_of_an_encoder(clip_folder):
 MEND = "copy the tokenizer's files"
 
 
-def test_a_folder_without_a_tokenizer(clip_folder, tmp_path):
+def test_a_folder_without_a_tokenizer(clip_folder, tmp_path, refused):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(clip_folder / name, tmp_path)
     refused(
@@ -276,13 +265,13 @@ def test_a_folder_without_a_tokenizer(clip_folder, tmp_path):
     ],
     ids=["empty", "one_byte", "half", "almost_all", "list", "object", "web_page", "lfs_pointer", "no_text"],
 )
-def test_a_damaged_tokenizer(copy, damage):
+def test_a_damaged_tokenizer(copy, damage, refused):
     file = copy / "tokenizer.json"
     file.write_bytes(damage(file.read_bytes()))
     refused(lambda: frozen(copy), copy, "tokenizer", MEND)
 
 
-def test_a_vocabulary_without_its_merges(copy):
+def test_a_vocabulary_without_its_merges(copy, refused):
     """Half of a tokenizer would read words letter by letter."""
     vocabulary = json.loads((copy / "tokenizer.json").read_text())["model"]["vocab"]
     (copy / "tokenizer.json").unlink()
@@ -314,7 +303,7 @@ def test_settings_that_were_saved_with_a_tokenizer_do_not_matter(copy, clip_fold
     np.testing.assert_array_equal(frozen(copy)(captions), frozen(clip_folder)(captions))
 
 
-def test_a_tokenizer_of_another_network(clip_folder):
+def test_a_tokenizer_of_another_network(clip_folder, refused):
     known = ids(clip_folder)
     size, end = known["vocab_size"], known["end_id"]
     said = refused(lambda: frozen(clip_folder, vocab_size=size - 1), clip_folder, "does not fit", MEND)
@@ -326,7 +315,7 @@ def test_a_tokenizer_of_another_network(clip_folder):
     assert frozen(clip_folder, vocab_size=size + 4).vocab_size == size + 4
 
 
-def test_a_row_without_room_for_text(clip_folder):
+def test_a_row_without_room_for_text(clip_folder, refused):
     refused(lambda: frozen(clip_folder, 2), "config.text.length=2", "no room for text")
     known = ids(clip_folder)
     word = known["vocab_size"] - 3  # the last before the special two

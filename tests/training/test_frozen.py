@@ -184,8 +184,7 @@ class Gradients:
         self.batch = batch_of(from_dict(values))
 
     @functools.lru_cache  # noqa: B019  (lives as long as the module's fixture)
-    def on(self, shape, parts=1):
-        self.values.micro_batches = parts
+    def on(self, shape):
         config = from_dict(self.values)
         mesh = mesh_of(*shape)
         networks = Networks(config)
@@ -252,6 +251,31 @@ def test_negatives_are_those_of_the_global_batch_in_micro_batches(clip_folder):
     assert float(sum(alone) / 2) < 0.95 * float(whole)
 
 
+def test_the_step_in_micro_batches_has_the_negatives_of_the_global_batch(clip_folder):
+    """What the step calls loss/clip, rebuilt from each micro-batch's fakes and the captions of all."""
+    values = values_of(clip_folder, batch_size=16, micro_batches=2, remat=False)
+    values.loss.vision_aided = 0.0
+    config = from_dict(values)
+    networks = Networks(config)
+    step, mesh = TrainStep(networks), mesh_of(1, 1, 1)
+    state, (params, _) = networks.init(mesh), networks.frozen.load(mesh)
+    batch, key = jax.tree.map(jnp.asarray, batch_of(config)), jax.random.key(7)
+
+    def both(state, batch, frozen):
+        batch = step.encode(batch, frozen)
+        said = step.g_gradients(state, batch, key, frozen)[1]["loss/clip"]
+        rebuilt = []
+        for i in range(2):
+            part = {k: x[i::2] for k, x in batch.items()}
+            key_z, _ = jax.random.split(jax.random.fold_in(key, i))
+            embedding, scale = step.frozen.clip_image(frozen, step.fakes(state.g.params, part, key_z)[0][-1])
+            rebuilt.append(losses.clip_contrastive(embedding, part["clip_text"], batch["clip_text"], scale))
+        return said, sum(rebuilt) / 2
+
+    said, rebuilt = jax.jit(both, compiler_options=QUICK)(state, batch, params)
+    assert float(said) == pytest.approx(float(rebuilt), rel=1e-5)
+
+
 @pytest.fixture
 def t5_folder(tmp_path, random_weights):
     """A tiny T5 encoder with a tokenizer of words, as transformers saves them."""
@@ -301,6 +325,8 @@ def test_missing_clip_for_one_role_names_what_does_without(clip_folder):
         config_of("", text__encoder="bytes", loss__clip=(0.2, 1.0), loss__vision_aided=0.0)
     with pytest.raises(UserError, match=r"config.vision_aided.path is not set.*0 switches it off"):
         config_of("", text__encoder="bytes", loss__clip=(0.0, 0.0), loss__vision_aided=1.0)
+    with pytest.raises(UserError, match=r"vision_aided\.text\.depth=0.*use at least 1"):
+        config_of("", text__encoder="bytes", loss__clip=(0.0, 0.0), vision_aided__path=str(clip_folder))
     with pytest.raises(UserError, match=r"text\.encoder=bytes needs none"):
         config_of("", text__encoder="clip")
     with pytest.raises(UserError, match=r"has 2 blocks"):

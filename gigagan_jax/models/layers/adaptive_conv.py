@@ -140,3 +140,16 @@ class AdaptiveConv(nnx.Module):
             y *= demodulation(filters, style, mix)[:, None, None, :].astype(self.dtype)
         y += self.bias[...].astype(self.dtype)
         return leaky_relu(y) if self.activation else y
+
+
+def modulated_head(
+    channels: int, width: int, depth: int, *, w_dim: int, kernel: int, dtype: Any, rngs: nnx.Rngs
+) -> nnx.List:
+    """`depth` modulated convolutions to one logit: channels -> width -> ... -> 1, the last neither demodulated nor activated."""
+    widths = [channels, *(width,) * (depth - 1), 1]
+    layers = []
+    for i in range(depth):
+        last = i == depth - 1
+        end: dict[str, Any] = {"demodulate": False, "activation": False, "out_axis": "rgb"} if last else {}
+        layers.append(AdaptiveConv(*widths[i : i + 2], w_dim=w_dim, kernel=kernel, dtype=dtype, rngs=rngs, **end))
+    return nnx.List(layers)

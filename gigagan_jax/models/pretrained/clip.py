@@ -11,17 +11,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from gigagan_jax.errors import UserError
 from gigagan_jax.models.layers.equalized import param
-from gigagan_jax.models.pretrained.files import Row, read_json, transposed
-from gigagan_jax.models.pretrained.layers import ACTIVATIONS, Block, Dense, Encoder, LayerNorm
+from gigagan_jax.models.pretrained import vit
+from gigagan_jax.models.pretrained.files import CONFIG, Row, read_json, require, transposed
+from gigagan_jax.models.pretrained.layers import Block, Dense, Encoder, LayerNorm
+from gigagan_jax.models.pretrained.vit import (
+    Embedding,
+    VisionConfig,
+    block_rows,
+    norm_rows,
+    patch_matrix,
+    read_sizes,
+)
 
-# Of the RGB values in 0..1, for every CLIP here.
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-LEGACY_EOS = 2  # in old configs: the end of text is then the highest id of a row
+# Mean and deviation of the RGB values in 0..1, for every CLIP here.
+PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,27 +43,7 @@ class TextConfig:
     layer_norm_eps: float = 1e-5
     vocab_size: int = 49408
     max_position_embeddings: int = 77
-    bos_token_id: int = 49406
     eos_token_id: int = 49407
-
-    @property
-    def end_id(self) -> int:
-        """The token that ends a text, in old configs too."""
-        return self.vocab_size - 1 if self.eos_token_id == LEGACY_EOS else self.eos_token_id
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of a vision tower; the names and defaults of transformers."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    image_size: int = 224
-    patch_size: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,40 +79,34 @@ def read_config(folder: Path) -> ClipConfig:
     Raises:
       UserError: another kind of network, or sizes that make none.
     """
-    file = folder / "config.json"
+    file = folder / CONFIG
     values = read_json(file)
     kind = values.get("model_type")
     if kind == "clip":
         # As transformers does: the older *_config_dict wins.
-        part = lambda name: (values.get(name) or {}) | (values.get(f"{name}_dict") or {})
-        text, vision = part("text_config"), part("vision_config")
-        projection = values.get("projection_dim", 512)
-        return ClipConfig(_read(TextConfig, text, file), _read(VisionConfig, vision, file), projection)
+        part = lambda name: require({name: {}} | values, name, dict, file) | (values.get(f"{name}_dict") or {})
+        text = _read_text(part("text_config"), file)
+        return ClipConfig(text, read_sizes(VisionConfig, part("vision_config"), file), _projection(values, file))
     projected = any("Projection" in str(a) for a in values.get("architectures") or ())
-    projection = values.get("projection_dim", 512) if projected else 0
+    projection = _projection(values, file) if projected else 0
     if kind == "clip_text_model":
-        return ClipConfig(_read(TextConfig, values, file), None, projection)
+        return ClipConfig(_read_text(values, file), None, projection)
     if kind == "clip_vision_model":
-        return ClipConfig(None, _read(VisionConfig, values, file), projection)
+        return ClipConfig(None, read_sizes(VisionConfig, values, file), projection)
     raise UserError(f"{file}: model_type={kind!r} is no CLIP (clip, clip_text_model or clip_vision_model)")
 
 
-def _read(kind: Any, values: dict[str, Any], file: Path) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    taken = {k: v for k, v in values.items() if k in fields}
-    for name, value in taken.items():
-        expected = type(fields[name].default)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if expected is float else expected):
-            raise UserError(f"{file}: {name}={value!r} is not {expected.__name__}; is it the config of a CLIP?")
-    config = kind(**taken)
-    if config.hidden_act not in ACTIVATIONS:
-        raise UserError(f"{file}: hidden_act={config.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
-    sizes = {n: getattr(config, n) for n in fields if n.endswith(("size", "layers", "heads", "embeddings"))}
-    if min(sizes.values()) < 1 or config.hidden_size % config.num_attention_heads:
-        raise UserError(f"{file}: sizes that make no network: {', '.join(f'{k}={v}' for k, v in sizes.items())}")
-    if kind is VisionConfig and config.image_size % config.patch_size:
-        raise UserError(f"{file}: image_size={config.image_size} is no multiple of patch_size={config.patch_size}")
-    return config
+def _projection(values: dict[str, Any], file: Path) -> int:
+    width = require({"projection_dim": 512} | values, "projection_dim", int, file)
+    if width < 1:
+        raise UserError(f"{file}: projection_dim={width} makes no network")
+    return width
+
+
+def _read_text(values: dict[str, Any], file: Path) -> TextConfig:
+    config = read_sizes(TextConfig, values, file)
+    # Old configs say 2 and mean the highest id of a row, which is the last of the vocabulary.
+    return dataclasses.replace(config, eos_token_id=config.vocab_size - 1) if config.eos_token_id == 2 else config
 
 
 class TextOutput(NamedTuple):
@@ -176,16 +157,10 @@ class ClipText(nnx.Module):
         if not pool:
             return TextOutput(hidden, None, None, None)
         last = self.norm(hidden.pop())
-        at = jax.nn.one_hot(end_of_text(tokens, c.eos_token_id), length, dtype=last.dtype)
+        # The first of them: rows may be padded with it.
+        at = jax.nn.one_hot(jnp.argmax(tokens == c.eos_token_id, axis=1), length, dtype=last.dtype)
         pooled = jnp.einsum("nc,ncd->nd", at, last)
         return TextOutput(hidden, last, pooled, None if self.projection is None else self.projection(pooled))
-
-
-def end_of_text(tokens: jax.Array, eos_token_id: int) -> jax.Array:
-    """Place of the end-of-text token in each row, int32 [N]: the first of that id; by an old config, of the highest id."""
-    if eos_token_id == LEGACY_EOS:
-        return jnp.argmax(tokens, axis=1).astype(jnp.int32)
-    return jnp.argmax(tokens == eos_token_id, axis=1).astype(jnp.int32)
 
 
 class VisionOutput(NamedTuple):
@@ -222,10 +197,7 @@ class ClipVision(nnx.Module):
     ):
         c = config
         self.config, self.dtype = c, dtype
-        self.grid = c.image_size // c.patch_size
-        self.patch = Dense(3 * c.patch_size**2, c.hidden_size, axes=(None, "embed"), bias=False, dtype=dtype, rngs=rngs)
-        self.class_token = param(rngs, (c.hidden_size,), ("embed",))
-        self.position = param(rngs, (1 + self.grid**2, c.hidden_size), (None, "embed"))
+        self.embedding = Embedding(c, bias=False, dtype=dtype, rngs=rngs)
         self.norm_in = LayerNorm(c.hidden_size, c.layer_norm_eps, dtype=dtype, rngs=rngs)
         sizes = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.hidden_act, c.layer_norm_eps)
         make = lambda: Block(*sizes, dtype=dtype, rngs=rngs)
@@ -238,70 +210,35 @@ class ClipVision(nnx.Module):
     def __call__(self, images: jax.Array, *, taps: Sequence[int] = (), pool: bool = True) -> VisionOutput:
         """images [N, R, R, 3], normalised as `preprocess` does -> VisionOutput; `taps` are numbers of blocks"""
         c = self.config
-        if images.shape[1:] != (c.image_size, c.image_size, 3):
-            raise ValueError(f"images {images.shape}: this tower sees {c.image_size} px")
-        x = self.patch(patches(images, c.patch_size))
-        first = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))
-        x = jnp.concatenate([first, x], axis=1) + self.position[...].astype(self.dtype)
         asked = (*taps, c.num_hidden_layers) if pool else tuple(taps)
-        hidden = self.encoder(self.norm_in(x), None, taps=asked)
+        hidden = self.encoder(self.norm_in(self.embedding(images)), None, taps=asked)
         if not pool:
             return VisionOutput(hidden, None, None)
         pooled = self.norm_out(hidden.pop()[:, 0])
         return VisionOutput(hidden, pooled, None if self.projection is None else self.projection(pooled))
 
 
-def patches(images: jax.Array, size: int) -> jax.Array:
-    """[N, R, R, C] -> [N, (R / size)^2, size * size * C]"""
-    n, r, _, c = images.shape
-    x = images.reshape(n, r // size, size, r // size, size, c).swapaxes(2, 3)
-    return x.reshape(n, (r // size) ** 2, size * size * c)
-
-
 def preprocess(images: jax.Array, size: int) -> jax.Array:
-    """Images of ours as a CLIP expects them, differentiably: bicubic to `size` (with antialiasing when smaller), normalised.
-
-    images float [N, R, R, 3] in [-1, 1] -> float32 [N, size, size, 3]
-    """
-    x = resize(images.astype(jnp.float32), size)
-    mean, std = np.asarray(MEAN, np.float32), np.asarray(STD, np.float32)
-    return (x - (2 * mean - 1)) / (2 * std)
-
-
-def resize(images: jax.Array, size: int) -> jax.Array:
-    """[N, R, R, C] -> [N, size, size, C], Catmull-Rom bicubic as in Pillow (without its rounding to 8 bits)."""
-    if images.shape[1] == size:
-        return images
-    return jax.image.resize(images, (images.shape[0], size, size, images.shape[3]), "cubic", antialias=True)
+    """float [N, R, R, 3] in [-1, 1] -> float32 [N, size, size, 3], as a CLIP expects them; see vit.preprocess"""
+    return vit.preprocess(images, size, PIXELS)
 
 
 # ---------------------------------------------------------------- the key tables
 
-
-def _patch(x: np.ndarray) -> np.ndarray:
-    return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
-
-
-def _norm(path: str, key: str) -> list[Row]:
-    return [Row(f"{path}/gain", f"{key}.weight"), Row(f"{path}/bias", f"{key}.bias")]
-
-
-def _dense(path: str, key: str) -> list[Row]:
-    return [Row(f"{path}/weight", f"{key}.weight", transposed), Row(f"{path}/bias", f"{key}.bias")]
+_BLOCK = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.out_proj",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
 
 
 def _blocks(prefix: str) -> list[Row]:
-    ours, theirs = "encoder/blocks/layer", f"{prefix}encoder.layers.{{}}"
-    return [
-        *_norm(f"{ours}/norm1", f"{theirs}.layer_norm1"),
-        *_norm(f"{ours}/norm2", f"{theirs}.layer_norm2"),
-        *_dense(f"{ours}/attention/query", f"{theirs}.self_attn.q_proj"),
-        *_dense(f"{ours}/attention/key", f"{theirs}.self_attn.k_proj"),
-        *_dense(f"{ours}/attention/value", f"{theirs}.self_attn.v_proj"),
-        *_dense(f"{ours}/attention/out", f"{theirs}.self_attn.out_proj"),
-        *_dense(f"{ours}/up", f"{theirs}.mlp.fc1"),
-        *_dense(f"{ours}/down", f"{theirs}.mlp.fc2"),
-    ]
+    return block_rows("encoder/blocks/layer", f"{prefix}encoder.layers.{{}}", _BLOCK)
 
 
 def text_rows(prefix: str = "text_model.", *, projection: bool = True) -> list[Row]:
@@ -310,7 +247,7 @@ def text_rows(prefix: str = "text_model.", *, projection: bool = True) -> list[R
         Row("token", f"{prefix}embeddings.token_embedding.weight"),
         Row("position", f"{prefix}embeddings.position_embedding.weight"),
         *_blocks(prefix),
-        *_norm("norm", f"{prefix}final_layer_norm"),
+        *norm_rows("norm", f"{prefix}final_layer_norm"),
         *[Row("projection/weight", "text_projection.weight", transposed)] * projection,
     ]
 
@@ -318,12 +255,12 @@ def text_rows(prefix: str = "text_model.", *, projection: bool = True) -> list[R
 def vision_rows(prefix: str = "vision_model.", *, projection: bool = True, scaled: bool = True) -> list[Row]:
     """The vision tower's table."""
     return [
-        Row("class_token", f"{prefix}embeddings.class_embedding"),
-        Row("patch/weight", f"{prefix}embeddings.patch_embedding.weight", _patch),
-        Row("position", f"{prefix}embeddings.position_embedding.weight"),
-        *_norm("norm_in", f"{prefix}pre_layrnorm"),
+        Row("embedding/class_token", f"{prefix}embeddings.class_embedding"),
+        Row("embedding/patch/weight", f"{prefix}embeddings.patch_embedding.weight", patch_matrix),
+        Row("embedding/position", f"{prefix}embeddings.position_embedding.weight"),
+        *norm_rows("norm_in", f"{prefix}pre_layrnorm"),
         *_blocks(prefix),
-        *_norm("norm_out", f"{prefix}post_layernorm"),
+        *norm_rows("norm_out", f"{prefix}post_layernorm"),
         *[Row("projection/weight", "visual_projection.weight", transposed)] * projection,
         *[Row("logit_scale", "logit_scale")] * scaled,
     ]

@@ -4,50 +4,45 @@ StyleGAN-T (Sauer et al., 2023) puts its discriminator on the ViT-S/16. Proved e
 tests/models/pretrained/test_dino.py.
 """
 
-import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from gigagan_jax.errors import UserError
-from gigagan_jax.models.layers.equalized import param
-from gigagan_jax.models.pretrained.clip import patches, resize
-from gigagan_jax.models.pretrained.files import CONFIG, Row, hwio, read_json, require, transposed
-from gigagan_jax.models.pretrained.layers import ACTIVATIONS, Block, Dense, Encoder, LayerNorm
+from gigagan_jax.models.pretrained import vit
+from gigagan_jax.models.pretrained.files import CONFIG, Row, read_json
+from gigagan_jax.models.pretrained.layers import Block, Encoder, LayerNorm
+from gigagan_jax.models.pretrained.vit import (
+    Embedding,
+    VisionConfig,
+    block_rows,
+    norm_rows,
+    patch_matrix,
+    read_sizes,
+)
 
-# ImageNet's, of the RGB values in 0..1.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# What a config.json leaves out.
+_DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "patch_size": 16}
 
 
-@dataclasses.dataclass(frozen=True)
-class DinoConfig:
-    """Sizes of a tower; the names and defaults of transformers' ViTConfig."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    image_size: int = 224
-    patch_size: int = 16
+def _known(width: int, heads: int, patch: int) -> VisionConfig:
+    return VisionConfig(width, 4 * width, 12, heads, **_DEFAULTS | {"patch_size": patch})  # type: ignore[arg-type]
 
 
 # Architectures by hub id, so that a run can be planned where the weights are not.
 KNOWN = {
-    "facebook/dino-vits16": DinoConfig(384, 1536, 12, 6, patch_size=16),
-    "facebook/dino-vits8": DinoConfig(384, 1536, 12, 6, patch_size=8),
-    "facebook/dino-vitb16": DinoConfig(768, 3072, 12, 12, patch_size=16),
-    "facebook/dino-vitb8": DinoConfig(768, 3072, 12, 12, patch_size=8),
+    "facebook/dino-vits16": _known(384, 6, 16),
+    "facebook/dino-vits8": _known(384, 6, 8),
+    "facebook/dino-vitb16": _known(768, 12, 16),
+    "facebook/dino-vitb8": _known(768, 12, 8),
 }
 
 
-def read_config(folder: Path) -> DinoConfig:
+def read_config(folder: Path) -> VisionConfig:
     """The architecture in a folder's config.json.
 
     Raises:
@@ -57,20 +52,10 @@ def read_config(folder: Path) -> DinoConfig:
     values = read_json(file)
     if values.get("model_type") != "vit":
         raise UserError(f"{file}: model_type={values.get('model_type')!r} is no DINO (vit); give the folder of one")
-    fields = dataclasses.fields(DinoConfig)
-    values = {f.name: f.default for f in fields} | values
-    config = DinoConfig(**{f.name: require(values, f.name, type(f.default), file) for f in fields})
-    if config.hidden_act not in ACTIVATIONS:
-        raise UserError(f"{file}: hidden_act={config.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
     for name, only in (("qkv_bias", True), ("num_channels", 3)):
         if values.get(name, only) != only:
             raise UserError(f"{file}: {name}={values[name]!r}: a DINO has {name}={only}; is it another network?")
-    sizes = {f.name: getattr(config, f.name) for f in fields if f.name.endswith(("size", "layers", "heads"))}
-    if min(sizes.values()) < 1 or config.hidden_size % config.num_attention_heads:
-        raise UserError(f"{file}: sizes that make no network: {', '.join(f'{k}={v}' for k, v in sizes.items())}")
-    if config.image_size % config.patch_size:
-        raise UserError(f"{file}: image_size={config.image_size} is no multiple of patch_size={config.patch_size}")
-    return config
+    return read_sizes(VisionConfig, _DEFAULTS | values, file)
 
 
 class DinoOutput(NamedTuple):
@@ -93,12 +78,10 @@ class Dino(nnx.Module):
       remat: recompute each block in the backward pass.
     """
 
-    def __init__(self, config: DinoConfig, *, dtype: Any = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: Any = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         c = config
         self.config, self.dtype = c, dtype
-        self.patch = Dense(3 * c.patch_size**2, c.hidden_size, axes=(None, "embed"), dtype=dtype, rngs=rngs)
-        self.class_token = param(rngs, (c.hidden_size,), ("embed",))
-        self.position = param(rngs, (1 + (c.image_size // c.patch_size) ** 2, c.hidden_size), (None, "embed"))
+        self.embedding = Embedding(c, bias=True, dtype=dtype, rngs=rngs)
         sizes = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.hidden_act, c.layer_norm_eps)
         make = lambda: Block(*sizes, dtype=dtype, rngs=rngs)
         self.encoder = Encoder(make, c.num_hidden_layers, remat=remat, rngs=rngs)
@@ -107,24 +90,14 @@ class Dino(nnx.Module):
     def __call__(self, images: jax.Array, *, taps: Sequence[int] = (), pool: bool = True) -> DinoOutput:
         """images [N, R, R, 3], normalised as `preprocess` does -> DinoOutput; `taps` are numbers of blocks, `pool` runs all"""
         c = self.config
-        if images.shape[1:] != (c.image_size, c.image_size, 3):
-            raise ValueError(f"images {images.shape}: this tower sees {c.image_size} px")
-        x = self.patch(patches(images, c.patch_size))
-        first = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))
-        x = jnp.concatenate([first, x], axis=1) + self.position[...].astype(self.dtype)
         asked = (*taps, c.num_hidden_layers) if pool else tuple(taps)
-        hidden = self.encoder(x, None, taps=asked)
+        hidden = self.encoder(self.embedding(images), None, taps=asked)
         return DinoOutput(hidden, self.norm(hidden.pop()) if pool else None)
 
 
 def preprocess(images: jax.Array, size: int) -> jax.Array:
-    """Images of ours as a DINO expects them, differentiably: bicubic to `size` (with antialiasing when smaller), normalised.
-
-    images float [N, R, R, 3] in [-1, 1] -> float32 [N, size, size, 3]
-    """
-    x = resize(images.astype(jnp.float32), size)
-    mean, std = np.asarray(MEAN, np.float32), np.asarray(STD, np.float32)
-    return (x - (2 * mean - 1)) / (2 * std)
+    """float [N, R, R, 3] in [-1, 1] -> float32 [N, size, size, 3], as a DINO expects them; see vit.preprocess"""
+    return vit.preprocess(images, size, vit.IMAGENET)
 
 
 # ---------------------------------------------------------------- the key table
@@ -153,14 +126,7 @@ _INSIDE = {
 _PREFIX = "vit."
 
 
-def _pair(path: str, key: str) -> list[Row]:
-    weight = Row(f"{path}/weight", f"{key}.weight", transposed)
-    if "norm" in path:
-        weight = Row(f"{path}/gain", f"{key}.weight")
-    return [weight, Row(f"{path}/bias", f"{key}.bias")]
-
-
-def rows(keys: Collection[str], config: DinoConfig) -> list[Row]:
+def rows(keys: Collection[str], config: VisionConfig) -> list[Row]:
     """The tower's table.
 
     Args:
@@ -170,20 +136,15 @@ def rows(keys: Collection[str], config: DinoConfig) -> list[Row]:
     prefix = _PREFIX if any(k.startswith(_PREFIX) for k in keys) else ""
     inside = any(k.startswith(f"{prefix}layers.") for k in keys)
     blocks, names = ("layers", _INSIDE) if inside else ("encoder.layer", _FILE)
-    table = [
-        Row("class_token", f"{prefix}embeddings.cls_token", lambda x: x.reshape(-1)),
-        Row("position", f"{prefix}embeddings.position_embeddings", lambda x: x.reshape(x.shape[-2:])),
-        Row(
-            "patch/weight",
-            f"{prefix}embeddings.patch_embeddings.projection.weight",
-            lambda x: hwio(x).reshape(-1, x.shape[0]),
-        ),
-        Row("patch/bias", f"{prefix}embeddings.patch_embeddings.projection.bias"),
-        *_pair("norm", f"{prefix}layernorm"),
+    embeddings = f"{prefix}embeddings"
+    return [
+        Row("embedding/class_token", f"{embeddings}.cls_token", lambda x: x.reshape(-1)),
+        Row("embedding/position", f"{embeddings}.position_embeddings", lambda x: x.reshape(x.shape[-2:])),
+        Row("embedding/patch/weight", f"{embeddings}.patch_embeddings.projection.weight", patch_matrix),
+        Row("embedding/patch/bias", f"{embeddings}.patch_embeddings.projection.bias"),
+        *norm_rows("norm", f"{prefix}layernorm"),
+        *block_rows("encoder/blocks/layer", f"{prefix}{blocks}.{{}}", names),
     ]
-    for path, key in names.items():
-        table += _pair(f"encoder/blocks/layer/{path}", f"{prefix}{blocks}.{{}}.{key}")
-    return table
 
 
 def ignored(key: str) -> bool:

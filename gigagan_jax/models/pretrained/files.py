@@ -88,7 +88,9 @@ def find(path: str, need: Need, *, config: bool = True) -> Path:
     if not path:
         raise UserError(f"{need.field} is not set: give the folder or hub id of a network{_or(need)}")
     folder = Path(os.path.expanduser(path))  # Path.expanduser raises for a home that is not there
-    if not folder.exists():
+    local = folder.exists()
+    get = "" if local else _get(path)
+    if not local:
         if not _HUB_ID.fullmatch(path) or path.startswith((".", "/")):
             raise UserError(f"{need.field}={path}: there is no such folder, and it is no hub id (org/name){_or(need)}")
         folder = _from_hub(path, need)
@@ -100,26 +102,17 @@ def find(path: str, need: Need, *, config: bool = True) -> Path:
         for file in sorted(folder.iterdir()):
             if file.suffix in _PICKLES:
                 raise _pickle(need, file, folder)
-        if not Path(path).exists():
-            raise UserError(
-                f"{need.field}={path}: neither {SINGLE} nor {INDEX} in {folder}{_get(path)}; if the hub has only a pickle, "
-                f"{_convert(path)}{_or(need)}"
-            )
-        raise UserError(f"{need.field}={path}: neither {SINGLE} nor {INDEX} in {folder}{_get(path)}{_or(need)}")
+        convert = "" if local else f"; if the hub has only a pickle, {_convert(path)}"
+        raise UserError(f"{need.field}={path}: neither {SINGLE} nor {INDEX} in {folder}{get}{convert}{_or(need)}")
     if config and not (folder / CONFIG).exists():
-        raise UserError(f"{need.field}={path}: no {CONFIG} in {folder}{_get(path)}{_or(need)}")
+        raise UserError(f"{need.field}={path}: no {CONFIG} in {folder}{get}{_or(need)}")
     return folder
 
 
 def cached(path: str) -> Path | None:
     """The folder of a hub id in the hub's cache, with its weights in it; None where it is not there. No network."""
-    import huggingface_hub as hub
-
-    name, _, revision = path.partition("@")
     try:
-        # The same patterns as when it was downloaded: the hub calls a snapshot without them incomplete.
-        wanted: dict[str, Any] = {"revision": revision or None, "allow_patterns": _WANTED}
-        folder = Path(hub.snapshot_download(name, local_files_only=True, **wanted))
+        folder = _snapshot(path, local_files_only=True)
     except Exception:
         return None  # whatever the hub raises for what it does not have
     whole = (folder / CONFIG).exists() and ((folder / SINGLE).exists() or (folder / INDEX).exists())
@@ -127,31 +120,40 @@ def cached(path: str) -> Path | None:
 
 
 def _from_hub(path: str, need: Need) -> Path:
-    import huggingface_hub as hub
-
     folder = cached(path)
     if folder is not None:
         return folder
-    name, _, revision = path.partition("@")
-    wanted: dict[str, Any] = {"revision": revision or None, "allow_patterns": _WANTED}
     try:
-        return Path(hub.snapshot_download(name, etag_timeout=5, **wanted))
+        return _snapshot(path, etag_timeout=5)
     except Exception as e:
         # Whatever the hub raises: no network, no such repository, no permission, a full disk.
+        from huggingface_hub.constants import HF_HUB_CACHE
+
         why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:160]
         raise UserError(
             f"{need.field}={path}: {CONFIG}, {SINGLE} and the tokenizer's files are neither in a folder of that name nor in "
-            f"the hub's cache {hub.constants.HF_HUB_CACHE}, and cannot be downloaded now ({why}){_get(path)}{_or(need)}"
+            f"the hub's cache {HF_HUB_CACHE}, and cannot be downloaded now ({why}){_get(path)}{_or(need)}"
         ) from None
 
 
 def _get(path: str) -> str:
-    name, _, revision = path.partition("@")
-    if not _HUB_ID.fullmatch(path) or Path(path).exists():
-        return ""
+    name, revision = _hub_id(path)
     return (
-        f"; get them with `hf download {name}{' --revision ' + revision if revision else ''}` where there is a network"
+        f"; get them with `hf download {name}{f' --revision {revision}' if revision else ''}` where there is a network"
     )
+
+
+def _hub_id(path: str) -> tuple[str, str | None]:
+    name, _, revision = path.partition("@")
+    return name, revision or None
+
+
+def _snapshot(path: str, **options: Any) -> Path:
+    """What we want of a hub id; always by the same patterns, or the hub calls what is in its cache incomplete."""
+    import huggingface_hub as hub
+
+    name, revision = _hub_id(path)
+    return Path(hub.snapshot_download(name, revision=revision, allow_patterns=_WANTED, **options))
 
 
 def _or(need: Need) -> str:
@@ -166,7 +168,7 @@ def _pickle(need: Need, file: Path, folder: Path) -> UserError:
 
 def _convert(name: str) -> str:
     return (
-        "convert it once where you trust it: "
+        "convert it once where you trust it, if transformers can read it: "
         f"python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{name}').save_pretrained('OUT')\" "
         "(with torch installed; copy the tokenizer's files too) and use OUT"
     )

@@ -23,35 +23,20 @@ from gigagan_jax.models.pretrained.text_spec import NEEDS, WITHOUT_CLIP, archite
 from gigagan_jax.models.vision_aided import RandomProjection
 
 
-def clip_path(config: Config) -> str:
-    """Of the CLIP of the contrastive loss."""
-    return config.clip.path or (config.text.path if config.text.encoder == "clip" else "")
-
-
-def vision_path(config: Config) -> str:
-    """Of the image tower of the vision-aided discriminator."""
-    return config.vision_aided.path or (clip_path(config) if config.vision_aided.backbone == "clip" else "")
-
-
-def uses_clip_loss(config: Config) -> bool:
-    """Is the contrastive loss on?"""
-    return max(config.loss.clip) > 0
-
-
 def clip_width(config: Config) -> int:
     """Width P of the space in which the contrastive loss compares."""
-    return architecture("clip", clip_path(config), NEEDS["clip_text"]).projection_dim
+    return architecture("clip", config.clip_path, NEEDS["clip_text"]).projection_dim
 
 
 def clip_length(config: Config) -> int:
     """Tokens a row of the CLIP of the contrastive loss."""
-    sizes = architecture("clip", clip_path(config), NEEDS["clip_text"]).text
+    sizes = architecture("clip", config.clip_path, NEEDS["clip_text"]).text
     return sizes.max_position_embeddings if sizes is not None else 0
 
 
 def own_clip_tokens(config: Config) -> bool:
     """Does the contrastive loss need tokens of its own (E_txt is not a CLIP)?"""
-    return uses_clip_loss(config) and config.text.encoder != "clip"
+    return config.uses_clip_loss and config.text.encoder != "clip"
 
 
 # ---------------------------------------------------------------- towers
@@ -123,12 +108,12 @@ class Frozen:
         if config.condition == "text" and config.text.encoder != "bytes":
             kind = "clip_text" if config.text.encoder == "clip" else "t5"
             wanted["text"] = (kind, config.text.path)
-        if uses_clip_loss(config):
-            wanted["clip_text"] = ("clip_text", clip_path(config))
-            wanted["clip_image"] = ("clip_vision", clip_path(config))
+        if config.uses_clip_loss:
+            wanted["clip_text"] = ("clip_text", config.clip_path)
+            wanted["clip_image"] = ("clip_vision", config.clip_path)
         if config.loss.vision_aided > 0:
             kind = "clip_vision" if config.vision_aided.backbone == "clip" else "dino"
-            wanted["vision_aided"] = (kind, vision_path(config))
+            wanted["vision_aided"] = (kind, config.vision_path)
         seen: dict[tuple[str, str], str] = {}
         for role, (tower_kind, path) in wanted.items():
             what = (tower_kind, path)
@@ -165,7 +150,7 @@ class Frozen:
             raise UserError(f"config.clip.path={tower.path}: the contrastive loss needs a whole CLIP; {WITHOUT_CLIP}")
         if c.text.encoder == "clip":
             spec = text_spec(c.text)
-            if (spec.vocab_size, spec.end_id) != (sizes.text.vocab_size, sizes.text.end_id):
+            if (spec.vocab_size, spec.end_id) != (sizes.text.vocab_size, sizes.text.eos_token_id):
                 raise UserError(
                     f"config.clip.path={tower.path} has other tokens than config.text.path={c.text.path}: "
                     f"{sizes.text.vocab_size} ids against {spec.vocab_size}; use CLIPs with one vocabulary"

@@ -21,12 +21,13 @@ from gigagan_jax.errors import UserError
 from gigagan_jax.models.layers.equalized import LAYOUT, param
 from gigagan_jax.models.pretrained.files import Row, hwio, transposed
 from gigagan_jax.models.pretrained.layers import Dense
+from gigagan_jax.models.pretrained.vit import IMAGENET
 
 SIZE = 299
 FEATURES = 2048
 EPS = 1e-3  # of every batch norm
 # Of the RGB values in 0..1, for "torchvision".
-MEAN, STD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
+MEAN, STD = (np.array(v, np.float32) for v in IMAGENET)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,6 @@ class TextSpec:
     length: most tokens a row; 0 for any
     vocab_size: ids
     end_id: of the end-of-text token
-    by_highest: is the end the highest id of a row (CLIPs with an old config)?
     """
 
     encoder: str
@@ -63,12 +62,9 @@ class TextSpec:
     length: int
     vocab_size: int
     end_id: int
-    by_highest: bool = False
 
     def end(self, tokens: jax.Array) -> jax.Array:
         """Place of the end of text, int32 [N], in tokens int32 [N, C]"""
-        if self.by_highest:
-            return clip.end_of_text(tokens, clip.LEGACY_EOS)
         return jnp.argmax(tokens == self.end_id, axis=1).astype(jnp.int32)
 
 
@@ -90,8 +86,7 @@ def text_spec(config: TextConfig) -> TextSpec:
         raise UserError(
             f"config.text.length={config.length}: {config.path} takes at most {t.max_position_embeddings} tokens"
         )
-    old = t.eos_token_id == clip.LEGACY_EOS
-    return TextSpec("clip", t.hidden_size, t.max_position_embeddings, t.vocab_size, t.end_id, old)
+    return TextSpec("clip", t.hidden_size, t.max_position_embeddings, t.vocab_size, t.eos_token_id)
 
 
 def tokenizer_options(config: TextConfig) -> dict[str, Any]:

@@ -189,7 +189,9 @@ def test_preprocess_is_pillows_bicubic_and_clips_normalisation():
         channels = [
             Image.fromarray(image[..., c], mode=None).resize((224, 224), Image.Resampling.BICUBIC) for c in range(3)
         ]
-        expected = (np.stack([np.asarray(c) for c in channels], -1) - np.array(clip.MEAN)) / np.array(clip.STD)
+        expected = (np.stack([np.asarray(c) for c in channels], -1) - np.array(clip.PIXELS[0])) / np.array(
+            clip.PIXELS[1]
+        )
         ours = np.asarray(clip.preprocess(jnp.asarray(image)[None] * 2 - 1, 224))[0]
         assert np.abs(ours - expected).max() < 1e-3, side
 
@@ -200,6 +202,9 @@ def test_a_config_of_another_network_is_refused(tmp_path):
         ({"model_type": "clip", "text_config": {"hidden_size": "wide"}}, "hidden_size"),
         ({"model_type": "clip", "vision_config": {"hidden_size": 10, "num_attention_heads": 3}}, "make no network"),
         ({"model_type": "clip", "text_config": {"hidden_act": "tanh"}}, "hidden_act"),
+        ({"model_type": "clip", "text_config": [1]}, "text_config"),
+        ({"model_type": "clip", "projection_dim": "24"}, "projection_dim"),
+        ({"model_type": "clip", "projection_dim": 0}, "projection_dim=0"),
         ([1], "no JSON object"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(values))

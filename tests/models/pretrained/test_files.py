@@ -15,7 +15,6 @@ from flax import nnx
 
 from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
-from gigagan_jax.errors import UserError
 from gigagan_jax.models.abstract import Module
 from gigagan_jax.models.layers.equalized import Stack, param
 from gigagan_jax.models.pretrained.files import (
@@ -33,17 +32,6 @@ from gigagan_jax.models.pretrained.files import (
 from gigagan_jax.models.pretrained.layers import Dense
 
 BLOCKS = 11  # with two digits: number 10 comes after 9, not after 1
-
-
-def refused(call, *words):
-    """The one line of a refusal, with all of `words` in it."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert message.splitlines() == [message]
-    for word in words:
-        assert str(word) in message
-    return message
 
 
 # ---------------------------------------------------------------- a network and its files
@@ -146,7 +134,7 @@ def cuts(data):
     ]
 
 
-def test_a_file_that_is_cut_short(folder, shards):
+def test_a_file_that_is_cut_short(folder, shards, refused):
     for file in (folder / SINGLE, sorted(shards.glob("*.safetensors"))[1]):
         data = file.read_bytes()
         for size in cuts(data):
@@ -166,13 +154,13 @@ def test_a_file_that_is_cut_short(folder, shards):
     ],
     ids=["zeros", "longer", "header_of_any_length", "header_no_json", "lfs_pointer", "web_page"],
 )
-def test_a_file_of_something_else(folder, content):
+def test_a_file_of_something_else(folder, content, refused):
     file = folder / SINGLE
     file.write_bytes(content(file.read_bytes()))
     refused(lambda: Weights(folder), file, "damaged", "fetch it again")
 
 
-def test_a_shard_that_is_missing(shards):
+def test_a_shard_that_is_missing(shards, refused):
     file = sorted(shards.glob("*.safetensors"))[2]
     file.unlink()
     refused(lambda: Weights(shards), file, "is missing", "the index names it", "fetch it again")
@@ -181,7 +169,7 @@ def test_a_shard_that_is_missing(shards):
 @pytest.mark.parametrize(
     "values", [{}, {"metadata": {}}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": None}]
 )
-def test_an_index_that_names_no_shards(shards, values):
+def test_an_index_that_names_no_shards(shards, values, refused):
     (shards / INDEX).write_text(json.dumps(values))
     refused(lambda: Weights(shards), shards / INDEX, "weight_map", "fetch it again")
 
@@ -197,19 +185,19 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
-def test_json_that_cannot_be_read(shards, content):
+def test_json_that_cannot_be_read(shards, content, refused):
     (shards / INDEX).write_bytes(content)
     refused(lambda: Weights(shards), shards / INDEX, "fetch it again")
     refused(lambda: read_json(shards / INDEX), shards / INDEX, "fetch it again")
 
 
-def test_json_that_is_not_there(tmp_path):
+def test_json_that_is_not_there(tmp_path, refused):
     refused(lambda: read_json(tmp_path / CONFIG), tmp_path / CONFIG, "fetch it again")
     (tmp_path / CONFIG).mkdir()
     refused(lambda: read_json(tmp_path / CONFIG), tmp_path / CONFIG, "fetch it again")
 
 
-def test_values_of_a_config_are_checked(tmp_path):
+def test_values_of_a_config_are_checked(tmp_path, refused):
     file = tmp_path / CONFIG
     values = {"width": 8, "rate": "fast", "flag": True, "nothing": None}
     assert require(values, "width", int, file) == 8
@@ -220,7 +208,7 @@ def test_values_of_a_config_are_checked(tmp_path):
 # ---------------------------------------------------------------- tensors that do not fit
 
 
-def test_tensors_that_are_missing(tmp_path, mesh):
+def test_tensors_that_are_missing(tmp_path, mesh, refused):
     stored = tensors()
     del stored["scale"]
     write(tmp_path / "one", stored)
@@ -232,7 +220,7 @@ def test_tensors_that_are_missing(tmp_path, mesh):
     assert "left over" not in message
 
 
-def test_tensors_that_are_left_over(tmp_path, mesh):
+def test_tensors_that_are_left_over(tmp_path, mesh, refused):
     stored = tensors()
     deeper = stored | {f"net.layers.{BLOCKS}.fc.bias": np.zeros(12, np.float32)}
     write(tmp_path / "deeper", deeper)
@@ -271,7 +259,7 @@ def test_tensors_of_other_towers_and_buffers_are_no_matter(tmp_path, mesh):
         ("scale", (1,), ()),
     ],
 )
-def test_a_tensor_of_another_shape(tmp_path, mesh, key, shape, expected):
+def test_a_tensor_of_another_shape(tmp_path, mesh, key, shape, expected, refused):
     write(tmp_path / "net", tensors() | {key: np.zeros(shape, np.float32)})
     refused(
         lambda: read(tmp_path / "net", mesh), tmp_path / "net", f"{key} has shape {shape}", expected, "net/", CONFIG

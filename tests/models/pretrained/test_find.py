@@ -13,22 +13,10 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants
 
-from gigagan_jax.errors import UserError
 from gigagan_jax.models.pretrained.files import CONFIG, INDEX, SINGLE, Need, Weights, cached, find
 
 INSTEAD = "config.loss.clip=(0,0) does without"
 NEED = Need("config.clip.path", INSTEAD)
-
-
-def refused(call, *words):
-    """The one line of a refusal, with all of `words` in it."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert message.splitlines() == [message]
-    for word in words:
-        assert str(word) in message
-    return message
 
 
 @pytest.fixture
@@ -49,19 +37,19 @@ def shards(tmp_path):
     return tmp_path / "shards"
 
 
-def test_a_path_that_is_not_set():
+def test_a_path_that_is_not_set(refused):
     refused(lambda: find("", NEED), "config.clip.path is not set", "folder or hub id", INSTEAD)
 
 
 @pytest.mark.parametrize(
     "path", ["/no/such/folder", "./here/weights", "../weights", "weights", "a/b/c", "clip vit/large"]
 )
-def test_a_path_that_is_no_folder(path, tmp_path, monkeypatch):
+def test_a_path_that_is_no_folder(path, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     refused(lambda: find(path, NEED), f"config.clip.path={path}", "no such folder", "no hub id (org/name)", INSTEAD)
 
 
-def test_a_home_that_is_not_there():
+def test_a_home_that_is_not_there(refused):
     refused(lambda: find("~no_such_user_here/clip", NEED), "config.clip.path=~no_such_user_here/clip", INSTEAD)
 
 
@@ -94,7 +82,7 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("revision", ["", "@v1.0", "@refs/pr/3"])
-def test_a_hub_id_that_is_not_in_the_cache(hub, revision):
+def test_a_hub_id_that_is_not_in_the_cache(hub, revision, refused):
     path = f"some-org/clip.large{revision}"
     message = refused(
         lambda: find(path, NEED), f"config.clip.path={path}: ", CONFIG, SINGLE, "tokenizer", hub.cache, INSTEAD
@@ -103,11 +91,11 @@ def test_a_hub_id_that_is_not_in_the_cache(hub, revision):
     assert f"`hf download some-org/clip.large{option}`" in message
 
 
-def test_a_hub_id_that_can_be_none(hub):
+def test_a_hub_id_that_can_be_none(hub, refused):
     refused(lambda: find("some--org/clip", NEED), "config.clip.path=some--org/clip", INSTEAD)
 
 
-def test_a_hub_id_in_the_cache(hub, folder, shards):
+def test_a_hub_id_in_the_cache(hub, folder, shards, refused):
     snapshot = hub("org/name")
     shutil.copytree(folder, snapshot, dirs_exist_ok=True)
     assert find("org/name", NEED) == snapshot
@@ -131,7 +119,7 @@ def test_a_hub_id_of_which_we_downloaded_what_we_need(hub, folder):
     assert cached("org/other") is None
 
 
-def test_a_hub_id_of_which_only_parts_are_in_the_cache(hub, folder):
+def test_a_hub_id_of_which_only_parts_are_in_the_cache(hub, folder, refused):
     shutil.copy(folder / CONFIG, hub("org/config"))
     refused(
         lambda: find("org/config", NEED), "config.clip.path=org/config", SINGLE, "`hf download org/config`", INSTEAD
@@ -142,7 +130,7 @@ def test_a_hub_id_of_which_only_parts_are_in_the_cache(hub, folder):
     )
 
 
-def test_a_hub_id_with_nothing_but_a_pickle_in_the_cache(hub, trap):
+def test_a_hub_id_with_nothing_but_a_pickle_in_the_cache(hub, trap, refused):
     """After `hf download` of a network without safetensors: asking for the same download again would not help."""
     snapshot = hub("org/pickle")
     (snapshot / CONFIG).write_text("{}")
@@ -153,7 +141,7 @@ def test_a_hub_id_with_nothing_but_a_pickle_in_the_cache(hub, trap):
 # ---------------------------------------------------------------- what a folder holds
 
 
-def test_a_folder_without_weights_or_without_a_config(folder, tmp_path):
+def test_a_folder_without_weights_or_without_a_config(folder, tmp_path, refused):
     empty = tmp_path / "empty"
     empty.mkdir()
     refused(lambda: find(str(empty), NEED), f"config.clip.path={empty}", SINGLE, INDEX, INSTEAD)
@@ -191,19 +179,19 @@ def trap(tmp_path):
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "weights.ckpt", "x.pkl"]
 )
-def test_a_folder_with_a_pickle_only(name, tmp_path, trap):
+def test_a_folder_with_a_pickle_only(name, tmp_path, trap, refused):
     (tmp_path / CONFIG).write_text("{}")
     file = trap(tmp_path / name)
     refused(lambda: find(str(tmp_path), NEED), "config.clip.path", file, "is a pickle", "convert it", "save_pretrained")
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32.pt", "clip.pth", "pytorch_model.bin"])
-def test_a_path_that_is_a_pickle(name, tmp_path, trap):
+def test_a_path_that_is_a_pickle(name, tmp_path, trap, refused):
     file = trap(tmp_path / name)
     refused(lambda: find(str(file), NEED), "config.clip.path", file, "is a pickle", "convert it")
 
 
-def test_a_path_that_is_a_file(folder):
+def test_a_path_that_is_a_file(folder, refused):
     for name in (SINGLE, CONFIG):
         refused(
             lambda name=name: find(str(folder / name), NEED), f"config.clip.path={folder / name}", "give the folder"
@@ -215,7 +203,7 @@ def test_a_pickle_beside_safetensors_is_no_matter(folder, trap):
     assert find(str(folder), NEED) == folder
 
 
-def test_the_conversion_that_is_named_works(clip_folder, tmp_path, monkeypatch):
+def test_the_conversion_that_is_named_works(clip_folder, tmp_path, monkeypatch, refused):
     source = tmp_path / "pickled"
     source.mkdir()
     shutil.copy(clip_folder / CONFIG, source)
