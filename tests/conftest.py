@@ -8,6 +8,9 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of the time of the tests: little optimisation, and a program that several processes run is compiled once.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Eight devices on two busy cores: one that comes late to a collective is no reason to abort the process.
+FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # errors of XLA, which pytest is told not to capture, but none of its warnings
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 _cache = tempfile.TemporaryDirectory(prefix="gigagan_jax_tests_", ignore_cleanup_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
@@ -17,6 +20,8 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Programs on eight devices one after the other: two at once share XLA's few threads, and their collectives wait in them.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # A test with one of these in its name is worth something only where it runs.
 MUST_RUN = ("sharding", "parity", "mesh", "torch")
