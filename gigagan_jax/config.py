@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gigagan_jax.config_check import validate
+from gigagan_jax.config_data import DataConfig
 from gigagan_jax.errors import UserError
 
 # Logical axis -> mesh axes. Parameters: conv_in, conv_out, embed, mlp, heads, style, vocab, bank, kernel, layers, rgb.
@@ -48,22 +49,6 @@ class MeshConfig:
     data: int = -1  # copies of the model: the batch is split over it
     fsdp: int = 1  # parameters and batch are split over it
     tensor: int = 1  # output channels, heads and feed-forward are split over it
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where captioned images come from and what is done to them on the host."""
-
-    source: str = "folder"  # "digits" (scikit-learn's, no path) or "folder" (images with sidecar .txt captions)
-    path: str = ""  # of the folder
-    captions: str = "required"  # "required" or "optional": is an image without a caption an error?
-    crop: str = "center"  # "center" or "random", after the short side is resized to the resolution
-    flip: bool = False  # random horizontal flips
-    caption_dropout: float = 0.0  # share of captions replaced by the null caption
-    resize_filter: str = "lanczos"  # lanczos, bicubic, bilinear, box or nearest
-    embeddings: str = ""  # folder of text features made ahead of time (tools/prepare_data.py embed); empty: in the step
-    threads: int = 8  # reader threads a host; 0 reads in the main thread
-    max_bad_fraction: float = 0.05  # stop when more than this share of the examples tried cannot be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +240,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     # logical axis -> mesh axes; see DEFAULT_RULES
     rules: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(DEFAULT_RULES))  # see sharding.py
-    data: DataConfig = DataConfig()
+    data: DataConfig = DataConfig()  # noqa: RUF009  (frozen)
     text: TextConfig = TextConfig()
     clip: ClipConfig = ClipConfig()
     generator: GeneratorConfig = GeneratorConfig()
@@ -396,7 +381,10 @@ FREE_FIELDS = (
     "mesh",
     "rules",
     "data.path",
+    "data.index",
+    "data.workers",
     "data.threads",
+    "data.retry_seconds",
     "data.max_bad_fraction",
     "data.captions",
     # Where frozen weights lie; that they are the same is checked by their identity.

@@ -34,7 +34,15 @@ _POSITIVE = (
     *(f"vision_aided.{size}" for size in ("projection", "head_width", "head_depth", "text.width", "text.heads")),
 )
 _NOT_NEGATIVE = (
-    *("seed", "num_classes", "data.threads", "discriminator.minibatch_std", "discriminator.class_mapping_depth"),
+    *(
+        "seed",
+        "num_classes",
+        "data.threads",
+        "data.workers",
+        "data.retry_seconds",
+        "discriminator.minibatch_std",
+        "discriminator.class_mapping_depth",
+    ),
     *("ema.rampup", "generator.w_avg_decay"),
     *("loss.match_d", "loss.match_g", "loss.intermediate_gan", "loss.intermediate_match"),
     *(f"{net}.text.depth" for net in (*_NETS, "vision_aided")),
@@ -121,6 +129,25 @@ def _check_vision_aided(config: Any) -> None:
         )
 
 
+def _check_data(data: Any) -> None:
+    kinds = ("auto", "tar", "folder", "arrayrecord", "tfds", "parquet", "digits")
+    _one_of("data.source", data.source, kinds)
+    _one_of("data.captions", data.captions, ("required", "optional"))
+    _one_of("data.crop", data.crop, ("center", "random", "none", "pad"))
+    _one_of("data.resize_filter", data.resize_filter, ("lanczos", "bicubic", "bilinear", "box", "nearest"))
+    for name in ("caption_dropout", "max_bad_fraction"):
+        if not 0 <= getattr(data, name) <= 1:
+            raise UserError(f"config.data.{name}={getattr(data, name)}: must be a share, 0 to 1")
+    f = data.filters
+    for name in ("min_width", "min_height", "min_caption", "max_caption", "max_watermark", "max_nsfw"):
+        if not 0 <= getattr(f, name) < math.inf:
+            raise UserError(f"config.data.filters.{name}={getattr(f, name)}: must not be negative")
+    if f.max_aspect and not 1 <= f.max_aspect < math.inf:
+        raise UserError(f"config.data.filters.max_aspect={f.max_aspect}: is longer side by shorter side, at least 1")
+    if f.max_caption and f.max_caption < f.min_caption:
+        raise UserError("config.data.filters.max_caption is less than min_caption: nothing would be left")
+
+
 def validate(config: Any) -> None:
     """Raises UserError where the settings of a `Config` cannot work together."""
     r = config.resolution
@@ -166,12 +193,9 @@ def validate(config: Any) -> None:
         raise UserError(
             "config.discriminator.minibatch_std=1: a group of one has no deviation; use 0 (off) or at least 2"
         )
-    _one_of("data.source", config.data.source, ("digits", "folder"))
+    _check_data(config.data)
     _one_of("condition", config.condition, ("text", "class", "none"))
     _one_of("dtype", config.dtype, ("bfloat16", "float32"))
-    _one_of("data.captions", config.data.captions, ("required", "optional"))
-    _one_of("data.crop", config.data.crop, ("center", "random"))
-    _one_of("data.resize_filter", config.data.resize_filter, ("lanczos", "bicubic", "bilinear", "box", "nearest"))
     _one_of("discriminator.head", d.head, ("modulated", "projection"))
     _one_of("generator.adaptive_form", g.adaptive_form, ("auto", "bank", "shift", "im2col", "vmap"))
     _one_of("loss.r1_levels", config.loss.r1_levels, ("full", "all"))
@@ -201,8 +225,6 @@ def validate(config: Any) -> None:
         raise UserError(
             "config.discriminator.head='projection' needs a condition; use 'modulated' with condition='none'"
         )
-    if not 0 <= config.data.caption_dropout <= 1 or not 0 <= config.data.max_bad_fraction <= 1:
-        raise UserError("config.data.caption_dropout and config.data.max_bad_fraction are shares: 0 to 1")
     if g.pyramid != d.multi_scale_input:
         raise UserError("config.generator.pyramid and config.discriminator.multi_scale_input must be switched together")
     if config.loss.level_weights and len(config.loss.level_weights) != _levels(config):

@@ -1,19 +1,25 @@
 """Encoded image files and caption files to what an Example holds. Sources share it, whatever they read from."""
 
 import io
+import math
 import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from gigagan_jax.data.records import BadExample
+from gigagan_jax.data.records import BadExample, Example, Record
 
 # Sizes are checked below, as an error: Pillow's own warning would only repeat it, once for each place in the code.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(data: bytes, least: int | None = None) -> np.ndarray:
     """Decodes an image file to uint8 [H, W, 3]: upright by its EXIF, alpha over white, first frame, 16 bits to 8.
+
+    Args:
+      data: the file.
+      least: decode a JPEG at a half, quarter or eighth of its size, as long as its short side stays at least so many
+        pixels; None decodes all of it. The decoder then leaves out work, and averages in the frequency domain.
 
     Raises BadExample with cause `image_empty` (no bytes), `decompression_bomb` (more pixels than
     `PIL.Image.MAX_IMAGE_PIXELS`) or `image_undecodable` (anything else, truncation included).
@@ -27,6 +33,10 @@ def decode_image(data: bytes) -> np.ndarray:
                 raise BadExample(
                     "decompression_bomb", f"{image.width} x {image.height} pixels, {limit} pixels are allowed"
                 )
+            if least is not None:
+                # Of the sizes that the decoder offers, draft takes the smallest that is no smaller than the one asked for.
+                scale = least / min(image.size)
+                image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
             image.load()
             return _to_rgb(_upright(image))
     except BadExample:
@@ -35,6 +45,13 @@ def decode_image(data: bytes) -> np.ndarray:
         raise BadExample("decompression_bomb", str(error)) from error
     except Exception as error:  # Decoders answer broken bytes with whatever exception they fall over.
         raise BadExample("image_undecodable", f"{type(error).__name__}: {error}") from error
+
+
+def decode_record(record: Record, least: int | None = None) -> Example:
+    """Decodes what a source has read; `least` as in `decode_image`. Raises BadExample as `decode_image` does."""
+    image = record.image
+    pixels = image if isinstance(image, np.ndarray) else decode_image(image, least)
+    return Example(image=pixels, captions=record.captions, label=record.label, name=record.name)
 
 
 def decode_captions(data: bytes) -> tuple[str, ...]:

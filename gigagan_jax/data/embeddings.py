@@ -44,6 +44,7 @@ def describe(config: Config, source: Source) -> dict[str, Any]:
         "length": t.length,
         "dtype": config.dtype,
         "clip_loss": config.uses_clip_loss,
+        "clean_captions": config.data.clean_captions,
     }
 
 
@@ -92,6 +93,13 @@ class Embeddings:
             raise UserError(f"config.data.embeddings={folder} does not fit this run ({'; '.join(differ)}); {make}")
         self._clip = bool(want["clip_loss"])
         self._null = read_null(folder)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_parts": {}}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def of(self, example: int, caption: int | None) -> dict[str, np.ndarray]:
         """Embeddings of a caption of an example, None for the null caption.

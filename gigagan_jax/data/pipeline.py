@@ -3,9 +3,13 @@
 Everything hangs on one number, the position k = 0, 1, 2 ... of an example in the endless stream. Epoch k // n is a
 permutation of the source; crop, flip, caption and caption dropout are drawn from (seed, k). Global batch b of size B
 is the positions b B ... (b + 1) B - 1 (from where the run started), and each host reads its contiguous rows of it.
-So threads, hosts and resumes can change how the stream is read but not what is in it.
+So threads, worker processes, hosts and resumes can change how the stream is read but not what is in it.
+
+What travels between processes are chunks, some consecutive rows of a batch: small enough that all threads work on one batch,
+large enough that sending them costs little.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +19,11 @@ from typing import Any
 import grain
 import numpy as np
 
+from gigagan_jax.data.captions import clean_all
+from gigagan_jax.data.decoding import decode_record
 from gigagan_jax.data.embeddings import Embeddings
 from gigagan_jax.data.quarantine import MIN_TRIED, Bad, Quarantine, describe
-from gigagan_jax.data.records import BadExample, Example, Source
+from gigagan_jax.data.records import BadExample, Example, Record, Source
 from gigagan_jax.data.tokenizers import Tokenizer
 from gigagan_jax.data.transforms import CROPS, FILTERS, random_flip, resize_and_crop
 from gigagan_jax.errors import UserError
@@ -25,6 +31,7 @@ from gigagan_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 Asked = tuple[int, tuple[Bad, ...]]
 
+_GAP = 3  # times the resolution: from there on the resampling filter decides what is seen, not the decoder's scaling
 # As many bad examples side by side are taken for a data set that is not there, not for some broken files in it.
 _MAX_BAD_IN_A_ROW = 10_000
 
@@ -43,7 +50,10 @@ def build(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 8,
+    num_workers: int = 0,
     prefetch_examples: int | None = None,
+    clean_captions: bool = False,
+    fast_decode: bool = False,
     start_example: int = 0,
     max_bad_fraction: float = 0.1,
     quarantine_path: str | os.PathLike | None = None,
@@ -58,13 +68,16 @@ def build(
       batch_size: GLOBAL batch size B, over all hosts.
       seed: of order and augmentation; 0 <= seed < 2**63.
       tokenizer: captions to int32 [N, L].
-      crop: 'center', 'random' or 'none', as in `transforms.resize_and_crop`.
+      crop: 'center', 'random', 'none' or 'pad', as in `transforms.resize_and_crop`.
       flip: mirror half of the images.
       caption_dropout: probability with which a caption is replaced by the null caption.
       resize_filter: a key of `transforms.FILTERS`.
       process_index: this host, 0 <= process_index < process_count.
       process_count: number H of hosts; B must be a multiple of it. Each host gets b = B / H rows.
-      num_threads: threads that read and decode; 0 reads in the caller's thread.
+      num_threads: threads that read and decode, in each worker process; 0 reads in the caller's thread.
+      num_workers: processes that read and decode; 0 does it in this one.
+      clean_captions: pass captions through `captions.clean`.
+      fast_decode: decode JPEGs at a fraction of their size that is at least 3 R, where they are that large.
       prefetch_examples: examples kept ready; None for two batches of this host.
       start_example: position of the first example to deliver; see `Pipeline.state`.
       max_bad_fraction: share of bad examples beyond which the run ends, judged after 100 examples or an epoch.
@@ -77,7 +90,6 @@ def build(
       UserError: an argument out of its range, an empty source, or a quarantine_path that cannot be written.
     """
     _check(len(source) > 0, "the data set is empty")
-    _check(len(source) < 2**32, f"the data set has {len(source)} examples; the shuffle reaches 2**32 - 1")
     _check(resolution > 0, f"resolution={resolution} must be positive")
     _check(process_count > 0 and 0 <= process_index < process_count, f"process {process_index} of {process_count}")
     _check(batch_size > 0, f"batch_size={batch_size} must be positive")
@@ -91,6 +103,7 @@ def build(
     _check(0 <= caption_dropout <= 1, f"caption_dropout={caption_dropout} is a probability: 0 ... 1")
     _check(0 <= max_bad_fraction <= 1, f"max_bad_fraction={max_bad_fraction} is a fraction: 0 ... 1")
     _check(num_threads >= 0, f"num_threads={num_threads} must not be negative")
+    _check(num_workers >= 0, f"num_workers={num_workers} must not be negative")
     _check(
         prefetch_examples is None or prefetch_examples > 0, f"prefetch_examples={prefetch_examples} must be positive"
     )
@@ -117,8 +130,9 @@ def build(
             **extra,
         }
 
+    decode = _Decoder(clean_captions, _GAP * resolution if fast_decode else None)
     return Pipeline(
-        reader=_Reader(source, seed, max_bad_fraction, prepare),
+        reader=_Reader(source, seed, max_bad_fraction, decode, prepare),
         quarantine=Quarantine(size=len(source), max_bad_fraction=max_bad_fraction, path=quarantine_path),
         seed=seed,
         identity=source.identity(),
@@ -126,6 +140,7 @@ def build(
         process_index=process_index,
         process_count=process_count,
         num_threads=num_threads,
+        num_workers=num_workers,
         prefetch_examples=prefetch_examples,
         start_example=start_example,
         embeddings=embeddings,
@@ -153,6 +168,7 @@ class Pipeline:
         process_index: int,
         process_count: int,
         num_threads: int,
+        num_workers: int,
         prefetch_examples: int | None,
         start_example: int,
         embeddings: Embeddings | None = None,
@@ -165,10 +181,8 @@ class Pipeline:
         self._batch_size = batch_size
         self._rows = batch_size // process_count
         self._first_row = process_index * self._rows
-        prefetch = prefetch_examples or 2 * self._rows
-        self._read_options = grain.ReadOptions(
-            num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads) if num_threads else 0
-        )
+        self._threads, self._workers = num_threads, num_workers
+        self._prefetch = prefetch_examples or 2 * self._rows
         self._examples_seen = start_example
         self._batches = self._start()
 
@@ -176,7 +190,7 @@ class Pipeline:
         return self
 
     def __next__(self) -> Batch:
-        batch, asked = next(self._batches)
+        batch, asked = self._take()
         self._examples_seen += self._batch_size
         for index, faults in asked:
             self.quarantine.record(index, faults)
@@ -231,31 +245,52 @@ class Pipeline:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _take(self) -> tuple[Batch, list[Asked]]:
+        try:
+            batch, asked, failure = next(self._batches)
+        except RuntimeError as error:  # grain's word for a worker that was killed, for want of memory as a rule
+            if self._workers and "worker" in str(error).lower():
+                raise UserError(
+                    f"a process that reads the data was lost ({str(error).splitlines()[0]}): if memory ran out, set fewer "
+                    "config.data.workers or config.data.threads; the same command goes on from the last checkpoint"
+                ) from error
+            raise
+        if failure:
+            raise UserError(failure)
+        return batch, asked
+
     def _start(self) -> grain.DatasetIterator:
         start, batch_size, rows, first_row = self._examples_seen, self._batch_size, self._rows, self._first_row
+        chunk = _chunk_size(rows, max(1, self._threads) * self._workers)
 
         def position(i: int) -> int:
             batch, row = divmod(i, rows)
             return start + batch * batch_size + first_row + row
 
-        size = len(self._reader.source)
-        # Grain shuffles epoch e by seed + e: neighbouring seeds would share all epochs but one.
-        shuffle_seed = int(np.random.SeedSequence(self._seed).generate_state(1, np.uint32)[0])
-        order = grain.MapDataset.range(size).shuffle(shuffle_seed).repeat()
-        return iter(
-            _AtPositions(order, position)
-            .map(self._reader)
-            .to_iter_dataset(self._read_options)
-            .batch(rows, drop_remainder=True, batch_fn=_stack)
-        )
+        chunks = _Chunks(self._reader, self._reader.source.shuffled(self._seed), position, chunk)
+        ahead = max(-(-self._prefetch // chunk) // max(1, self._workers), self._threads) if self._threads else 0
+        read = chunks.to_iter_dataset(grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead))
+        if self._workers:
+            options = grain.MultiprocessingOptions(
+                num_workers=self._workers, per_worker_buffer_size=max(1, -(-self._prefetch // chunk // self._workers))
+            )
+            read = read.mp_prefetch(options)
+        return iter(read.batch(rows // chunk, drop_remainder=True, batch_fn=_concatenate))
 
 
-class _AtPositions(grain.MapDataset):
-    """Element i is the pair (k, parent[k]) with k = position(i)."""
+def _chunk_size(rows: int, readers: int) -> int:
+    """Rows of a chunk: a divisor of `rows`, at most 16, that leaves each reader some; 1 within one process."""
+    most = min(16, max(1, rows // readers)) if readers else 1
+    return next(c for c in range(most, 0, -1) if rows % c == 0)
 
-    def __init__(self, parent: grain.MapDataset, position: Callable[[int], int]):
-        super().__init__(parent)
-        self._position = position
+
+class _Chunks(grain.MapDataset):
+    """Element c: rows c * size and on, as (batch of `size`, what was asked for, "" or why the run cannot go on)."""
+
+    def __init__(self, reader: "_Reader", order: Sequence[int], position: Callable[[int], int], size: int):
+        super().__init__()
+        self._reader, self._order, self._position, self._size = reader, order, position, size
+        self._failure = ""
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -263,31 +298,58 @@ class _AtPositions(grain.MapDataset):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        k = self._position(index)
-        return k, self._parent[k]
+        if self._failure:  # one search for a readable example is enough
+            return {}, [], self._failure
+        try:
+            positions = [self._position(i) for i in range(index * self._size, (index + 1) * self._size)]
+            examples = [self._reader(k, self._order[k]) for k in positions]
+        except UserError as error:  # as data: what is raised in a worker process arrives as another exception
+            self._failure = str(error)
+            return {}, [], self._failure
+        batch = {key: np.stack([example[key] for example, _ in examples]) for key in examples[0][0]}
+        return batch, [asked for _, asked in examples], ""
+
+
+class _Decoder:
+    """What a source has read, to an Example to be prepared. Raises BadExample."""
+
+    def __init__(self, clean: bool, least: int | None):
+        self._clean, self._least = clean, least
+
+    def __call__(self, record: Record) -> Example:
+        example = decode_record(record, self._least)
+        if not self._clean or not example.captions:
+            return example
+        cleaned = clean_all(example.captions)
+        if not cleaned:
+            raise BadExample("caption_empty", "nothing is left of it by clean_captions")
+        return dataclasses.replace(example, captions=cleaned)
 
 
 class _Reader:
-    """(k, index) to an example ready to be stacked, and (index, what was bad on the way). Runs in several threads."""
+    """(k, index) to an example ready to be stacked, and (index, what was bad on the way).
+
+    Runs in several threads, and in worker processes.
+    """
 
     def __init__(
         self,
         source: Source,
         seed: int,
         max_bad_fraction: float,
+        decode: _Decoder,
         prepare: Callable[[Example, int, np.random.Generator], Batch],
     ):
         self.source = source
         self._seed = seed
-        self._prepare = prepare
+        self._decode, self._prepare = decode, prepare
         self._index_dtype = np.int32 if len(source) <= 2**31 else np.int64
         # Spares a second decoding of what is known to be bad; single dict operations are atomic.
         self._bad: dict[int, Bad] = {}
         allowed = min(int(max_bad_fraction * len(source)), _MAX_BAD_IN_A_ROW)
         self._patience = min(len(source), max(MIN_TRIED, allowed))
 
-    def __call__(self, element: tuple[int, int]) -> tuple[Batch, Asked]:
-        k, first = int(element[0]), int(element[1])
+    def __call__(self, k: int, first: int) -> tuple[Batch, Asked]:
         bad: list[Bad] = []
         for step in range(self._patience):
             index = (first + step) % len(self.source)
@@ -312,18 +374,19 @@ class _Reader:
         if known is not None:
             return known
         try:
-            return self.source[index]
+            return self._decode(self.source.read(index))
         except BadExample as error:
             bad = Bad(index=index, name=self.source.name(index), cause=error.cause, detail=error.detail)
             self._bad[index] = bad
             return bad
 
 
-def _stack(elements: Sequence[tuple[Batch, Asked]]) -> tuple[Batch, list[Asked]]:
-    examples = [example for example, _ in elements]
-    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}, [
-        asked for _, asked in elements
-    ]
+def _concatenate(chunks: Sequence[tuple[Batch, list[Asked], str]]) -> tuple[Batch, list[Asked], str]:
+    failure = next((why for _, _, why in chunks if why), "")
+    if failure:
+        return {}, [], failure
+    batch = {key: np.concatenate([chunk[key] for chunk, _, _ in chunks]) for key in chunks[0][0]}
+    return batch, [asked for _, some, _ in chunks for asked in some], ""
 
 
 def _check(true: bool, message: str) -> None:

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -27,6 +27,23 @@ class Example:
     name: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One example as it is stored.
+
+    Attributes:
+      image: an image file's bytes, or pixels uint8 [H, W, 3] of data that were never encoded.
+      captions: as in Example.
+      label: as in Example.
+      name: as in Example.
+    """
+
+    image: bytes | np.ndarray
+    captions: tuple[str, ...]
+    label: int
+    name: str
+
+
 class BadExample(Exception):
     """An example that cannot be read. The pipeline replaces it by the next good one and counts it by its cause.
 
@@ -42,19 +59,38 @@ class BadExample(Exception):
 
 
 class Source(abc.ABC):
-    """A data set with random access. Reading happens in several threads at once: `__getitem__` must be thread-safe."""
+    """A data set with random access.
+
+    Reading happens in several threads at once, so `read` must be thread-safe; and in worker processes, so a source must
+    survive being pickled.
+    """
 
     @abc.abstractmethod
     def __len__(self) -> int:
         """Number of examples, good or bad."""
 
     @abc.abstractmethod
+    def read(self, i: int) -> Record:
+        """Reads example `i`, 0 <= i < len(self); the same one every time. Raises BadExample if it cannot be read."""
+
     def __getitem__(self, i: int) -> Example:
-        """Reads example `i`, 0 <= i < len(self); the same one every time. Raises BadExample if it cannot be decoded."""
+        """Example `i`, decoded. Raises BadExample if it cannot be read or decoded."""
+        from gigagan_jax.data.decoding import decode_record
+
+        return decode_record(self.read(i))
 
     def captions(self, i: int) -> tuple[str, ...]:
-        """Captions of example `i`, those of self[i]; without decoding its image where the source can. Raises BadExample."""
-        return self[i].captions
+        """Captions of example `i`, those of self[i]; without reading its image where the source can. Raises BadExample."""
+        return self.read(i).captions
+
+    def shuffled(self, seed: int) -> Sequence[int]:
+        """The endless order of training: element k is the index of the k-th example, epoch after epoch.
+
+        Random access to it takes no memory in the size of the source. Raises UserError for a source too long for that.
+        """
+        from gigagan_jax.data.order import Shuffled
+
+        return Shuffled(len(self), seed)
 
     @abc.abstractmethod
     def name(self, i: int) -> str:

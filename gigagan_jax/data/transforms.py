@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-CROPS = ("center", "random", "none")
+CROPS = ("center", "random", "none", "pad")
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,
@@ -27,7 +27,7 @@ def resize_and_crop(
       image: uint8 [H, W, 3], larger or smaller than the result.
       resolution: side R of the result, in pixels.
       crop: 'center' or 'random' scale the short side to R and keep the middle, or any, R x R window of it.
-        'none' keeps the whole image and squeezes it to R x R.
+        'none' keeps the whole image and squeezes it to R x R; 'pad' keeps it and its aspect, on a white square.
       filter: a key of FILTERS. When shrinking each of them, except 'nearest', averages over the pixels it covers.
       rng: where 'random' takes its window from; not used by the other crops.
 
@@ -52,10 +52,22 @@ def resize_and_crop(
         box = (left, top, left + side, top + side)
     elif crop == "none":
         box = (0, 0, width, height)
+    elif crop == "pad":
+        return _padded(image, resolution, filter)
     else:
         raise ValueError(f"unknown crop {crop!r}; there are {', '.join(CROPS)}")
     # One call with a box: pixels that the crop throws away are never computed.
     return np.array(Image.fromarray(image).resize((resolution, resolution), FILTERS[filter], box=box))
+
+
+def _padded(image: np.ndarray, resolution: int, filter: str) -> np.ndarray:
+    height, width = image.shape[:2]
+    scale = resolution / max(height, width)
+    inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+    out = np.full((resolution, resolution, 3), 255, np.uint8)
+    top, left = (resolution - inner[1]) // 2, (resolution - inner[0]) // 2
+    out[top : top + inner[1], left : left + inner[0]] = np.array(Image.fromarray(image).resize(inner, FILTERS[filter]))
+    return out
 
 
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

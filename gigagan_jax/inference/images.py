@@ -195,8 +195,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """
     try:
         # Not Image.open: its guard against huge pictures would refuse a large grid of our own.
-        with open(path, "rb") as file, PngImageFile(file) as png:
-            return {key: str(value) for key, value in png.text.items()}
+        with open(path, "rb") as file:
+            return {key: str(value) for key, value in PngImageFile(file).text.items()}
     except (OSError, SyntaxError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else "not a whole PNG file"
         raise UserError(f"cannot read the image {path}: {reason}") from None

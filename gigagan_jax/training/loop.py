@@ -15,7 +15,7 @@ import numpy as np
 
 from gigagan_jax import sharding
 from gigagan_jax.config import Config, TextConfig
-from gigagan_jax.data import pipeline
+from gigagan_jax.data import filters, pipeline
 from gigagan_jax.data.embeddings import Embeddings
 from gigagan_jax.data.records import Source
 from gigagan_jax.data.sources import make_source
@@ -43,20 +43,21 @@ class Interrupted(Exception):
         self.number = number
 
 
-def data_source(config: Config) -> Source:
-    """The config's data set."""
+def data_source(config: Config, workdir: Path | None = None) -> Source:
+    """The config's data set; `workdir` takes the index of tars that lie where it cannot be written."""
     d = config.data
-    options: dict[str, Any] = {}
-    if d.source == "folder":
-        options["caption_required"] = d.captions == "required" and config.condition == "text"
-        if config.condition == "class":
-            options["labels"] = "folder"
-    source = make_source(d.source, d.path, **options)
-    classes = len(getattr(source, "classes", None) or ())
-    if config.condition == "class" and classes and classes != config.num_classes:
-        raise UserError(
-            f"{d.path} has {classes} classes (folders), config.num_classes={config.num_classes}: set it to {classes}"
-        )
+    source = make_source(d, condition=config.condition, workdir=workdir)
+    if config.condition == "class":
+        if not getattr(source, "has_labels", True):
+            raise UserError(f"{d.path} has no labels, and config.condition='class' needs them")
+        classes = len(getattr(source, "classes", None) or ())
+        if classes and classes != config.num_classes:
+            raise UserError(
+                f"{d.path} has {classes} classes, config.num_classes={config.num_classes}: set it to {classes}"
+            )
+    funnel = getattr(source, "funnel", None)
+    if funnel:
+        _log.info("filters:\n%s", filters.table(funnel))
     return source
 
 
@@ -72,7 +73,7 @@ def tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
 def make_pipeline(config: Config, workdir: Path | None) -> pipeline.Pipeline:
     """The config's stream of batches for this host."""
     d = config.data
-    source = data_source(config)
+    source = data_source(config, workdir)
     text, clip = tokenizers(config)
     stored = bool(d.embeddings) and config.condition == "text"
     return pipeline.build(
@@ -90,6 +91,9 @@ def make_pipeline(config: Config, workdir: Path | None) -> pipeline.Pipeline:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=d.threads,
+        num_workers=d.workers,
+        clean_captions=d.clean_captions,
+        fast_decode=d.fast_decode,
         max_bad_fraction=d.max_bad_fraction,
         quarantine_path=None if workdir is None else workdir / "quarantine.jsonl",
     )

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from gigagan_jax.data.pipeline import build
-from gigagan_jax.data.records import BadExample, Example, Source, identity_of
+from gigagan_jax.data.records import BadExample, Record, Source, identity_of
 from gigagan_jax.data.sources.digits import DigitsSource
 from gigagan_jax.data.sources.folder import FolderSource
 from gigagan_jax.data.tokenizers import ByteTokenizer
@@ -32,12 +32,12 @@ class SmallSource(Source):
     def __len__(self):
         return self.n
 
-    def __getitem__(self, i):
+    def read(self, i):
         self.reads.append(i)
         if i in self.bad:
             raise BadExample(self.bad[i], "it says so")
         image = np.random.default_rng(i).integers(0, 256, (8 + i % 3, 12, 3), dtype=np.uint8)
-        return Example(image, tuple(f"{i} in wording {j}" for j in range(3)), i % 10, self.name(i))
+        return Record(image, tuple(f"{i} in wording {j}" for j in range(3)), i % 10, self.name(i))
 
     def name(self, i):
         return f"small/{i}"
@@ -381,7 +381,7 @@ def test_a_few_bad_ones_do_not_end_a_small_set_early(make):
 
 def test_other_errors_of_a_source_are_not_swallowed(make):
     class Broken(SmallSource):
-        def __getitem__(self, i):
+        def read(self, i):
             raise RuntimeError("a mistake in the source")
 
     with pytest.raises(RuntimeError, match="a mistake in the source"):

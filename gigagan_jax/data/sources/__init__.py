@@ -1,45 +1,135 @@
-"""Sources by name: what a config's `data.kind` may say."""
+"""Sources by a config's `data`: what `data.source` may say, and what its path says where that is "auto"."""
 
-import inspect
-from collections.abc import Callable
+import logging
+import os
+import re
+from pathlib import Path
 from typing import Any
 
+from gigagan_jax.config_data import DataConfig
+from gigagan_jax.data import filters
 from gigagan_jax.data.records import Source
+from gigagan_jax.data.storage import Storage, is_local, local
+from gigagan_jax.data.tar_index import SHARD_SUFFIXES
 from gigagan_jax.errors import UserError
 
-
-def _digits(path: str, **options: Any) -> Source:
-    from gigagan_jax.data.sources.digits import DigitsSource
-
-    _check_options("digits", DigitsSource, options)
-    return DigitsSource(**options)
+_log = logging.getLogger(__name__)
+KINDS = ("tar", "folder", "arrayrecord", "tfds", "parquet", "digits")
 
 
-def _folder(path: str, **options: Any) -> Source:
-    from gigagan_jax.data.sources.folder import FolderSource
+def make_source(data: DataConfig, *, condition: str = "text", workdir: Path | None = None, workers: int = 0) -> Source:
+    """Opens a config's data set, or its mixture.
 
-    _check_options("folder", FolderSource, options)
-    return FolderSource(path, **options)
+    Args:
+      data: the config's `data`.
+      condition: "text" (captions may be required), "class" (a folder's sub-folders are classes) or "none".
+      workdir: of the run: an index that cannot be written beside the data goes there.
+      workers: processes for indexing; 0: one for each core.
 
-
-# Each maker imports its own source: a missing optional package concerns only those who ask for it.
-_MAKERS: dict[str, Callable[..., Source]] = {"digits": _digits, "folder": _folder}
-
-
-def make_source(kind: str, path: str = "", **options: Any) -> Source:
-    """Makes the source `kind` at `path` (ignored by kinds that bring their own data).
-
-    Raises UserError for an unknown kind or option, and whatever UserError the source itself has for its path.
+    Raises:
+      UserError: whatever the source itself has against its path; filters for a source without metadata.
     """
-    if kind not in _MAKERS:
-        raise UserError(f"unknown kind of data {kind!r}; there are {', '.join(sorted(_MAKERS))}")
-    return _MAKERS[kind](path, **options)
+    if not data.mixture:
+        return _one(data, data.path, condition, workdir, workers)
+    from gigagan_jax.data.sources.mixed import MixedSource
 
-
-def _check_options(kind: str, source: Callable[..., Source], options: dict[str, Any]) -> None:
-    known = [name for name in inspect.signature(source).parameters if name != "path"]
-    for name in options:
-        if name not in known:
+    if data.path:
+        raise UserError("config.data.mixture and config.data.path are both set: a mixture names its own paths")
+    parts = []
+    for text in data.mixture:
+        weight, colon, path = text.partition(":")
+        if not colon or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) or not float(weight) or not path:
             raise UserError(
-                f"data of kind {kind!r} has no option {name!r}; it has {', '.join(known) if known else 'none'}"
+                f"config.data.mixture: {text!r} is not WEIGHT:PATH with a positive weight, such as 0.3:photos/"
             )
+        parts.append((float(weight), _one(data, path, condition, workdir, workers)))
+    return MixedSource(parts)
+
+
+def _one(data: DataConfig, path: str, condition: str, workdir: Path | None, workers: int) -> Source:
+    storage = Storage(data.retry_seconds)
+    kind = kind_of(path, storage) if data.source == "auto" else data.source
+    required = data.captions == "required" and condition == "text"
+    keys: dict[str, Any] = {"caption_keys": data.caption_keys, "caption_required": required}
+    filtered = filters.is_on(data.filters)
+    if filtered and kind not in ("tar", "parquet"):
+        raise UserError(
+            f"config.data.filters: data of kind {kind!r} has no metadata to filter by; tars and Parquet have"
+        )
+    # Each branch imports its own source: a missing optional package concerns only those who ask for it.
+    if kind == "digits":
+        from gigagan_jax.data.sources.digits import DigitsSource
+
+        return DigitsSource()
+    if not path:
+        raise UserError("config.data.path is empty: set it to the images (a folder, tars, Parquet files, a tfds name)")
+    if kind == "folder":
+        from gigagan_jax.data.sources.folder import FolderSource
+
+        if not is_local(path):
+            raise UserError(
+                f"{path}: folders of images are read from local disks only; pack them into tars for buckets"
+            )
+        labels = "folder" if condition == "class" else None
+        return FolderSource(local(path), caption_required=required, labels=labels)
+    if kind == "tar":
+        from gigagan_jax.data.sources.tar import TarSource
+
+        return TarSource(
+            path, index=data.index, workdir=workdir, storage=storage, filters=data.filters, workers=workers, **keys
+        )
+    if kind == "arrayrecord":
+        from gigagan_jax.data.sources.array_record import ArrayRecordSource
+
+        return ArrayRecordSource(path, storage=storage, caption_required=required)
+    keys |= {"image_key": data.image_key, "label_key": data.label_key}
+    if kind == "parquet":
+        from gigagan_jax.data.sources.parquet import ParquetSource
+
+        if filtered:
+            paths = storage.expand(path, (".parquet",))
+            keys["rows"], funnel = filters.select_parquet(paths, storage, data.filters)
+            _log.info("filters:\n%s", filters.table(funnel))
+        return ParquetSource(path, storage=storage, **keys)
+    if kind == "tfds":
+        from gigagan_jax.data.sources.tfds import TfdsSource
+
+        return TfdsSource(path, split=data.split, **keys)
+    raise UserError(f"config.data.source={kind!r}: must be one of auto, {', '.join(KINDS)}")
+
+
+def kind_of(path: str, storage: Storage) -> str:
+    """The kind of data at a path: by the names of its files.
+
+    Raises:
+      UserError: nothing is there, or nothing that says what it is.
+    """
+    if not path:
+        raise UserError("config.data.path is empty: set it to the images (a folder, tars, Parquet files, a tfds name)")
+    by_name = _by_suffix([path.rstrip("}*/")])
+    if by_name:
+        return by_name
+    if not is_local(path):
+        return _by_suffix(storage.expand(path if "*" in path else f"{path.rstrip('/')}/*")) or "tar"
+    place = Path(local(path))
+    if not place.exists() and not any(c in path for c in "*?[{"):
+        if re.fullmatch(r"[a-z][a-z0-9_]*(/[\w.]+)?(:[\d.*]+)?", path):
+            return "tfds"
+        raise UserError(f"{path}: there is nothing at this path; check config.data.path")
+    if not place.is_dir():
+        return _by_suffix(storage.expand(path)) or "folder"
+    with os.scandir(place) as entries:
+        names = [e.name for _, e in zip(range(10_000), entries, strict=False) if e.is_file()]
+    if "features.json" in names and "dataset_info.json" in names:
+        return "tfds"
+    return _by_suffix(names) or "folder"
+
+
+def _by_suffix(names: list[str]) -> str | None:
+    """The first of tar, arrayrecord, parquet that a name belongs to; img2dataset puts Parquet beside its tars."""
+    lower = [n.lower() for n in names]
+    if any(n.endswith(SHARD_SUFFIXES) for n in lower):
+        return "tar"
+    if any(".array_record" in n for n in lower):
+        return "arrayrecord"
+    return "parquet" if any(n.endswith(".parquet") for n in lower) else None

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gigagan_jax.data.records import Example, Source, identity_of
+from gigagan_jax.data.records import Record, Source, identity_of
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTION_TEMPLATES = (
@@ -38,9 +38,9 @@ class DigitsSource(Source):
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, i: int) -> Example:
+    def read(self, i: int) -> Record:
         label = self._labels[i]
-        return Example(image=self._images[i], captions=digit_captions(label), label=label, name=self.name(i))
+        return Record(image=self._images[i], captions=digit_captions(label), label=label, name=self.name(i))
 
     def captions(self, i: int) -> tuple[str, ...]:
         return digit_captions(self._labels[i])

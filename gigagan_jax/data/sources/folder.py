@@ -4,8 +4,8 @@ import functools
 import os
 from pathlib import Path, PurePosixPath
 
-from gigagan_jax.data.decoding import decode_captions, decode_image
-from gigagan_jax.data.records import UNKNOWN_LABEL, BadExample, Example, Source, identity_of
+from gigagan_jax.data.decoding import decode_captions
+from gigagan_jax.data.records import UNKNOWN_LABEL, BadExample, Record, Source, identity_of
 from gigagan_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -56,20 +56,20 @@ class FolderSource(Source):
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, i: int) -> Example:
+    def read(self, i: int) -> Record:
         """Reads image and captions.
 
-        Raises BadExample with a cause of `decode_image` or `decode_captions`, or `image_unreadable`,
+        Raises BadExample with a cause of `decode_captions`, or `image_unreadable`,
         `caption_unreadable` (the file system refuses) or `caption_empty` (no line with text).
         """
         name = self._names[i]
         captions = self.captions(i)
-        image = decode_image(self._read(name, "image_unreadable"))
+        image = self._read(name, "image_unreadable")
         label = self._label_of[PurePosixPath(name).parts[0]] if self._label_of else UNKNOWN_LABEL
-        return Example(image=image, captions=captions, label=label, name=name)
+        return Record(image=image, captions=captions, label=label, name=name)
 
     def captions(self, i: int) -> tuple[str, ...]:
-        """Lines of the caption file; see `__getitem__`."""
+        """Lines of the caption file; see `read`."""
         file = _caption_name(self._names[i])
         captions: tuple[str, ...] = ()
         if file in self._caption_files:

@@ -1,0 +1,392 @@
+"""Which examples are used, by the metadata that LAION users have; with an account of how many each condition leaves."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gigagan_jax.config_data import FilterConfig
+from gigagan_jax.data import tar_index
+from gigagan_jax.data.storage import Storage
+from gigagan_jax.data.tar_headers import BLOCK
+from gigagan_jax.data.tar_index import NOTHING, TarIndex
+from gigagan_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+# Spellings of a column, by what it says; compared without regard to case. img2dataset, LAION-400M, 5B, aesthetics, DataComp.
+ALIASES = {
+    "width": ("original_width", "width"),
+    "height": ("original_height", "height"),
+    "clip_score": (
+        *("clip_score", "similarity", "clip_similarity_vitl14"),
+        *("clip_l14_similarity_score", "clip_b32_similarity_score"),
+    ),
+    "aesthetic": ("aesthetic", "aesthetic_score", "aesthetics_score", "prediction"),
+    "watermark": ("pwatermark", "watermark", "watermark_score"),
+    "unsafe": ("punsafe", "unsafe", "nsfw_score", "p_nsfw"),
+    "nsfw": ("nsfw",),
+    "language": ("language", "lang"),
+    "caption": ("caption", "text"),
+    "key": ("key",),
+}  # fmt: skip
+TEXTS = ("nsfw", "language", "caption", "key", "duplicates")
+Columns = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One condition: how it is called, the columns it reads, and from those to bool [N]; nulls (NaN, None) fail."""
+
+    title: str
+    needs: tuple[str, ...]
+    holds: Callable[[Columns], np.ndarray]
+
+
+def steps(f: FilterConfig) -> list[Step]:
+    """The conditions that are switched on, cheap and common ones first."""
+    out: list[Step] = []
+
+    def add(on: Any, title: str, needs: tuple[str, ...], holds: Callable[[Columns], np.ndarray]) -> None:
+        if on:
+            out.append(Step(title, needs, holds))
+
+    add(f.min_width, f"width >= {f.min_width}", ("width",), lambda c: c["width"] >= f.min_width)
+    add(f.min_height, f"height >= {f.min_height}", ("height",), lambda c: c["height"] >= f.min_height)
+    add(f.max_aspect, f"aspect ratio <= {f.max_aspect:g}", ("width", "height"), lambda c: _aspect(c) <= f.max_aspect)
+    for name, least in (("clip_score", f.min_clip_score), ("aesthetic", f.min_aesthetic)):
+        add(least, f"{name} >= {least:g}", (name,), functools.partial(_at_least, name, least))
+    for name, most in (("watermark", f.max_watermark), ("unsafe", f.max_nsfw)):
+        add(most < 1, f"{name} <= {most:g}", (name,), functools.partial(_at_most, name, most))
+    for name, allowed in (("nsfw", f.nsfw), ("language", f.languages)):
+        add(allowed, f"{name} in {', '.join(allowed)}", (name,), functools.partial(_among, name, allowed))
+    length = lambda c: np.array([-1 if x is None else len(x) for x in c["caption"]])
+    add(f.min_caption, f"caption >= {f.min_caption} characters", ("caption",), lambda c: length(c) >= f.min_caption)
+    add(
+        f.max_caption,
+        f"caption <= {f.max_caption} characters",
+        ("caption",),
+        lambda c: (length(c) >= 0) & (length(c) <= f.max_caption),
+    )
+    return out
+
+
+def _aspect(c: Columns) -> np.ndarray:
+    w, h = c["width"], c["height"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.minimum(w, h) > 0, np.maximum(w, h) / np.minimum(w, h), np.nan)
+
+
+def _at_least(name: str, least: float, c: Columns) -> np.ndarray:
+    return c[name] >= least
+
+
+def _at_most(name: str, most: float, c: Columns) -> np.ndarray:
+    return c[name] <= most
+
+
+def _among(name: str, allowed: Sequence[str], c: Columns) -> np.ndarray:
+    wanted = {a.lower() for a in allowed}
+    return np.array([x is not None and x.lower() in wanted for x in c[name]], bool)
+
+
+def is_on(f: FilterConfig) -> bool:
+    """Whether anything is asked for."""
+    return f != FilterConfig()
+
+
+def digest(f: FilterConfig) -> str:
+    """A short hash of the conditions."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(f), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def needed(f: FilterConfig) -> tuple[str, ...]:
+    """What the conditions read, by the names of ALIASES; `duplicates` for the column of hashes."""
+    names = dict.fromkeys(name for step in steps(f) for name in step.needs)
+    return (*names, *(("duplicates",) if f.duplicates else ()))
+
+
+def find_columns(names: Sequence[str], present: Sequence[str], f: FilterConfig, where: str) -> dict[str, str]:
+    """For each of `names` the column that says it.
+
+    Raises:
+      UserError: one that is not there.
+    """
+    by_lower = {p.lower(): p for p in reversed(present)}
+    out = {}
+    for name in names:
+        spellings = (f.duplicates,) if name == "duplicates" else ALIASES[name]
+        column = next((by_lower[s.lower()] for s in spellings if s.lower() in by_lower), None)
+        if column is None:
+            raise UserError(
+                f"{where} has no column for {name} (looked for {', '.join(spellings)}), which config.data.filters needs; "
+                f"it has {', '.join(present) or 'none'}"
+            )
+        out[name] = column
+    return out
+
+
+def values(name: str, column: Sequence[Any]) -> np.ndarray:
+    """A column as `Step` reads it: float64 with NaN for null, or objects with None for null."""
+    if name in TEXTS:
+        out = np.empty(len(column), object)
+        out[:] = [None if x is None or x != x else str(x) for x in column]
+        return out
+
+    def number(x: Any) -> float:
+        try:
+            return float(x)
+        except (TypeError, ValueError):
+            return float("nan")
+
+    return np.array([number(x) for x in column], np.float64)
+
+
+def apply(columns: Columns, f: FilterConfig, keep: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """The examples that all conditions leave, duplicates aside.
+
+    Args:
+      columns: of N examples.
+      f: the conditions.
+      keep: bool [N], the examples to begin with.
+
+    Returns:
+      bool [N], and how many are left after each step
+    """
+    counts = []
+    for step in steps(f):
+        with np.errstate(invalid="ignore"):
+            keep = keep & step.holds(columns)
+        counts.append(int(keep.sum()))
+    return keep, counts
+
+
+def hashes(column: np.ndarray) -> np.ndarray:
+    """uint64 [N] of texts; null is 0, and is nobody's duplicate."""
+    hash64 = lambda x: int.from_bytes(hashlib.blake2b(x.encode(), digest_size=8).digest(), "little") or 1
+    return np.array([0 if x is None else hash64(x) for x in column], np.uint64)
+
+
+def first_of_each(hashed: np.ndarray) -> np.ndarray:
+    """Sorted places of all that are no duplicate of an earlier one; zeros are all kept."""
+    _, first = np.unique(hashed, return_index=True)
+    kept = np.zeros(len(hashed), bool)
+    kept[first] = True
+    return np.flatnonzero(kept | (hashed == 0))
+
+
+def funnel_of(
+    f: FilterConfig, counts: Sequence[int], first: str, beginning: int, unique: int | None
+) -> list[list[Any]]:
+    """[title, how many are left] of every step."""
+    titles = ["examples", first, *(s.title for s in steps(f))]
+    out: list[list[Any]] = [[title, n] for title, n in zip(titles, [beginning, *counts], strict=True)]
+    if unique is not None:
+        out.append([f"no duplicates by {f.duplicates}", unique])
+    return out
+
+
+def table(funnel: dict[str, Any]) -> str:
+    """The account as text: each step with what it left, and the share of all."""
+    total = max(1, funnel["steps"][0][1])
+    width = max(len(title) for title, _ in funnel["steps"])
+    before = total
+    lines = []
+    for title, n in funnel["steps"]:
+        lines.append(f"{title:<{width}}  {n:>13,}  {100 * n / total:6.2f} %  {n - before if n != before else 0:>+13,}")
+        before = n
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- tars
+
+
+def _shard(storage: Storage, folder: Path, f: FilterConfig, path: str) -> dict[str, Any]:
+    """Rows of one tar that pass, with hashes for duplicates, and the counts of its steps."""
+    part = dict(np.load(tar_index.part_file(folder, path)))
+    n = len(part["fault"])
+    whole = part["fault"] == 0
+    names = needed(f)
+    sidecar = path.removesuffix(".tar") + ".parquet"
+    if storage.exists(sidecar):
+        columns, known = _from_parquet(storage, sidecar, names, f, part)
+    else:
+        columns, known = _from_json(storage, path, names, f, part)
+    keep, counts = apply(columns, f, whole & known)
+    out: dict[str, Any] = {"rows": np.flatnonzero(keep).astype(np.uint32), "n": n}
+    out["counts"] = [int((whole & known).sum()), *counts]
+    if f.duplicates:
+        out["hashes"] = hashes(columns["duplicates"])[out["rows"]]
+    return out
+
+
+def _keys(part: dict[str, np.ndarray]) -> list[str]:
+    ends = part["key_end"].tolist()
+    blob = part["keys"].tobytes()
+    firsts = [0, *ends[:-1]]
+    return [blob[a:b].decode("utf-8", "surrogateescape").rpartition("/")[2] for a, b in zip(firsts, ends, strict=True)]
+
+
+def _from_parquet(
+    storage: Storage, file: str, names: Sequence[str], f: FilterConfig, part: dict[str, np.ndarray]
+) -> tuple[Columns, np.ndarray]:
+    columns = read_parquet(storage, file, ("key", *names), f)
+    place = {key: i for i, key in enumerate(columns.pop("key"))}
+    rows = np.array([place.get(key, -1) for key in _keys(part)], np.int64)
+    # A row of nulls stands for what is not in the table.
+    null = lambda x: np.append(x, np.array([None], object) if x.dtype == object else np.nan)[rows]
+    return {name: null(x) for name, x in columns.items()}, rows >= 0
+
+
+def read_parquet(storage: Storage, file: str, names: Sequence[str], f: FilterConfig) -> Columns:
+    """Columns by the names of ALIASES. Raises UserError for a damaged file or a column that is not there."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with storage.open(file) as opened:
+            parquet = pyarrow.parquet.ParquetFile(opened)
+            found = find_columns(names, parquet.schema_arrow.names, f, file)
+            table = parquet.read(columns=list(dict.fromkeys(found.values())))
+    except (OSError, pyarrow.ArrowException) as e:
+        raise UserError(f"{file} cannot be read as Parquet: {str(e).splitlines()[0]}") from None
+    return {name: values(name, table.column(column).to_pylist()) for name, column in found.items()}
+
+
+def _from_json(
+    storage: Storage, path: str, names: Sequence[str], f: FilterConfig, part: dict[str, np.ndarray]
+) -> tuple[Columns, np.ndarray]:
+    """From the `.json` members; one that is missing or no object is as one that is not in the table."""
+    n = len(part["fault"])
+    rows: list[dict[str, Any]] = []
+    known = np.zeros(n, bool)
+    for i, (block, size, fault) in enumerate(
+        zip(part["json_block"].tolist(), part["json_size"].tolist(), part["fault"].tolist(), strict=True)
+    ):
+        value: Any = None
+        if size != NOTHING and not fault:
+            try:
+                value = json.loads(storage.read(path, block * BLOCK, size))
+            except (ValueError, RecursionError):
+                value = None
+        known[i] = isinstance(value, dict)
+        rows.append(value if isinstance(value, dict) else {})
+    present = list(dict.fromkeys(key for row in rows[:1000] for key in row))
+    if not known.any():
+        return {name: values(name, [None] * n) for name in names}, known
+    found = find_columns(names, present, f, f"{path} (.json members; there is no .parquet beside it)")
+    return {name: values(name, [row.get(found[name]) for row in rows]) for name in names}, known
+
+
+def _shard_to(storage: Storage, folder: Path, target: Path, f: FilterConfig, path: str) -> tuple[int, list[int], Path]:
+    file = target / tar_index.part_file(Path(), path).name
+    try:
+        with np.load(file) as done:
+            return int(done["n"]), done["counts"].tolist(), file
+    except (OSError, ValueError, KeyError):
+        pass
+    found = _shard(storage, folder, f, path)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as out:
+        np.savez(out, **found)
+    os.replace(temporary, file)
+    return found["n"], found["counts"], file
+
+
+def select_tars(
+    index: TarIndex, folder: Path, paths: Sequence[str], storage: Storage, f: FilterConfig, workers: int = 0
+) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """Rows of a tar index that the filters leave; computed once and kept beside the index.
+
+    Returns:
+      uint32 [n], mapped into memory, and {"identity", "steps": [[title, left], ...]}; None where nothing is asked for
+
+    Raises:
+      UserError: metadata without a column that is needed, or that cannot be read; no metadata at all.
+    """
+    if not is_on(f):
+        return None
+    identity = hashlib.sha256(f"{index.about['identity']} {digest(f)}".encode()).hexdigest()[:16]
+    target = index.folder / f"rows-{identity}"
+    rows_file, funnel_file = target / "rows.npy", target / "funnel.json"
+    try:
+        if not funnel_file.exists():
+            target.mkdir(parents=True, exist_ok=True)
+            task = functools.partial(_shard_to, storage, folder, target, f)
+            done = list(tar_index.parallel(task, paths, workers, "filtering"))
+            _merge(index, done, f, identity, rows_file, funnel_file)
+            for _, _, file in done:
+                file.unlink(missing_ok=True)
+        funnel = json.loads(funnel_file.read_text(encoding="utf-8"))
+        rows = np.load(rows_file, mmap_mode="r") if funnel["steps"][-1][1] else np.zeros(0, np.uint32)
+    except OSError as e:
+        raise UserError(f"the index {target} cannot be written or read: {e.strerror or e}") from None
+    return rows, funnel
+
+
+def _merge(
+    index: TarIndex,
+    done: list[tuple[int, list[int], Path]],
+    f: FilterConfig,
+    identity: str,
+    rows_file: Path,
+    funnel_file: Path,
+) -> None:
+    counts = np.sum([c for _, c, _ in done], axis=0).tolist()
+    if len(index) and not counts[0]:
+        raise UserError(
+            "config.data.filters: the tars have no metadata: neither a .parquet beside them with their keys nor .json members"
+        )
+    total = sum(len(np.load(file)["rows"]) for _, _, file in done)
+    rows = np.empty(total, np.uint32)
+    hashed = np.empty(total if f.duplicates else 0, np.uint64)
+    at = 0
+    for (_, _, file), start in zip(done, index.starts.tolist(), strict=False):
+        with np.load(file) as part:
+            n = len(part["rows"])
+            rows[at : at + n] = part["rows"] + np.uint32(start)
+            if f.duplicates:
+                hashed[at : at + n] = part["hashes"]
+        at += n
+    unique = None
+    if f.duplicates:
+        rows = rows[first_of_each(hashed)]
+        unique = len(rows)
+    temporary = rows_file.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as out:
+        np.save(out, rows)
+    os.replace(temporary, rows_file)
+    said = {"identity": identity, "steps": funnel_of(f, counts, "whole, with metadata", len(index), unique)}
+    temporary.write_text(json.dumps(said, indent=1), encoding="utf-8")
+    os.replace(temporary, funnel_file)
+
+
+def select_parquet(paths: Sequence[str], storage: Storage, f: FilterConfig) -> tuple[np.ndarray, dict[str, Any]]:
+    """Rows of Parquet files, counted through all of them, that the filters leave; otherwise as `select_tars`."""
+    rows, hashed, counts = [], [], []
+    start = 0
+    for path in paths:
+        columns = read_parquet(storage, path, needed(f), f)
+        n = len(next(iter(columns.values())))
+        keep, after = apply(columns, f, np.ones(n, bool))
+        counts.append([n, *after])
+        rows.append(np.flatnonzero(keep) + start)
+        if f.duplicates:
+            hashed.append(hashes(columns["duplicates"])[keep])
+        start += n
+    chosen = np.concatenate(rows)
+    unique = None
+    if f.duplicates:
+        chosen = chosen[first_of_each(np.concatenate(hashed))]
+        unique = len(chosen)
+    steps = funnel_of(f, np.sum(counts, axis=0).tolist(), "rows", start, unique)
+    if not len(chosen):
+        raise UserError(f"{paths[0]} ...: no example is left\n{table({'steps': steps})}")
+    return chosen, {"identity": digest(f), "steps": steps}

@@ -1,0 +1,81 @@
+"""In which order the examples of a source are trained on: endless, shuffled anew each epoch, and without a list of it."""
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from gigagan_jax.errors import UserError
+
+_MAX = 2**32 - 1
+
+
+class Shuffled(Sequence[int]):
+    """Element k is the index of the k-th example: epoch k // n is a permutation of 0 ... n - 1, another one each epoch.
+
+    A permutation is a block cipher on the index (grain's), so an element costs a microsecond and no memory.
+
+    Raises:
+      UserError: more than 2**32 - 1 examples, which the cipher does not reach.
+    """
+
+    def __init__(self, size: int, seed: int):
+        if not 0 < size <= _MAX:
+            raise UserError(f"the data set has {size} examples: the shuffle needs 1 to {_MAX} of them")
+        self._size = size
+        # Grain shuffles epoch e by seed + e: neighbouring seeds would share all epochs but one.
+        first = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
+        self._order = grain.MapDataset.range(size).shuffle(first).repeat()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, k):
+        return int(self._order[k])
+
+
+class Mixed(Sequence[int]):
+    """An endless mixture of several endless orders, in exact proportions.
+
+    The stream is cut into blocks of `block` positions; each holds the same number of examples of each part, in an order
+    drawn from (seed, block). Each part goes through its own order without a gap: each of its examples is seen once in each
+    of its own epochs.
+
+    Args:
+      parts: (order, offset) of each part; `offset` is added to its indices.
+      shares: weight of each part, positive.
+      seed: of the order within blocks.
+      block: positions in a block; weights are rounded to multiples of 1 / block.
+
+    Raises:
+      UserError: a weight so small that a block would hold no example of its part.
+    """
+
+    def __init__(
+        self, parts: Sequence[tuple[Sequence[int], int]], shares: Sequence[float], seed: int, block: int = 1000
+    ):
+        self._parts, self._seed, self._block = tuple(parts), seed, block
+        self._counts = _apportion(shares, block)
+        self._kinds = np.repeat(np.arange(len(self._counts)), self._counts)
+
+    def __len__(self) -> int:
+        return min(len(order) for order, _ in self._parts)
+
+    def __getitem__(self, k):
+        number, place = divmod(int(k), self._block)
+        kinds = np.random.default_rng((self._seed, number)).permutation(self._kinds)
+        kind = int(kinds[place])
+        rank = int(np.count_nonzero(kinds[:place] == kind))
+        order, offset = self._parts[kind]
+        return offset + order[number * self._counts[kind] + rank]
+
+
+def _apportion(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in these proportions that sum to `total`: the largest remainders are rounded up."""
+    exact = np.asarray(shares, np.float64) / sum(shares) * total
+    counts = np.floor(exact).astype(int)
+    for i in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
+        counts[i] += 1
+    if counts.min() < 1:
+        raise UserError(f"the weights {tuple(shares)} leave a part less than one example in {total}: raise its weight")
+    return counts.tolist()

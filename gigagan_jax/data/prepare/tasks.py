@@ -1,0 +1,149 @@
+"""Independent tasks, one for each shard: in processes of this machine, or on many machines as an Apache Beam pipeline."""
+
+import concurrent.futures
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from gigagan_jax.data.prepare.output import Output
+from gigagan_jax.data.progress import Progress
+from gigagan_jax.data.tar_index import parallel
+from gigagan_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+EMBEDDED = ("DirectRunner", "FnApiRunner", "EmbeddedRunner")  # they run in this process, or in children of it
+
+
+def run_tasks(
+    task: Callable[[Any], Any],
+    items: Sequence[Any],
+    *,
+    workers: int = 0,
+    runner: str | None = None,
+    beam_args: Sequence[str] = (),
+    results: Output | None = None,
+    is_whole: Callable[[Any, Any], bool] | None = None,
+    title: str,
+    quiet: bool = False,
+) -> list[Any]:
+    """task(item) for each item; the same function whatever runs it, so what it writes does not depend on that.
+
+    Args:
+      task: can be pickled, as its items; returns what JSON can hold.
+      items: one for each task.
+      workers: processes without a runner; 0: one for each core, 1: this one.
+      runner: name of an Apache Beam runner ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner", ...).
+      beam_args: flags for Beam. Runners on other machines need this package there, by Beam's own flags.
+      results: folder in which each task's result is kept, by its place in `items`: a task that has one is not run again. It
+        must be seen by all machines that run tasks.
+      is_whole: (item, kept result) to whether what the task wrote is still there; None: it is.
+      title: what is being done.
+      quiet: without progress.
+
+    Returns:
+      results in the order of the items
+
+    Raises:
+      UserError: apache_beam is missing, or refuses its flags; a task raised one.
+    """
+    if runner is None and results is None:
+        return list(parallel(task, items, workers, title, quiet))
+    if results is None:
+        if runner not in EMBEDDED:
+            raise UserError(f"--runner={runner} needs a folder that all its machines see for what they find: name one by --work")
+        with tempfile.TemporaryDirectory() as folder:
+            return run_tasks(
+                task, items, runner=runner, beam_args=beam_args, results=Output(folder), title=title, quiet=quiet
+            )
+    kept = dict(enumerate(_kept(results, range(len(items)))))
+    todo = [
+        (i, item)
+        for i, item in enumerate(items)
+        if "result" not in kept[i] or not (is_whole is None or is_whole(item, kept[i]["result"]))
+    ]
+    if len(todo) < len(items) and not quiet:
+        _log.info("%s: %d of %d were done before", title, len(items) - len(todo), len(items))
+    if todo:
+        results.clear_scratch()
+        call = _Keep(task, results)
+        if runner is None:
+            for error in parallel(call, todo, workers, title, quiet):
+                if error:
+                    raise UserError(error)
+        else:
+            _by_beam(call, todo, runner, beam_args, title, quiet)
+        kept |= zip((i for i, _ in todo), _kept(results, [i for i, _ in todo]), strict=True)
+    errors = [said["error"] for said in kept.values() if "error" in said]
+    if errors:
+        raise UserError(errors[0])
+    lost = [i for i, said in kept.items() if "result" not in said]
+    if lost:
+        raise UserError(
+            f"{title}: {len(lost)} of {len(items)} tasks left no result in {results}: does every machine of --runner={runner} "
+            "see that folder? The same command runs those again"
+        )
+    return [kept[i]["result"] for i in range(len(items))]
+
+
+class _Keep:
+    """A task that writes what it returns to a file. Its UserErrors too: a runner would try them again and bury the line."""
+
+    def __init__(self, task: Callable[[Any], Any], results: Output):
+        self.task, self.results = task, results
+
+    def __call__(self, numbered: tuple[int, Any]) -> str:
+        i, item = numbered
+        try:
+            said = {"result": self.task(item)}
+        except UserError as e:
+            said = {"error": str(e)}
+        self.results.write_text(_file(i), json.dumps(said))
+        return said.get("error", "")
+
+
+def _file(i: int) -> str:
+    return f"{i:06d}.json"
+
+
+def _kept(results: Output, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def read(i: int) -> dict[str, Any]:
+        text = results.read_text(_file(i))
+        try:
+            said = json.loads(text) if text else {}
+        except ValueError:  # damaged: the task runs again
+            said = {}
+        return said if isinstance(said, dict) else {}
+
+    with concurrent.futures.ThreadPoolExecutor(1 if results.local else 32) as pool:
+        yield from pool.map(read, numbers)
+
+
+def _by_beam(
+    call: _Keep, items: list[tuple[int, Any]], runner: str, beam_args: Sequence[str], title: str, quiet: bool
+) -> None:
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise UserError(f"--runner={runner} needs Apache Beam: pip install 'gigagan-jax[beam]'") from None
+    chosen: Any = runner
+    if runner in EMBEDDED:
+        # By its short name Beam would first try to download a runner written in Go.
+        from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+
+        chosen = FnApiRunner()
+    try:
+        options = PipelineOptions(list(beam_args))
+        options.get_all_options()
+        pipeline = beam.Pipeline(runner=chosen, options=options)
+    except (SystemExit, ValueError, ImportError, AttributeError) as e:  # argparse of Beam leaves the program by itself
+        raise UserError(f"--runner={runner} {' '.join(beam_args)}: Apache Beam refuses: {e}") from None
+    progress = Progress(title, len(items), quiet=quiet)
+    if not quiet:
+        _log.info("%s: %d tasks by Apache Beam's %s", title, len(items), runner)
+    # The shuffle parts what Create made from what is done with it: otherwise all of it is one worker's.
+    _ = pipeline | beam.Create(items) | beam.Reshuffle() | beam.Map(call)
+    pipeline.run().wait_until_finish()
+    progress.step(len(items))

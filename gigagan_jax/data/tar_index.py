@@ -1,0 +1,382 @@
+"""Where each example lies in a set of webdataset tars, so that they can be read by random access.
+
+A folder: `parts/` holds what was found in each tar (made in parallel, kept, and valid for any set of shards that the tar is
+in); `sets/DIGEST/` holds one list of shards as columns that are mapped into memory, and `index.json`:
+
+    image_block, image_size      uint32 [N], of the data, in blocks of 512 bytes and in bytes
+    caption_block, caption_size  uint32 [N], size 2**32 - 1: there is none
+    label                        int32 [N], only where there are `.cls` members
+    fault                        uint8 [N], a place in FAULTS
+    key_end                      uint32 [N], end of the key, counted from the first key of its shard
+    keys                         uint8, all keys one after the other
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from gigagan_jax.data.progress import Progress
+from gigagan_jax.data.storage import Storage, is_local, local
+from gigagan_jax.data.tar_headers import BLOCK, compression, members
+from gigagan_jax.errors import UserError
+
+VERSION = 1
+NOTHING = 2**32 - 1
+FAULTS = ("", "tar_truncated", "tar_corrupt", "unsafe_name", "image_missing", "member_too_large")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+COLUMNS = {
+    **{f"{what}_{place}": np.uint32 for what in ("image", "caption") for place in ("block", "size")},
+    "fault": np.uint8,
+    "key_end": np.uint32,
+}
+# Between two members of an example lie a header and, with img2dataset, the other text member.
+_LOCAL_WINDOW, _REMOTE_WINDOW = 8 << 10, 8 << 20
+
+
+class _Window:
+    """Reads a file forwards in windows, so that neighbouring headers cost one read."""
+
+    def __init__(self, storage: Storage, path: str, length: int):
+        self._storage, self._path, self._length = storage, path, length
+        self._size = _LOCAL_WINDOW if is_local(path) else _REMOTE_WINDOW
+        self._at, self._data = 0, b""
+
+    def read(self, offset: int, size: int) -> bytes:
+        place = offset - self._at
+        if place < 0 or place + size > len(self._data):
+            self._at, place = offset, 0
+            self._data = self._storage.read(self._path, offset, min(max(size, self._size), self._length - offset))
+        return self._data[place : place + size]
+
+
+@dataclasses.dataclass
+class _Found:
+    """One example while its members are gathered."""
+
+    key: str
+    image: tuple[int, int] | None = None
+    text: tuple[int, int] | None = None
+    json: tuple[int, int] | None = None
+    label: int | None = None
+    fault: str = ""
+    suffixes: set[str] = dataclasses.field(default_factory=set)
+
+
+def examples_of(storage: Storage, path: str, length: int) -> Iterator[_Found]:
+    """The examples of a tar, in their order: members that follow each other and share their name up to the first dot.
+
+    Raises:
+      UserError: the tar is compressed.
+    """
+    window = _Window(storage, path, length)
+    kind = compression(window.read(0, min(length, BLOCK)))
+    if kind:
+        raise UserError(
+            f"{path} is compressed ({kind}): examples in it cannot be read one by one. Decompress the tars (images hardly "
+            "shrink), or convert them: python tools/prepare_data.py convert"
+        )
+    current: _Found | None = None
+    for member in members(window.read, length):
+        folder, _, base = member.name.rpartition("/")
+        stem, dot, suffix = base.partition(".")
+        key, suffix = (f"{folder}/{stem}" if folder else stem), (dot + suffix).lower()
+        if member.fault == "tar_corrupt" or not member.name:
+            if current:
+                yield current
+            current = None
+            yield _Found(f"{key or '?'}@{member.offset}", fault=member.fault or "tar_corrupt")
+            continue
+        if base.startswith("."):  # hidden files that archivers add
+            continue
+        if current is None or key != current.key or suffix in current.suffixes:
+            if current:
+                yield current
+            current = _Found(key)
+        current.suffixes.add(suffix)
+        place = (member.offset, member.size)
+        if member.fault:
+            current.fault = member.fault
+        if key.startswith("/") or ".." in PurePosixPath(key).parts:
+            current.fault = "unsafe_name"
+        if member.size >= NOTHING or member.offset // BLOCK >= NOTHING:
+            current.fault = "member_too_large"
+        elif suffix in IMAGE_SUFFIXES and current.image is None:
+            current.image = place
+        elif suffix == ".txt":
+            current.text = place
+        elif suffix == ".json":
+            current.json = place
+        elif suffix == ".cls" and member.size <= 16:
+            digits = window.read(*place).strip()
+            current.label = int(digits) if digits.isdigit() and int(digits) < 2**31 else None
+    if current:
+        yield current
+
+
+def scan(storage: Storage, path: str) -> dict[str, np.ndarray]:
+    """Columns of one tar, those of the module's docstring with `text` and `json` for `caption`.
+
+    Raises:
+      UserError: a tar that is missing or compressed.
+    """
+    try:
+        length = storage.size(path)
+        found = list(examples_of(storage, path, length))
+    except (OSError, FileNotFoundError) as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}): check config.data.path") from None
+    if length and not found:
+        found = [_Found("?@0", fault="tar_corrupt")] if storage.read(path, 0, length).strip(b"\0") else []
+    out: dict[str, np.ndarray] = {}
+    for name, places in (
+        ("image", [f.image for f in found]),
+        ("text", [f.text for f in found]),
+        ("json", [f.json for f in found]),
+    ):
+        out[f"{name}_block"] = np.array([p[0] // BLOCK if p else 0 for p in places], np.uint32)
+        out[f"{name}_size"] = np.array([p[1] if p else NOTHING for p in places], np.uint32)
+    faults = [f.fault or ("" if f.image else "image_missing") for f in found]
+    out["fault"] = np.array([FAULTS.index(f) for f in faults], np.uint8)
+    keys = [f.key.encode("utf-8", "surrogateescape") for f in found]
+    out["key_end"] = np.cumsum([len(k) for k in keys], dtype=np.uint32)
+    out["keys"] = np.frombuffer(b"".join(keys), np.uint8)
+    if any(f.label is not None for f in found):
+        out["label"] = np.array([-1 if f.label is None else f.label for f in found], np.int32)
+    out["length"] = np.array(length, np.int64)
+    return out
+
+
+def part_file(folder: Path, path: str) -> Path:
+    """Where the columns of a tar are kept."""
+    return folder / "parts" / f"{hashlib.sha256(path.encode()).hexdigest()[:20]}.npz"
+
+
+def scan_to(folder: Path, storage: Storage, path: str) -> int:
+    """Scans one tar into its part file, unless that is there and of a tar of this length; returns how many examples."""
+    file = part_file(folder, path)
+    known = _load(file)
+    try:
+        fresh = known is not None and int(known["length"]) == storage.size(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}): check config.data.path") from None
+    if known is None or not fresh:
+        known = scan(storage, path)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as out:
+            np.savez(out, **known)  # type: ignore[arg-type]
+        os.replace(temporary, file)
+    return len(known["fault"])
+
+
+def _load(file: Path) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(file) as data:
+            return dict(data)
+    except Exception:  # missing, or cut short by a full disk: it is made again
+        return None
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The paths without the folder they have in common: what a person calls a shard, wherever it lies."""
+    folders = [p.rpartition("/")[0] for p in paths]
+    common = os.path.commonprefix([f + "/" for f in folders])  # noqa: RUF071  (addresses are no paths)
+    cut = common.rfind("/") + 1
+    return [p[cut:] for p in paths]
+
+
+def digest_of(paths: Sequence[str], captions: str) -> str:
+    """Name of a set of shards with its kind of captions."""
+    return hashlib.sha256(json.dumps([VERSION, captions, *short_names(paths)]).encode()).hexdigest()[:16]
+
+
+def build(
+    folder: Path,
+    storage: Storage,
+    paths: Sequence[str],
+    *,
+    captions: str = "text",
+    workers: int = 0,
+    quiet: bool = False,
+) -> Path:
+    """Indexes tars; what was done before is not done again.
+
+    Args:
+      folder: of the index.
+      storage: to read the tars.
+      paths: of the tars.
+      captions: "text" or "json": the member that holds them.
+      workers: processes; 0 uses one for each core, 1 this one.
+      quiet: without progress.
+
+    Returns:
+      the folder of this set of shards, for TarIndex
+
+    Raises:
+      UserError: a tar that is missing or compressed, or a folder that cannot be written.
+    """
+    try:
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+        task = functools.partial(scan_to, folder, storage)
+        total = 0
+        for done in parallel(task, paths, workers, "indexing tars", quiet):
+            total += done
+        return _merge(folder, paths, captions)
+    except OSError as e:
+        raise UserError(f"the index {folder} cannot be written: {e.strerror or e}; choose config.data.index") from None
+
+
+def parallel(
+    task: Callable[[Any], Any], items: Sequence[Any], workers: int, title: str, quiet: bool = False
+) -> Iterator[Any]:
+    """task(item) for each item in order, in processes, with progress."""
+    workers = min(workers or os.cpu_count() or 1, len(items))
+    progress = Progress(title, len(items), quiet=quiet)
+    if workers <= 1:
+        for item in items:
+            yield task(item)
+            progress.step()
+        return
+    import multiprocessing
+
+    # Not forked: JAX, whose threads a fork would lose, may be running here.
+    context = multiprocessing.get_context("forkserver")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            for result in pool.map(task, items, chunksize=max(1, min(16, len(items) // (4 * workers)))):
+                yield result
+                progress.step()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:
+    """Parts to columns, shard by shard, so that memory does not grow with the data set."""
+    target = folder / "sets" / digest_of(paths, captions)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    counts, key_bytes, lengths = [], [], []
+    identity = hashlib.sha256(b"tar")
+    names = short_names(paths)
+    faults = np.zeros(len(FAULTS), np.int64)
+    without_caption = 0
+    files = {c: open(temporary / f"{c}.bin", "wb") for c in (*COLUMNS, "keys", "label")}  # noqa: SIM115
+    labelled = False
+    try:
+        for path, name in zip(paths, names, strict=True):
+            part = _load(part_file(folder, path))
+            if part is None:
+                raise UserError(f"{part_file(folder, path)} is damaged: remove it and index again")
+            for place in ("block", "size"):
+                part[f"caption_{place}"] = part[f"{captions}_{place}"]
+            n = len(part["fault"])
+            labels = part.get("label")
+            labelled |= labels is not None
+            for column in (*COLUMNS, "keys"):
+                files[column].write(part[column].astype(COLUMNS.get(column, np.uint8)).tobytes())
+            files["label"].write((np.full(n, -1, np.int32) if labels is None else labels).tobytes())
+            counts.append(n)
+            key_bytes.append(len(part["keys"]))
+            lengths.append(int(part["length"]))
+            faults += np.bincount(part["fault"], minlength=len(FAULTS))
+            without_caption += int(((part["caption_size"] == NOTHING) & (part["fault"] == 0)).sum())
+            identity.update(f"\0{name}\0{n}\0".encode() + part["keys"].tobytes())
+    finally:
+        for file in files.values():
+            file.close()
+    if not labelled:
+        (temporary / "label.bin").unlink()
+    about = {
+        "version": VERSION,
+        "captions": captions,
+        "identity": identity.hexdigest()[:16],
+        "examples": sum(counts),
+        "without_caption": without_caption,
+        "faults": {f: int(k) for f, k in zip(FAULTS, faults, strict=True) if f and k},
+        "labelled": labelled,
+        "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    np.savez(temporary / "shards.npz", counts=counts, key_bytes=key_bytes, lengths=lengths)
+    (temporary / "shards.txt").write_text("\n".join(names), encoding="utf-8")
+    (temporary / "index.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+    return target
+
+
+class TarIndex:
+    """An index that was built, mapped into memory. Opening does not depend on its length; may be pickled.
+
+    Args:
+      folder: what `build` returned.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self.about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            with np.load(folder / "shards.npz") as shards:
+                counts, key_bytes, self.lengths = shards["counts"], shards["key_bytes"], shards["lengths"]
+            self.shards = (folder / "shards.txt").read_text(encoding="utf-8").split("\n")
+            self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+            self.key_starts = np.concatenate([[0], np.cumsum(key_bytes)]).astype(np.int64)
+            self.columns = {c: np.memmap(folder / f"{c}.bin", t, "r") for c, t in self._types() if self.starts[-1]}
+            short = [c for c, x in self.columns.items() if c != "keys" and len(x) != self.starts[-1]]
+            if short or (self.columns and len(self.columns["keys"]) != self.key_starts[-1]):
+                raise ValueError(f"{short or 'keys'} of another length")
+        except (OSError, ValueError, KeyError) as e:
+            raise UserError(f"the index {folder} cannot be read ({e}): remove it and index again") from None
+
+    def _types(self) -> Iterable[tuple[str, Any]]:
+        yield from COLUMNS.items()
+        yield "keys", np.uint8
+        if self.about["labelled"]:
+            yield "label", np.int32
+
+    def __getstate__(self):
+        return self.folder
+
+    def __setstate__(self, folder):
+        self.__init__(folder)  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def shard_of(self, i: int) -> int:
+        """Place in `shards` of the tar that holds example i."""
+        return int(np.searchsorted(self.starts, i, side="right")) - 1
+
+    def key(self, i: int) -> str:
+        """Key of example i: its members' common name."""
+        shard = self.shard_of(i)
+        ends, base = self.columns["key_end"], int(self.key_starts[shard])
+        first = int(ends[i - 1]) if i > self.starts[shard] else 0
+        return self.columns["keys"][base + first : base + int(ends[i])].tobytes().decode("utf-8", "surrogateescape")
+
+
+def stale(folder: Path, storage: Storage, paths: Sequence[str]) -> bool:
+    """Whether a set must be indexed again: local tars of other lengths than when it was made."""
+    try:
+        index = TarIndex(folder)
+    except UserError:
+        return True
+    if index.about.get("version") != VERSION:
+        return True
+    return any(
+        os.path.getsize(local(p)) != n if is_local(p) and os.path.exists(local(p)) else is_local(p)
+        for p, n in zip(paths, index.lengths.tolist(), strict=True)
+    )
