@@ -1,8 +1,9 @@
 """The paper's class-conditional ImageNet generator at 64 px: 209.5M and 76.7M (Table A2, first column).
 
-    python -m gigagan_jax.train --config=configs/imagenet.py --workdir=DIR --config.data.path=FOLDER
+    python -m gigagan_jax.train --config=configs/imagenet.py --workdir=DIR
 
-FOLDER holds one folder of images a class. Labels go through the mapping network; the discriminator is a projection
+Data: the TFDS data set imagenet2012, prepared as array_record; or by --config.data.path another one, or a folder that holds
+one folder of images a class. Labels go through the mapping network; the discriminator is a projection
 discriminator with one input and one output, and neither text nor matching-aware loss.
 """
 
@@ -16,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = settings.default()
     c.name = "imagenet"
     c.condition, c.num_classes = "class", 1000
-    c.data.source = "folder"
+    c.data.path = "imagenet2012"
     c.data.flip = True
     c.batch_size = 1024
     c.total_kimg = 307_200.0  # 300k steps

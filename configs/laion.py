@@ -1,7 +1,8 @@
 """The paper's base text-to-image model: 64 px, 652.5M generator and 381.4M discriminator (Table A2, third column).
 
-    python -m gigagan_jax.train --config=configs/laion.py --workdir=DIR --config.data.path=FOLDER
+    python -m gigagan_jax.train --config=configs/laion.py --workdir=DIR --config.data.path='gs://bucket/{00000..01234}.tar'
 
+Data: tars as img2dataset writes them, a folder of images with captions, Parquet, ArrayRecord, or a TFDS data set.
 Captions go through a frozen CLIP ViT-L/14, whose towers are those of the contrastive loss too; the vision-aided
 discriminator stands on CLIP ViT-B/32. Both are read from the hub's cache (`hf download ID`) or a folder.
 
@@ -22,7 +23,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss.clip = (0.2, 1.0)
     c.vision_aided.path = "openai/clip-vit-base-patch32"
     c.loss.vision_aided = 1.0
-    c.data.source = "folder"
     c.data.crop = "center"
     c.data.caption_dropout = 0.1
     if arg == "tiny":

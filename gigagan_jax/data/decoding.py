@@ -5,7 +5,7 @@ import math
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gigagan_jax.data.records import BadExample, Example, Record
 
@@ -43,6 +43,8 @@ def decode_image(data: bytes, least: int | None = None) -> np.ndarray:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadExample("decompression_bomb", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadExample("image_undecodable", "no image format that is known") from error
     except Exception as error:  # Decoders answer broken bytes with whatever exception they fall over.
         raise BadExample("image_undecodable", f"{type(error).__name__}: {error}") from error
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import absl.flags
 import grain
 import numpy as np
 
@@ -271,6 +272,8 @@ class Pipeline:
         ahead = max(-(-self._prefetch // chunk) // max(1, self._workers), self._threads) if self._threads else 0
         read = chunks.to_iter_dataset(grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead))
         if self._workers:
+            if not absl.flags.FLAGS.is_parsed():  # grain asks absl's flags, which this program has none of
+                absl.flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(
                 num_workers=self._workers, per_worker_buffer_size=max(1, -(-self._prefetch // chunk // self._workers))
             )

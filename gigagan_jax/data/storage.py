@@ -225,7 +225,7 @@ class Storage:
                 time.sleep(pause)
                 continue
             if began is not None:
-                _log.info("%s: its storage answers again after %.0f s", path, time.monotonic() - began)
+                _log.warning("%s: its storage answers again after %.0f s", path, time.monotonic() - began)
             return result
 
 

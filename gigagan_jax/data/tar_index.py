@@ -88,9 +88,9 @@ def examples_of(storage: Storage, path: str, length: int) -> Iterator[_Found]:
         )
     current: _Found | None = None
     for member in members(window.read, length):
-        folder, _, base = member.name.rpartition("/")
+        folder, slash, base = member.name.rpartition("/")
         stem, dot, suffix = base.partition(".")
-        key, suffix = (f"{folder}/{stem}" if folder else stem), (dot + suffix).lower()
+        key, suffix = folder + slash + stem, (dot + suffix).lower()
         if member.fault == "tar_corrupt" or not member.name:
             if current:
                 yield current
