@@ -25,6 +25,8 @@ _OPEN_FILES = 128  # of one process
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
 # What a network file system says when its server is away; every other error of a local file is final.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.EAGAIN)
+# What client libraries call credentials that are missing, which no waiting brings.
+_REFUSALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound")
 # A request that hangs must not wait as long as the whole patience.
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 30}}}
 
@@ -83,8 +85,9 @@ class Storage:
         """Bytes offset ... offset + size of a file (to its end where size is None); fewer where the file ends before.
 
         Raises:
-          FileNotFoundError, PermissionError: the file is not there, or not for us.
-          UserError: its server did not answer for `retry_seconds`, or the package for such addresses is missing.
+          OSError: a local file, or any that is not there.
+          UserError: its server did not answer for `retry_seconds` or does not let us; the package for such addresses is
+            missing.
         """
         if size == 0:
             return b""
@@ -204,14 +207,16 @@ class Storage:
         while True:
             try:
                 result = action()
-            except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+            except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 raise
             except Exception as e:  # each client library has its own errors for a server that is away
                 if is_local(path) and not (isinstance(e, OSError) and e.errno in _PASSING):
                     raise
+                why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}".rstrip(": ")
+                if isinstance(e, PermissionError) or type(e).__name__ in _REFUSALS:
+                    raise UserError(f"{path}: not allowed ({why}); check the credentials of this machine") from None
                 now = time.monotonic()
                 began = now if began is None else began
-                why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}".rstrip(": ")
                 if now - began >= self.retry_seconds:
                     raise UserError(
                         f"{path}: its storage has not answered for {now - began:.0f} s ({why}); check the network and the "

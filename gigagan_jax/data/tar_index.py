@@ -249,7 +249,7 @@ def parallel(
     import multiprocessing
 
     # Not forked: JAX, whose threads a fork would lose, may be running here.
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
             for result in pool.map(task, items, chunksize=max(1, min(16, len(items) // (4 * workers)))):

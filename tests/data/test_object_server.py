@@ -2,6 +2,7 @@
 
 import threading
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -79,3 +80,12 @@ def test_a_missing_object_is_not_waited_for(running, tmp_path):
         TarSource("s3://bucket/{00000..00003}.tar", index=str(tmp_path))
     with pytest.raises(UserError, match=r"nosuchbucket.*cannot be read"):
         TarSource("s3://nosuchbucket/00003.tar", index=str(tmp_path))
+
+
+def test_missing_credentials_are_not_waited_for(running, tmp_path, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(UserError, match=r"00000.tar: not allowed.*check the credentials"):
+        TarSource("s3://bucket/{00000..00002}.tar", index=str(tmp_path), workers=1)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
