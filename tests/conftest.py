@@ -19,8 +19,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "2"
 import jax
 import pytest
 
-from tests.img2dataset import write_tars
-
 jax.config.update("jax_default_matmul_precision", "highest")
 # Programs on eight devices one after the other: two at once share XLA's few threads, and their collectives wait in them.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -143,4 +141,6 @@ def refused():
 @pytest.fixture(scope="session")
 def tars(tmp_path_factory):
     """Three tars of eight examples; not to be written to."""
+    from tests.img2dataset import write_tars
+
     return write_tars(tmp_path_factory.mktemp("img2dataset"))

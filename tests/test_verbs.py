@@ -171,7 +171,7 @@ def test_dry_run(capsys, tmp_path):
         (["--config.rules.conv_in=datum"], "config.rules.conv_in='datum': 'datum' is not a mesh axis"),
         (["--config.rules.convin=fsdp"], "unknown config key config.rules.convin"),
         (["--config.snapshot.truncations=2"], "config.snapshot: needs"),
-        (["--config.data.source=bogus"], "config.data.source='bogus': must be one of 'digits', 'folder'"),
+        (["--config.data.source=bogus"], "config.data.source='bogus': must be one of 'auto', 'tar', 'folder'"),
         (["--confg.x=1"], "unknown argument --confg.x=1"),
         (["--config.seed"], "write --config.seed=VALUE"),
     ],

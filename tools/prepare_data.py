@@ -1,135 +1,280 @@
-"""Prepares data for training.
+"""Prepares data for training: looks at it, indexes it, writes it anew, embeds its captions.
 
-    python tools/prepare_data.py embed --config=configs/laion.py --config.data.path=FOLDER --out=DIR
+    python tools/prepare_data.py index   --path='data/{00000..00123}.tar'
+    python tools/prepare_data.py check   --path=data --sample=10000 --report=bad.jsonl
+    python tools/prepare_data.py stats   --path=data --sample=50000 --out=stats.html
+    python tools/prepare_data.py convert --path=data --to=arrayrecord --out=records
+    python tools/prepare_data.py embed   --config=configs/laion.py --path=data --out=embeddings
 
-`embed` runs the config's frozen text encoder (and the text tower of the contrastive loss) over every caption and writes what
-they say to DIR; a run with `--config.data.embeddings=DIR` reads that instead of running them. The same command goes on
-where it was stopped.
+The data is what --path names (a folder of images, tars, ArrayRecord or Parquet files, a tfds data set; its kind is found by
+its files), or what a config trains on: --config=configs/laion.py --config.data.path=data. With --path alone captions are
+optional; --config.data.KEY=VALUE sets anything else, filters too: --config.data.filters.min_width=512.
+
+Work is done in processes, one for each core (--workers). Past one machine the same tasks run as an Apache Beam pipeline
+(pip install 'gigagan-jax[beam]'), with Beam's own flags after --:
+
+    python tools/prepare_data.py convert --path='gs://bucket/{00000..09999}.tar' --config.data.index=/shared/index \\
+        --to=arrayrecord --out=gs://bucket/records --runner=FlinkRunner -- --flink_master=host:8081 --parallelism=64
+
+--runner=DirectRunner is Beam on this machine. Workers of other runners need this package, and must see the data, its index
+and --out (or --work) under the same names.
 """
 
+# Worker processes import this file anew: what is heavy is imported by the task that needs it.
 import argparse
-import json
-import time
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-from jax.sharding import NamedSharding
+if TYPE_CHECKING:
+    from gigagan_jax.config import Config
+    from gigagan_jax.data.prepare.output import Output
+    from gigagan_jax.data.records import Source
 
-from gigagan_jax import cli, sharding
-from gigagan_jax.config import Config, MeshConfig
-from gigagan_jax.data import embeddings
-from gigagan_jax.data.embeddings import Said
-from gigagan_jax.data.records import BadExample, Source
-from gigagan_jax.data.tokenizers import Tokenizer
-from gigagan_jax.errors import UserError
-from gigagan_jax.models.abstract import Params
-from gigagan_jax.models.pretrained.frozen import Frozen
-from gigagan_jax.models.pretrained.text_spec import text_spec
-from gigagan_jax.training.logging import configure
-from gigagan_jax.training.loop import data_source, tokenizers
+TASKS = {
+    "index": "index tars, apply filters, and say how many examples each leaves",
+    "check": "decode a sample or everything and say what is wrong; exit code 1 where too much is",
+    "convert": "write the data as tars, folders or ArrayRecord",
+    "stats": "a page with sizes, captions and yields",
+    "embed": "text embeddings ahead of time, for --config.data.embeddings=DIR",
+}
+EXAMPLES = {
+    "index": """examples:
+  python tools/prepare_data.py index --path='data/{00000..00123}.tar' --workers=16
+  python tools/prepare_data.py index --path='gs://bucket/{00000..01234}.tar' --config.data.index=index \\
+      --config.data.filters.min_width=512 --config.data.filters.min_aesthetic=5""",
+    "check": """examples:
+  python tools/prepare_data.py check --path=photos
+  python tools/prepare_data.py check --config=configs/laion.py --path=data --sample=10000 --report=bad.jsonl""",
+    "convert": """examples:
+  python tools/prepare_data.py convert --path=photos --to=tar --out=tars
+  python tools/prepare_data.py convert --path=data --to=arrayrecord --out=records --check_images
+  python tools/prepare_data.py convert --path=data --to=arrayrecord --out=records --runner=DirectRunner -- \\
+      --direct_num_workers=8 --direct_running_mode=multi_processing
 
-DEVICE_BATCH = 32
+The same command goes on where it was stopped: shards that are whole are not made again. Images are copied as they are
+stored. What cannot be read is left out and named in OUT/left_out.jsonl. A folder keeps no labels, and no format keeps
+metadata columns: apply filters now.""",
+    "stats": """examples:
+  python tools/prepare_data.py stats --path=photos --out=stats.html
+  python tools/prepare_data.py stats --config=configs/laion.py --path=data --sample=50000 --check_images""",
+    "embed": """example:
+  python tools/prepare_data.py embed --config=configs/laion.py --path=data --out=embeddings
 
-
-class Embedder:
-    """The frozen text encoders of a config, on all devices here."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        self.mesh = sharding.make_mesh(MeshConfig())
-        self.frozen = Frozen(config, roles=("text", "clip_text"))
-        if "text" not in self.frozen.users:
-            raise UserError(f"config.text.encoder={config.text.encoder!r} is trained with the model: nothing to embed")
-        self.params: Params
-        self.params, self.identities = self.frozen.load(self.mesh)
-        self.text: Tokenizer
-        self.text, self.clip = tokenizers(config)
-        self.batch = DEVICE_BATCH * jax.device_count()
-        self._end = jax.jit(text_spec(config.text).end)
-        rows = NamedSharding(self.mesh, sharding.spec(("batch",), (self.batch,), self.mesh, config.rules, "captions"))
-        self._rows = rows
-        self._run = jax.jit(self._encode)
-
-    def _encode(self, params: Params, tokens: jax.Array, clip_tokens: jax.Array | None) -> dict[str, jax.Array]:
-        with sharding.use(self.mesh, self.config.rules):
-            return self.frozen.encode(params, tokens, clip_tokens)
-
-    def __call__(self, captions: Sequence[str]) -> list[Said]:
-        """Embeddings of captions, in batches of one size."""
-        out: list[Said] = []
-        for start in range(0, len(captions), self.batch):
-            some = list(captions[start : start + self.batch])
-            full = some + [""] * (self.batch - len(some))
-            put = lambda x: jax.device_put(x, self._rows)
-            tokens = put(self.text(full))
-            said = jax.device_get(self._run(self.params, tokens, None if self.clip is None else put(self.clip(full))))
-            ends = np.asarray(self._end(tokens))
-            for i in range(len(some)):
-                clip = said["clip_text"][i] if "clip_text" in said else None
-                out.append(Said(said["features"][i][: ends[i] + 1], clip))
-        return out
+Runs the config's frozen text encoder (and the text tower of the contrastive loss) over every caption. The same command goes
+on where it was stopped.""",
+}
 
 
-def embed(config: Config, source: Source, out: Path) -> None:
-    """Writes the embeddings of every caption of `source` to `out`; parts that are there already are kept.
+def parsers(base: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """The command line, with a class of parsers whose errors are one line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = base(description=__doc__, formatter_class=raw)
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    by_name = {
+        name: tasks.add_parser(name, help=text, description=text, epilog=EXAMPLES[name], formatter_class=raw)
+        for name, text in TASKS.items()
+    }
+    for name, p in by_name.items():
+        p.add_argument("--config", default="", help="FILE.py[:variant]; fields by --config.key=value")
+        p.add_argument("--path", default="", help="the data: sets config.data.path")
+        if name != "embed":
+            p.add_argument("--workers", type=_count, default=0, help="processes; 0: one for each core (default)")
+        if name in ("check", "stats"):
+            p.add_argument("--sample", type=_count, default=0, help="examples to draw at random; 0: all (default)")
+            p.add_argument("--seed", type=_count, default=0, help="of the sample")
+            p.add_argument(
+                "--work", default="", help="folder for what tasks find; resumes, and other machines share it"
+            )
+        if name in ("check", "stats", "convert"):
+            p.add_argument("--runner", help="an Apache Beam runner instead of processes; its flags after --")
+        if name in ("stats", "convert"):
+            p.add_argument(
+                "--check_images", action="store_true", help="decode images, and leave out those that are broken"
+            )
+    by_name["check"].add_argument("--report", type=Path, help="file for a line of JSON about each bad example")
+    by_name["check"].add_argument(
+        "--max_bad_fraction", type=float, help="share that is healthy (default: the config's)"
+    )
+    by_name["stats"].add_argument("--out", type=Path, default=Path("stats.html"), help="the page; beside it FILE.json")
+    c = by_name["convert"]
+    c.add_argument("--to", required=True, choices=("arrayrecord", "tar", "folder"), help="what to write")
+    c.add_argument("--out", required=True, help="folder to write to; an address (gs://, s3://) too")
+    c.add_argument("--shard_size", type=_count, default=10_000, help="examples of a shard (default 10000)")
+    c.add_argument("--name", default="images", help="of the data set, in names of ArrayRecord files")
+    by_name["embed"].add_argument("--out", required=True, help="folder to write to")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def read_config(args: argparse.Namespace, unknown: Sequence[str]) -> "Config":
+    """The config that --config, --path and --config.key=value ask for.
 
     Raises:
-      UserError: the folder cannot be written, or holds embeddings of something else.
+      UserError: neither --config nor --path, or what `cli.load_config` raises.
     """
-    of = embeddings.describe(config, source)
-    embedder = Embedder(config)
-    begun = out / "begun.json"
-    mark = {"of": of, "identities": embedder.identities}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if begun.exists() and json.loads(begun.read_text()) != json.loads(json.dumps(mark)):
-            raise UserError(f"--out={out} holds embeddings of another data set or encoder: choose another folder")
-        begun.write_text(json.dumps(mark, indent=1))
-        null = embedder([""])[0]
-        embeddings.write_null(out, null)
-        parts = -(-len(source) // embeddings.PART_SIZE)
-        began, done = time.monotonic(), 0
-        for number in range(parts):
-            file = out / embeddings.part_name(number)
-            if file.exists():
-                continue
-            places = range(number * embeddings.PART_SIZE, min(len(source), (number + 1) * embeddings.PART_SIZE))
-            captions = [_captions(source, i) for i in places]
-            said = iter(embedder([c for example in captions for c in example]))
-            examples = [[next(said) for _ in example] for example in captions]
-            embeddings.write_part(file, examples, null.features.shape[1], null.features.dtype)
-            done += len(places)
-            rate = done / (time.monotonic() - began)
-            left = (parts - number - 1) * embeddings.PART_SIZE / rate
-            print(f"{places.stop} of {len(source)} examples  {rate:.0f}/s  ETA {left:.0f} s", flush=True)
-        embeddings.write_index(out, of, embedder.identities)
-    except OSError as e:
-        raise UserError(f"--out={out} cannot be written: {e.strerror or e}") from None
-    print(f"embeddings of {len(source)} examples in {out}: train with --config.data.embeddings={out}")
+    from ml_collections import ConfigDict
+
+    from gigagan_jax import cli
+    from gigagan_jax.config import from_dict
+    from gigagan_jax.errors import UserError
+
+    overrides = cli.config_overrides(unknown)
+    if args.path:
+        overrides.append(f"--config.data.path={args.path}")
+    if args.config:
+        return cli.load_config(args.config, overrides)
+    if not any(
+        o.startswith(("--config.data.path=", "--config.data.mixture=", "--config.data.source=")) for o in overrides
+    ):
+        raise UserError(f"{args.task}: what data? name it by --path=PATTERN or by --config=FILE.py (see --help)")
+    values = ConfigDict({"data": {"source": "auto", "path": "", "captions": "optional"}})
+    for text in overrides:
+        name, _, value = text.removeprefix("--config.").partition("=")
+        cli.override(values, name, value)
+    return from_dict(values)
 
 
-def _captions(source: Source, i: int) -> tuple[str, ...]:
-    try:
-        return source.captions(i)
-    except BadExample:
-        return ()  # the run puts it into quarantine itself
+def index(config: "Config", workers: int) -> int:
+    """Opens the data set, which indexes what needs an index."""
+    from gigagan_jax.data.sources.mixed import MixedSource
+    from gigagan_jax.data.sources.tar import TarSource
+
+    source = open_source(config, workers)
+    for part in source.parts if isinstance(source, MixedSource) else (source,):
+        if isinstance(part, TarSource):
+            table = f"{part.funnel_table()}\n" if part.funnel else ""
+            print(f"{table}{part.report}\nindex: {part.index.folder}")
+        else:
+            kind = type(part).__name__.removesuffix("Source").lower()
+            print(f"{len(part)} examples; data of this kind ({kind}) needs no index")
+    return 0
+
+
+def open_source(config: "Config", workers: int) -> "Source":
+    """The config's data set. Raises UserError as `make_source` does."""
+    from gigagan_jax.data.sources import make_source
+
+    return make_source(config.data, condition=config.condition, workers=workers)
+
+
+def check(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> int:
+    """The doctor; 1 where the data is not healthy."""
+    from gigagan_jax import cli
+    from gigagan_jax.data.prepare.check import check
+
+    cli.writable(args.report)
+    limit = config.data.max_bad_fraction if args.max_bad_fraction is None else args.max_bad_fraction
+    source = open_source(config, args.workers)
+    said, healthy = check(
+        source,
+        sample=args.sample,
+        seed=args.seed,
+        max_bad_fraction=limit,
+        report=args.report,
+        results=work(args),
+        **how,
+    )
+    print(said)
+    return 0 if healthy else 1
+
+
+def convert(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> int:
+    """Writes the data anew; 1 where nothing of it could be read."""
+    from gigagan_jax.data.prepare.convert import LEFT_OUT, convert
+    from gigagan_jax.data.prepare.measure import in_bytes
+    from gigagan_jax.data.prepare.output import Output
+
+    source = open_source(config, args.workers)
+    out = Output(args.out)
+    done = convert(
+        source, out, args.to, name=args.name, shard_size=args.shard_size, check_images=args.check_images, **how
+    )
+    print(f"{done['examples']} examples in {done['shards']} shards, {in_bytes(done['bytes'])}, in {out}")
+    if done["left_out"]:
+        causes = ", ".join(f"{n} {cause}" for cause, n in done["left_out"].items())
+        print(f"left out: {causes}; each is named in {out}/{LEFT_OUT}")
+    if args.to == "folder" and getattr(source, "has_labels", config.condition == "class"):
+        print("the labels are not in the folder: tars and ArrayRecord keep them")
+    return 0 if done["examples"] else 1
+
+
+def stats(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> int:
+    """The page."""
+    from gigagan_jax import cli
+    from gigagan_jax.data.prepare.measure import percent
+    from gigagan_jax.data.prepare.stats import stats
+
+    cli.writable(args.out)
+    title = config.data.path or ", ".join(config.data.mixture) or config.data.source
+    source = open_source(config, args.workers)
+    said = stats(
+        source,
+        args.out,
+        title=title,
+        sample=args.sample,
+        seed=args.seed,
+        check_images=args.check_images,
+        results=work(args),
+        **how,
+    )
+    bad = said["examples"] - said["good"]
+    print(f"{said['examples']} of {said['total']} examples, {bad} bad ({percent(bad / max(1, said['examples']))})")
+    print(f"open {args.out} in a browser; the numbers are in {args.out.with_suffix('.json')}")
+    return 0
+
+
+def embed(config: "Config", args: argparse.Namespace) -> int:
+    """Embeddings of all captions."""
+    from embed_captions import embed  # type: ignore[import-not-found, unused-ignore]  # beside this file
+
+    from gigagan_jax import cli
+    from gigagan_jax.training.loop import data_source
+
+    embed(config, data_source(config), cli.local_folder(args.out))
+    return 0
+
+
+def work(args: argparse.Namespace) -> "Output | None":
+    """--work, where it is given."""
+    from gigagan_jax.data.prepare.output import Output
+
+    return Output(args.work) if args.work else None
 
 
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("embed",))
-    parser.add_argument("--config", required=True, help="FILE.py[:variant]; fields by --config.key=value")
-    parser.add_argument("--out", type=cli.local_folder, required=True, help="folder to write to")
-    args, unknown = parser.parse_known_args(argv)
-    config: Any = cli.load_config(args.config, cli.config_overrides(unknown))
+    from gigagan_jax import cli
+    from gigagan_jax.errors import UserError
+    from gigagan_jax.training.logging import configure
+
+    argv, beam_args = list(argv), []
+    if "--" in argv:
+        place = argv.index("--")
+        argv, beam_args = argv[:place], argv[place + 1 :]
+    args, unknown = parsers(cli.Parser).parse_known_args(argv)
+    runner = getattr(args, "runner", None)
+    if beam_args and not runner:
+        raise UserError(f"{beam_args[0]}: flags after -- are Apache Beam's; name its runner by --runner=DirectRunner")
+    if args.task == "embed" and not args.config:
+        raise UserError("embed: whose text encoder? name the config by --config=FILE.py (see --help)")
+    config = read_config(args, unknown)
     configure()
-    embed(config, data_source(config), args.out)
-    return 0
+    if args.task == "index":
+        return index(config, args.workers)
+    if args.task == "embed":
+        return embed(config, args)
+    how = {"workers": args.workers, "runner": runner, "beam_args": beam_args}
+    return {"check": check, "convert": convert, "stats": stats}[args.task](config, args, how)
 
 
 if __name__ == "__main__":
-    cli.main(verb)
+    from gigagan_jax import cli
+
+    cli.main(verb, sys.argv[1:])

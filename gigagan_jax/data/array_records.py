@@ -10,6 +10,7 @@ Everything here works without TensorFlow and without loading tensorflow_datasets
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import io
 import json
@@ -18,7 +19,7 @@ import re
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -32,6 +33,8 @@ _READER_BUFFER = 32 << 10
 _OPEN_FILES = 256  # of one set in one process; 1,024 descriptors are a common limit
 _OPENING_THREADS = 16
 
+T = TypeVar("T", bytes, int, float)
+_LISTS = {"bytes_list": "BytesList", "float_list": "FloatList", "int64_list": "Int64List"}
 Values = list[bytes] | list[int] | list[float]
 
 
@@ -76,9 +79,6 @@ def _example_class() -> Any:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("record.Example"))
-
-
-_LISTS = {"bytes_list": "BytesList", "float_list": "FloatList", "int64_list": "Int64List"}
 
 
 def parse(data: bytes) -> dict[str, Values]:
@@ -126,11 +126,11 @@ def decode(data: bytes, name: str) -> Record:
     Raises BadExample with cause `record_undecodable` (not an example, or without an image) or `caption_undecodable`.
     """
     values = parse(data)
-    image = first_bytes(values, "image")
+    image = first(values, "image", bytes)
     if image is None:
         raise BadExample("record_undecodable", f"no feature image, but {', '.join(sorted(values)) or 'none at all'}")
-    label = first_int(values, "label")
-    stored = first_bytes(values, "name")
+    label = first(values, "label", int)
+    stored = first(values, "name", bytes)
     return Record(
         image=image,
         captions=texts(values, ("captions",)),
@@ -139,16 +139,10 @@ def decode(data: bytes, name: str) -> Record:
     )
 
 
-def first_bytes(values: dict[str, Values], key: str) -> bytes | None:
-    """The first value of a feature, if it is bytes."""
+def first(values: dict[str, Values], key: str, kind: type[T]) -> T | None:
+    """The first value of a feature, if it is of this kind: bytes, int or float."""
     value = next(iter(values.get(key, ())), None)
-    return value if isinstance(value, bytes) else None
-
-
-def first_int(values: dict[str, Values], key: str) -> int | None:
-    """The first value of a feature, if it is an integer."""
-    value = next(iter(values.get(key, ())), None)
-    return value if isinstance(value, int) else None
+    return value if isinstance(value, kind) else None
 
 
 def texts(values: dict[str, Values], keys: Sequence[str]) -> tuple[str, ...]:
@@ -207,10 +201,8 @@ def write(path: Path, records: Iterable[Record]) -> int:
         _or_user_error(path, lambda: os.replace(temporary, path))
     finally:
         if writer is not None:
-            try:
+            with contextlib.suppress(RuntimeError):  # it may be what failed
                 writer.close()
-            except RuntimeError:  # it is what failed
-                pass
         temporary.unlink(missing_ok=True)
     return count
 

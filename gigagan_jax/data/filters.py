@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,7 @@ def _merge(
 ) -> None:
     counts = np.sum([c for _, c, _ in done], axis=0).tolist()
     if len(index) and not counts[0]:
+        shutil.rmtree(rows_file.parent)
         raise UserError(
             "config.data.filters: the tars have no metadata: neither a .parquet beside them with their keys nor .json members"
         )

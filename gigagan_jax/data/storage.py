@@ -102,6 +102,13 @@ class Storage:
             return self._patiently(path, lambda: os.stat(local(path)).st_size)
         return self._patiently(path, lambda: int(self._system(path).info(path)["size"]))
 
+    def stamp(self, path: str) -> tuple[int, int]:
+        """(length in bytes, time of the last change in ns) of a file; the time is 0 for addresses. Raises as `read` does."""
+        if not is_local(path):
+            return self.size(path), 0
+        status = self._patiently(path, lambda: os.stat(local(path)))
+        return status.st_size, status.st_mtime_ns
+
     def open(self, path: str) -> io.BufferedReader:
         """A file to be read and sought in, every read as patient as `read`; raises as `read` does."""
         return io.BufferedReader(_Ranges(self, path), 1 << 20)

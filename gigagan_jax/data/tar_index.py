@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from gigagan_jax.data.progress import Progress
-from gigagan_jax.data.storage import Storage, is_local, local
+from gigagan_jax.data.storage import Storage, is_local
 from gigagan_jax.data.tar_headers import BLOCK, compression, members
 from gigagan_jax.errors import UserError
 
@@ -83,8 +83,8 @@ def examples_of(storage: Storage, path: str, length: int) -> Iterator[_Found]:
     kind = compression(window.read(0, min(length, BLOCK)))
     if kind:
         raise UserError(
-            f"{path} is compressed ({kind}): examples in it cannot be read one by one. Decompress the tars (images hardly "
-            "shrink), or convert them: python tools/prepare_data.py convert"
+            f"{path} is compressed ({kind}): examples in it cannot be read one by one; decompress the tars (images are "
+            "compressed already: nothing is lost by it)"
         )
     current: _Found | None = None
     for member in members(window.read, length):
@@ -131,7 +131,7 @@ def scan(storage: Storage, path: str) -> dict[str, np.ndarray]:
       UserError: a tar that is missing or compressed.
     """
     try:
-        length = storage.size(path)
+        length, changed = storage.stamp(path)
         found = list(examples_of(storage, path, length))
     except (OSError, FileNotFoundError) as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}): check config.data.path") from None
@@ -152,7 +152,7 @@ def scan(storage: Storage, path: str) -> dict[str, np.ndarray]:
     out["keys"] = np.frombuffer(b"".join(keys), np.uint8)
     if any(f.label is not None for f in found):
         out["label"] = np.array([-1 if f.label is None else f.label for f in found], np.int32)
-    out["length"] = np.array(length, np.int64)
+    out["stamp"] = np.array([length, changed], np.int64)
     return out
 
 
@@ -162,11 +162,11 @@ def part_file(folder: Path, path: str) -> Path:
 
 
 def scan_to(folder: Path, storage: Storage, path: str) -> int:
-    """Scans one tar into its part file, unless that is there and of a tar of this length; returns how many examples."""
+    """Scans one tar into its part file, unless that is there and of this very tar; returns how many examples."""
     file = part_file(folder, path)
     known = _load(file)
     try:
-        fresh = known is not None and int(known["length"]) == storage.size(path)
+        fresh = known is not None and tuple(known["stamp"].tolist()) == storage.stamp(path)
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}): check config.data.path") from None
     if known is None or not fresh:
@@ -266,7 +266,7 @@ def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    counts, key_bytes, lengths = [], [], []
+    counts, key_bytes, stamps = [], [], []
     identity = hashlib.sha256(b"tar")
     names = short_names(paths)
     faults = np.zeros(len(FAULTS), np.int64)
@@ -288,7 +288,7 @@ def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:
             files["label"].write((np.full(n, -1, np.int32) if labels is None else labels).tobytes())
             counts.append(n)
             key_bytes.append(len(part["keys"]))
-            lengths.append(int(part["length"]))
+            stamps.append(part["stamp"])
             faults += np.bincount(part["fault"], minlength=len(FAULTS))
             without_caption += int(((part["caption_size"] == NOTHING) & (part["fault"] == 0)).sum())
             identity.update(f"\0{name}\0{n}\0".encode() + part["keys"].tobytes())
@@ -307,7 +307,7 @@ def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:
         "labelled": labelled,
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    np.savez(temporary / "shards.npz", counts=counts, key_bytes=key_bytes, lengths=lengths)
+    np.savez(temporary / "shards.npz", counts=counts, key_bytes=key_bytes, stamps=np.array(stamps, np.int64))
     (temporary / "shards.txt").write_text("\n".join(names), encoding="utf-8")
     (temporary / "index.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
@@ -330,7 +330,7 @@ class TarIndex:
         try:
             self.about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
             with np.load(folder / "shards.npz") as shards:
-                counts, key_bytes, self.lengths = shards["counts"], shards["key_bytes"], shards["lengths"]
+                counts, key_bytes, self.stamps = shards["counts"], shards["key_bytes"], shards["stamps"]
             self.shards = (folder / "shards.txt").read_text(encoding="utf-8").split("\n")
             self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
             self.key_starts = np.concatenate([[0], np.cumsum(key_bytes)]).astype(np.int64)
@@ -369,14 +369,17 @@ class TarIndex:
 
 
 def stale(folder: Path, storage: Storage, paths: Sequence[str]) -> bool:
-    """Whether a set must be indexed again: local tars of other lengths than when it was made."""
+    """Whether a set must be indexed again: local tars that changed since. Tars in buckets are not asked, but compared with
+    the index when they are read."""
     try:
         index = TarIndex(folder)
     except UserError:
         return True
     if index.about.get("version") != VERSION:
         return True
-    return any(
-        os.path.getsize(local(p)) != n if is_local(p) and os.path.exists(local(p)) else is_local(p)
-        for p, n in zip(paths, index.lengths.tolist(), strict=True)
-    )
+    try:
+        return any(
+            is_local(p) and storage.stamp(p) != tuple(s) for p, s in zip(paths, index.stamps.tolist(), strict=True)
+        )
+    except OSError:
+        return True

@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from gigagan_jax.data.records import BadExample, Source
-from gigagan_jax.data.sources import make_source
+from gigagan_jax.config_data import DataConfig
+from gigagan_jax.data.records import BadExample
+from gigagan_jax.data.sources import kind_of, make_source
 from gigagan_jax.data.sources.digits import CAPTION_TEMPLATES, DIGIT_WORDS, DigitsSource, digit_captions
 from gigagan_jax.data.sources.folder import FolderSource
+from gigagan_jax.data.storage import Storage
 from gigagan_jax.errors import UserError
 
 
@@ -81,21 +83,51 @@ def test_digit_captions_name_their_digit_and_no_two_are_alike():
             assert (str(digit) in caption) != (DIGIT_WORDS[digit] in caption)
 
 
-def test_make_source_finds_each_kind(tmp_path):
+def test_auto_finds_each_kind_by_its_path(tmp_path, tars):
+    storage = Storage()
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.fromarray(noise()).save(pictures / "a.png")
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "images-train.array_record-00000-of-00001").write_bytes(b"x")
+    for path, kind in (
+        (str(tars), "tar"),  # with .parquet beside them
+        (f"{tars}/{{00000..00002}}.tar", "tar"),
+        ("gs://bucket/{00000..01234}.tar", "tar"),
+        (str(tars / "00000.parquet"), "parquet"),
+        (str(tmp_path / "records"), "arrayrecord"),
+        (str(pictures), "folder"),
+        ("imagenet2012", "tfds"),
+        ("coco_captions/2014:1.1.0", "tfds"),
+    ):
+        assert kind_of(path, storage) == kind, path
+    with pytest.raises(UserError, match="there is nothing at this path"):
+        kind_of(str(tmp_path / "nowhere"), storage)
+
+
+def test_make_source_by_config(tmp_path):
+    assert len(make_source(DataConfig(source="digits"))) == 1797
     Image.fromarray(noise()).save(tmp_path / "a.png")
-    assert len(make_source("digits", "")) == 1797
-    folder = make_source("folder", str(tmp_path), caption_required=False)
-    assert isinstance(folder, Source)
-    assert len(folder) == 1
+    source = make_source(DataConfig(path=str(tmp_path), captions="optional"))
+    assert isinstance(source, FolderSource)
+    mixed = make_source(DataConfig(mixture=(f"1:{tmp_path}", f"2.5:{tmp_path}"), captions="optional"))
+    assert mixed.weights == (1.0, 2.5)
+    assert len(mixed) == 2
 
 
-def test_make_source_says_what_there_is():
-    with pytest.raises(UserError, match=r"'tar'; there are digits, folder"):
-        make_source("tar", "x")
-    with pytest.raises(UserError, match=r"no option 'colour'; it has caption_required, labels"):
-        make_source("folder", "x", colour=True)
-    with pytest.raises(UserError, match=r"no option 'split'; it has none"):
-        make_source("digits", "", split="train")
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DataConfig(), "config.data.path is empty"),
+        (DataConfig(path="s3://bucket/photos", source="folder"), "folders of images are read from local disks only"),
+        (DataConfig(mixture=("photos",)), "'photos' is not WEIGHT:PATH"),
+        (DataConfig(mixture=("0:photos",)), "'0:photos' is not WEIGHT:PATH"),
+        (DataConfig(mixture=("1:a",), path="b"), "both set"),
+    ],
+)
+def test_make_source_refuses(data, message):
+    with pytest.raises(UserError, match=message):
+        make_source(data)
 
 
 # --- a folder's good files

@@ -76,11 +76,11 @@ class Output:
             system, root = self._system()
             target_name = posixpath.join(root, name)
             if made.is_file():
-                system.put_file(str(made), target_name)
+                _put(system, made, target_name)
                 return
             for file in sorted(made.rglob("*")):
                 if file.is_file():
-                    system.put_file(str(file), posixpath.join(target_name, file.relative_to(made).as_posix()))
+                    _put(system, file, posixpath.join(target_name, file.relative_to(made).as_posix()))
 
     def write_text(self, name: str, text: str) -> None:
         """A small file; raises as `publish` does."""
@@ -159,3 +159,11 @@ class Output:
             raise UserError(
                 f"{self.folder} cannot be written: {e.strerror or e}; free space, or choose another folder"
             ) from None
+
+
+def _put(system: Any, file: Path, target: str) -> None:
+    try:
+        system.put_file(str(file), target)
+    except FileNotFoundError:  # a file system with folders; buckets have none
+        system.makedirs(posixpath.dirname(target), exist_ok=True)
+        system.put_file(str(file), target)

@@ -1,6 +1,8 @@
 """Independent tasks, one for each shard: in processes of this machine, or on many machines as an Apache Beam pipeline."""
 
 import concurrent.futures
+import contextlib
+import io
 import json
 import logging
 import tempfile
@@ -8,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gigagan_jax.data.prepare.output import Output
-from gigagan_jax.data.progress import Progress
 from gigagan_jax.data.tar_index import parallel
 from gigagan_jax.errors import UserError
 
@@ -52,7 +53,9 @@ def run_tasks(
         return list(parallel(task, items, workers, title, quiet))
     if results is None:
         if runner not in EMBEDDED:
-            raise UserError(f"--runner={runner} needs a folder that all its machines see for what they find: name one by --work")
+            raise UserError(
+                f"--runner={runner} needs a folder that all its machines see for what they find: name one by --work"
+            )
         with tempfile.TemporaryDirectory() as folder:
             return run_tasks(
                 task, items, runner=runner, beam_args=beam_args, results=Output(folder), title=title, quiet=quiet
@@ -123,27 +126,40 @@ def _kept(results: Output, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
 def _by_beam(
     call: _Keep, items: list[tuple[int, Any]], runner: str, beam_args: Sequence[str], title: str, quiet: bool
 ) -> None:
-    try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError:
-        raise UserError(f"--runner={runner} needs Apache Beam: pip install 'gigagan-jax[beam]'") from None
+    beam = _import_beam(runner)
+    from apache_beam.options.pipeline_options import PipelineOptions
+
     chosen: Any = runner
     if runner in EMBEDDED:
         # By its short name Beam would first try to download a runner written in Go.
         from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
         chosen = FnApiRunner()
+    said = io.StringIO()
     try:
-        options = PipelineOptions(list(beam_args))
-        options.get_all_options()
+        with contextlib.redirect_stderr(said):  # its argparse prints all flags there are, and leaves the program
+            options = PipelineOptions(list(beam_args))
+            options.get_all_options()
         pipeline = beam.Pipeline(runner=chosen, options=options)
-    except (SystemExit, ValueError, ImportError, AttributeError) as e:  # argparse of Beam leaves the program by itself
-        raise UserError(f"--runner={runner} {' '.join(beam_args)}: Apache Beam refuses: {e}") from None
-    progress = Progress(title, len(items), quiet=quiet)
+    except (SystemExit, ValueError, ImportError, AttributeError) as e:
+        why = said.getvalue().strip().splitlines()[-1:] if isinstance(e, SystemExit) else [str(e)]
+        raise UserError(f"--runner={' '.join([runner, *beam_args])}: Apache Beam refuses: {' '.join(why)}") from None
     if not quiet:
         _log.info("%s: %d tasks by Apache Beam's %s", title, len(items), runner)
     # The shuffle parts what Create made from what is done with it: otherwise all of it is one worker's.
     _ = pipeline | beam.Create(items) | beam.Reshuffle() | beam.Map(call)
     pipeline.run().wait_until_finish()
-    progress.step(len(items))
+
+
+def _import_beam(runner: str) -> Any:
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # on import it warns of Google's packages that it would use if they were there
+    try:
+        import apache_beam
+        import apache_beam.runners.portability.fn_api_runner.fn_runner
+    except ImportError:
+        raise UserError(f"--runner={runner} needs Apache Beam: pip install 'gigagan-jax[beam]'") from None
+    finally:
+        logging.disable(level)
+    logging.getLogger("apache_beam").setLevel(logging.WARNING)
+    return apache_beam

@@ -54,7 +54,7 @@ class ArrayRecordSource(Source):
     @functools.cached_property
     def has_labels(self) -> bool:
         """Whether examples have labels, judged by some of them."""
-        labels = (array_records.first_int(v, "label") for v in array_records.samples(self._records))
+        labels = (array_records.first(v, "label", int) for v in array_records.samples(self._records))
         return any(label is not None and label >= 0 for label in labels)
 
     def read(self, i: int) -> Record:

@@ -71,7 +71,7 @@ class TfdsSource(Source):
     def has_labels(self) -> bool:
         """Whether examples have labels, judged by some of them: test splits are often without."""
         return bool(self._label_key) and any(
-            (label := array_records.first_int(values, self._label_key)) is not None and label >= 0
+            (label := array_records.first(values, self._label_key, int)) is not None and label >= 0
             for values in array_records.samples(self._records)
         )
 
@@ -82,10 +82,10 @@ class TfdsSource(Source):
         `caption_missing` or `caption_empty`.
         """
         values = array_records.parse(self._records.read(i))
-        image = array_records.first_bytes(values, self._image_key)
+        image = array_records.first(values, self._image_key, bytes)
         if image is None:
             raise BadExample("image_missing", f"no {self._image_key} in it")
-        label = array_records.first_int(values, self._label_key) if self._label_key else None
+        label = array_records.first(values, self._label_key, int) if self._label_key else None
         label = UNKNOWN_LABEL if label is None or label < 0 else label
         return Record(image, self._captions(values), label, self.name(i))
 

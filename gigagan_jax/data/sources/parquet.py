@@ -1,0 +1,423 @@
+"""Parquet files with a column of images, or of their paths, as Hugging Face datasets and LAION's tables have it."""
+
+import collections
+import concurrent.futures
+import functools
+import hashlib
+import json
+import logging
+import posixpath
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gigagan_jax.data.progress import Progress
+from gigagan_jax.data.records import UNKNOWN_LABEL, BadExample, Record, Source, identity_of
+from gigagan_jax.data.storage import Storage, is_local, join
+from gigagan_jax.data.tar_index import short_names
+from gigagan_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+IMAGE_KEYS = ("image", "jpg", "png", "webp", "image_bytes", "bytes", "image_path", "path", "file_name")
+CAPTION_KEYS = ("caption", "captions", "text", "TEXT")
+_KEPT_BYTES = 256 << 20  # of row groups, for each source in each process
+_KEPT_FOOTER_BYTES = 16 << 20
+_LARGE_GROUP = 64 << 20  # bytes that are read for one example
+_OPENING_THREADS = 16
+
+
+class ParquetSource(Source):
+    """Rows of Parquet files as examples. Whole row groups are read, and the last ones kept.
+
+    Args:
+      path: files: one, a folder, or a pattern for `Storage.expand`; buckets too.
+      storage: to read with.
+      image_key: column with the images: bytes, a struct of bytes and path, or a path (absolute, an address, or relative to
+        the folder of the Parquet file); empty: the first of IMAGE_KEYS that is there.
+      caption_keys: columns with captions: text, or lists of it; empty: the first of CAPTION_KEYS that is there.
+      label_key: column with the class.
+      caption_required: whether an example without a caption is bad; otherwise it has none.
+      rows: int [n], the rows to use, counted through all files; None: all.
+
+    Attributes:
+      paths: the files, in their order.
+      has_labels: whether there is a column of labels.
+      classes: their names in the order of the labels, if Hugging Face datasets wrote them.
+
+    Raises:
+      UserError: no file there, a damaged one, a column that is missing or of another type, no row.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        storage: Storage | None = None,
+        image_key: str = "",
+        caption_keys: Sequence[str] = (),
+        label_key: str = "label",
+        caption_required: bool = True,
+        rows: "np.ndarray | None" = None,
+    ):
+        self._storage = storage or Storage()
+        self.paths = self._storage.expand(path, (".parquet",))
+        self._caption_required = caption_required
+        schema, _ = _footer(self._storage, self.paths[0])
+        self._image_key = _image_key(schema, image_key, self.paths[0])
+        self._caption_keys = _caption_keys(schema, tuple(caption_keys), caption_required, self.paths[0])
+        self._label_key = _label_key(schema, label_key, self.paths[0])
+        self.has_labels = bool(self._label_key)
+        self.classes = _class_names(schema, self._label_key)
+        keys = (self._image_key, *self._caption_keys, *([self._label_key] if self._label_key else []))
+        self._columns = list(dict.fromkeys(keys))
+        self._index(schema)
+        self._rows = rows
+        self._names = short_names(self.paths)
+        if not len(self):
+            raise UserError(f"{path}: " + ("the files have no row" if rows is None else "no example is left"))
+        if rows is not None and not 0 <= int(np.min(rows)) <= int(np.max(rows)) < self._group_starts[-1]:
+            raise UserError(
+                f"{path} has {self._group_starts[-1]} rows: the chosen ones are not among them; filter again"
+            )
+        self._fresh()
+
+    def _index(self, schema: Any) -> None:
+        """Reads all footers: where each row group starts, and how large it is."""
+        task = functools.partial(_groups_of, self._storage, schema, self._columns)
+        progress = Progress("reading Parquet footers", len(self.paths))
+        sizes: list[int] = []
+        counts: list[int] = []
+        firsts = [0]  # of each file: its first row group
+        with concurrent.futures.ThreadPoolExecutor(_OPENING_THREADS) as pool:
+            for groups in pool.map(task, self.paths):
+                counts += [n for n, _ in groups]
+                sizes += [size for _, size in groups]
+                firsts.append(len(counts))
+                progress.step()
+        self._group_starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._file_groups = np.array(firsts)
+        if sizes and max(sizes) > _LARGE_GROUP:
+            _log.warning(
+                "%s: row groups of up to %d MB, each of which is read whole for any of its rows: random access will be slow. "
+                "Write the files anew with smaller ones (pyarrow.parquet.write_table(table, file, row_group_size=100)), or "
+                "convert them: python tools/prepare_data.py convert",
+                self.paths[int(np.searchsorted(self._file_groups, int(np.argmax(sizes)), side="right")) - 1],
+                max(sizes) >> 20,
+            )
+
+    def _fresh(self) -> None:
+        self._tables = _Kept(_KEPT_BYTES)
+        self._footers = _Kept(_KEPT_FOOTER_BYTES)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("_tables", "_footers")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._fresh()
+
+    def __len__(self) -> int:
+        return int(self._group_starts[-1]) if self._rows is None else len(self._rows)
+
+    def _place(self, i: int) -> "_Place":
+        row = i if self._rows is None else int(self._rows[i])
+        group = int(np.searchsorted(self._group_starts, row, side="right")) - 1
+        file = int(np.searchsorted(self._file_groups, group, side="right")) - 1
+        first = int(self._file_groups[file])
+        in_file = row - int(self._group_starts[first])
+        return _Place(file, group - first, row - int(self._group_starts[group]), in_file)
+
+    def name(self, i: int) -> str:
+        """File and row: "train-00000.parquet:123"."""
+        place = self._place(i)
+        return f"{self._names[place.file]}:{place.in_file}"
+
+    def identity(self) -> str:
+        return self._identity
+
+    @functools.cached_property
+    def _identity(self) -> str:
+        ends = self._group_starts[self._file_groups]
+        names = [f"{name}:{n}" for name, n in zip(self._names, np.diff(ends).tolist(), strict=True)]
+        if self._rows is not None:
+            names.append(hashlib.sha256(np.ascontiguousarray(self._rows, "<i8").tobytes()).hexdigest())
+        return identity_of("parquet", names)
+
+    def read(self, i: int) -> Record:
+        """Row i.
+
+        Raises BadExample with cause `image_missing` (null), `image_unreadable` (its file), `unsafe_name` (a relative path
+        that leaves the folder), `caption_missing`, `caption_empty`, `caption_undecodable` (not UTF-8) or `row_group_corrupt`
+        (the Parquet file is damaged there, or gone).
+        """
+        place = self._place(i)
+        row = self._row(place, self._columns)
+        captions = self._texts(row)
+        image = self._image(row[self._image_key], self.paths[place.file])
+        label = row[self._label_key] if self._label_key else None
+        label = UNKNOWN_LABEL if label is None or label < 0 else int(label)
+        return Record(image, captions, label, self.name(i))
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        columns = list(self._caption_keys)
+        return self._texts(self._row(self._place(i), columns) if columns else {})
+
+    def _row(self, place: "_Place", columns: list[str]) -> dict[str, Any]:
+        where = (place.file, place.group)
+        table = self._tables.peek((*where, *self._columns))
+        if table is None:
+            load = functools.partial(self._load, place, columns)
+            table = self._tables.get((*where, *columns), load, lambda t: t.nbytes)
+        row = {}
+        for name in columns:
+            try:
+                row[name] = table.column(name)[place.in_group].as_py()
+            except UnicodeDecodeError as e:
+                cause = "image_unreadable" if name == self._image_key else "caption_undecodable"
+                raise BadExample(cause, f"{name} is not UTF-8: {e}") from None
+        return row
+
+    def _load(self, place: "_Place", columns: list[str]) -> Any:
+        import pyarrow
+        import pyarrow.parquet
+
+        path = self.paths[place.file]
+        try:
+            footer = self._footers.get(path, lambda: _read_footer(self._storage, path)[1], lambda f: f.serialized_size)
+            with self._storage.open(path) as opened:
+                file = pyarrow.parquet.ParquetFile(opened, metadata=footer, pre_buffer=True)
+                # This is one of many reading threads already.
+                table = file.read_row_group(place.group, columns=columns, use_threads=False)
+        except (OSError, pyarrow.ArrowException) as e:
+            raise BadExample("row_group_corrupt", f"{path}, row group {place.group}: {_first_line(e)}") from None
+        if table.num_rows <= place.in_group:
+            raise BadExample("row_group_corrupt", f"{path} is not as it was; start again")
+        return table
+
+    def _texts(self, row: dict[str, Any]) -> tuple[str, ...]:
+        stored: list[str] = []
+        for key in self._caption_keys:
+            value = row[key]
+            stored += [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+        captions = tuple(c.strip() for c in stored if c.strip())
+        if self._caption_required and not captions:
+            raise BadExample("caption_empty" if stored else "caption_missing", f"null or blank {self._caption_keys}")
+        return captions
+
+    def _image(self, value: Any, file: str) -> bytes:
+        if isinstance(value, dict):
+            data = value.get("bytes")
+            value = value.get("path") if data is None else data
+        if value is None or value == "":
+            raise BadExample("image_missing", f"null {self._image_key}")
+        if isinstance(value, bytes):
+            return value
+        path = _resolve(value, file)
+        try:
+            return self._storage.read(path)
+        except (OSError, ValueError) as e:  # ValueError: a zero byte in the name
+            raise BadExample("image_unreadable", f"{value}: {_first_line(e)}") from None
+
+
+class _Place(NamedTuple):
+    """Where a row is: file, row group in the file, row in the group, row in the file."""
+
+    file: int
+    group: int
+    in_group: int
+    in_file: int
+
+
+class _Kept:
+    """What was loaded last, as far as it fits, and always the last one. Several threads that want the same wait for one."""
+
+    def __init__(self, most: int):
+        self._most, self._bytes = most, 0
+        self._lock = threading.Lock()
+        self._futures: collections.OrderedDict[Hashable, concurrent.futures.Future] = collections.OrderedDict()
+        self._sizes: dict[Hashable, int] = {}
+
+    def peek(self, key: Hashable) -> Any:
+        """The value of a key that is loaded or is being loaded, or None."""
+        with self._lock:
+            future = self._futures.get(key)
+            if future is None:
+                return None
+            self._futures.move_to_end(key)
+        return future.result()
+
+    def get(self, key: Hashable, load: Callable[[], Any], size: Callable[[Any], int]) -> Any:
+        """The value of a key, loaded if it is not kept; what `load` raises is raised by all who wait for it."""
+        with self._lock:
+            future = self._futures.get(key)
+            if future is not None:
+                self._futures.move_to_end(key)
+            else:
+                mine = self._futures[key] = concurrent.futures.Future()
+        if future is not None:
+            return future.result()
+        try:
+            value = load()
+        except BaseException as e:
+            with self._lock:
+                del self._futures[key]
+            mine.set_exception(e)
+            raise
+        with self._lock:
+            self._sizes[key] = size(value)
+            self._bytes += self._sizes[key]
+            self._trim(key)
+        mine.set_result(value)
+        return value
+
+    def _trim(self, newest: Hashable) -> None:
+        while self._bytes > self._most:
+            # The longest not asked for; what is still being loaded has no size yet.
+            oldest = next((k for k in self._futures if k in self._sizes and k != newest), None)
+            if oldest is None:
+                return
+            del self._futures[oldest]
+            self._bytes -= self._sizes.pop(oldest)
+
+
+def _first_line(e: BaseException) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0]
+
+
+def _resolve(path: str, file: str) -> str:
+    """An image's path as a Parquet file has it, as a path for Storage. Raises BadExample with cause `unsafe_name`."""
+    if not is_local(path) or path.startswith(("/", "file://")):
+        return path
+    inside = posixpath.normpath(path)
+    if inside == ".." or inside.startswith("../"):
+        raise BadExample("unsafe_name", path)
+    return join(posixpath.dirname(file) or ".", inside)
+
+
+def _read_footer(storage: Storage, path: str) -> tuple[Any, Any]:
+    """(Arrow schema, metadata) of a Parquet file. Raises OSError or ArrowException."""
+    import pyarrow.parquet
+
+    with storage.open(path) as opened:
+        file = pyarrow.parquet.ParquetFile(opened)
+        return file.schema_arrow, file.metadata
+
+
+def _footer(storage: Storage, path: str) -> tuple[Any, Any]:
+    """The same. Raises UserError."""
+    import pyarrow
+
+    try:
+        return _read_footer(storage, path)
+    except (OSError, pyarrow.ArrowException) as e:
+        raise UserError(f"{path} cannot be read as Parquet: {getattr(e, 'strerror', None) or _first_line(e)}") from None
+
+
+def _groups_of(storage: Storage, schema: Any, columns: Sequence[str], path: str) -> list[tuple[int, int]]:
+    """(rows, bytes of some columns when decoded) of each row group of a file, whose columns must be those of the first."""
+    own, footer = _footer(storage, path)
+    for name in columns:
+        if name not in own.names:
+            raise UserError(f"{path} has no column {name!r}, which the first file has (it has: {', '.join(own.names)})")
+        if own.field(name).type != schema.field(name).type:
+            raise UserError(
+                f"{path}: its column {name!r} is {own.field(name).type}, and {schema.field(name).type} in the first file"
+            )
+    out = []
+    for g in range(footer.num_row_groups):
+        group = footer.row_group(g)
+        chunks = [group.column(c) for c in range(group.num_columns)]
+        mine = [
+            c for c in chunks if any(c.path_in_schema == n or c.path_in_schema.startswith(f"{n}.") for n in columns)
+        ]
+        out.append((group.num_rows, sum(c.total_uncompressed_size for c in mine)))
+    return out
+
+
+# ---------------------------------------------------------------- columns
+
+
+_BYTES = ("binary", "large_binary", "binary_view")
+_TEXT = ("string", "large_string", "string_view")
+
+
+def _plain(kind: Any) -> Any:
+    """A type without the dictionary or extension around it."""
+    import pyarrow
+
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        kind = kind.storage_type
+    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+
+
+def _is_texts(kind: Any) -> bool:
+    from pyarrow import types
+
+    kind = _plain(kind)
+    lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return str(_plain(kind.value_type) if lists else kind) in _TEXT
+
+
+def _is_image(kind: Any) -> bool:
+    import pyarrow
+
+    kind = _plain(kind)
+    if pyarrow.types.is_struct(kind):
+        fields = {f.name: str(_plain(f.type)) for f in kind}
+        return fields.get("bytes") in _BYTES or fields.get("path") in _TEXT
+    return str(kind) in (*_BYTES, *_TEXT)
+
+
+def _listed(schema: Any) -> str:
+    return ", ".join(f"{f.name} ({f.type})" for f in schema) or "none"
+
+
+def _image_key(schema: Any, key: str, path: str) -> str:
+    found = key or next((k for k in IMAGE_KEYS if k in schema.names), "")
+    if not found:
+        why = f"has none of {', '.join(IMAGE_KEYS)}"
+    elif found not in schema.names:
+        why = f"has no column {found!r}"
+    elif not _is_image(schema.field(found).type):
+        why = f"holds neither image files nor paths in its column {found!r}"
+    else:
+        return found
+    raise UserError(f"{path} {why}: set config.data.image_key to one of its columns: {_listed(schema)}")
+
+
+def _caption_keys(schema: Any, keys: tuple[str, ...], required: bool, path: str) -> tuple[str, ...]:
+    for key in keys:
+        if key not in schema.names or not _is_texts(schema.field(key).type):
+            what = f"its column {key!r} is no text" if key in schema.names else f"it has no column {key!r}"
+            raise UserError(f"config.data.caption_keys: {path}: {what}; columns: {_listed(schema)}")
+    usual = [k for k in CAPTION_KEYS if k in schema.names and _is_texts(schema.field(k).type)]
+    keys = keys or tuple(usual[:1])
+    if required and not keys:
+        raise UserError(
+            f"{path} has none of {', '.join(CAPTION_KEYS)} as captions: set config.data.caption_keys, or "
+            f"config.data.captions=optional; columns: {_listed(schema)}"
+        )
+    return keys
+
+
+def _label_key(schema: Any, key: str, path: str) -> str:
+    """The column with the label, or nothing."""
+    from pyarrow import types
+
+    if key in schema.names and types.is_integer(_plain(schema.field(key).type)):
+        return key
+    if key in ("", "label"):
+        return ""
+    what = f"its column {key!r} is no class number" if key in schema.names else f"it has no column {key!r}"
+    raise UserError(f"config.data.label_key: {path}: {what}; columns: {_listed(schema)}")
+
+
+def _class_names(schema: Any, key: str) -> tuple[str, ...]:
+    """Names of the classes, which Hugging Face datasets keep beside the schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(str(name) for name in features[key]["names"])
+    except (KeyError, TypeError, ValueError):
+        return ()
