@@ -1,6 +1,7 @@
 """Times the train step (with and without R1) and sampling of a config on the devices that are here; writes JSON.
 
     python tools/bench.py --config=configs/digits.py [--config.key=value] [--steps=20] [--json=FILE]
+    python tools/bench.py data [--json=FILE]     (reading tars; see tools/bench_data.py)
 
 Each figure is the median over `--repeats` runs of `--steps` steps. FLOPs are those of the traced program (matrix products
 and convolutions, recomputation included); the share of the peak is given for bfloat16 on devices whose peak is known.
@@ -142,6 +143,10 @@ def bench(config: Config, steps: int, repeats: int) -> dict[str, Any]:
 
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
+    if argv[:1] == ["data"]:
+        import bench_data
+
+        return bench_data.verb(argv[1:])
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--steps", type=int, default=20)

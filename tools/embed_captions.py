@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from gigagan_jax import sharding
 from gigagan_jax.config import Config, MeshConfig
 from gigagan_jax.data import embeddings
+from gigagan_jax.data.captions import clean_all
 from gigagan_jax.data.embeddings import Said
 from gigagan_jax.data.records import BadExample, Source
 from gigagan_jax.data.tokenizers import Tokenizer
@@ -87,7 +88,7 @@ def embed(config: Config, source: Source, out: Path) -> None:
             if file.exists():
                 continue
             places = range(number * embeddings.PART_SIZE, min(len(source), (number + 1) * embeddings.PART_SIZE))
-            captions = [_captions(source, i) for i in places]
+            captions = [_captions(source, i, config.data.clean_captions) for i in places]
             said = iter(embedder([c for example in captions for c in example]))
             examples = [[next(said) for _ in example] for example in captions]
             embeddings.write_part(file, examples, null.features.shape[1], null.features.dtype)
@@ -101,8 +102,8 @@ def embed(config: Config, source: Source, out: Path) -> None:
     print(f"embeddings of {len(source)} examples in {out}: train with --config.data.embeddings={out}")
 
 
-def _captions(source: Source, i: int) -> tuple[str, ...]:
+def _captions(source: Source, i: int, cleaned: bool) -> tuple[str, ...]:
     try:
-        return source.captions(i)
+        return clean_all(source.captions(i)) if cleaned else source.captions(i)
     except BadExample:
         return ()  # the run puts it into quarantine itself

@@ -38,9 +38,6 @@ _LISTS = {"bytes_list": "BytesList", "float_list": "FloatList", "int64_list": "I
 Values = list[bytes] | list[int] | list[float]
 
 
-# ---------------------------------------------------------------- examples
-
-
 @functools.cache
 def _example_class() -> Any:
     """The protobuf message tf.train.Example."""

@@ -209,9 +209,11 @@ def table(funnel: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- tars
 
 
-def _shard(storage: Storage, folder: Path, f: FilterConfig, path: str) -> dict[str, Any]:
+def _shard(storage: Storage, folder: Path, f: FilterConfig, path: str) -> dict[str, np.ndarray]:
     """Rows of one tar that pass, with hashes for duplicates, and the counts of its steps."""
-    part = dict(np.load(tar_index.part_file(folder, path)))
+    part = tar_index.load_part(tar_index.part_file(folder, path))
+    if part is None:
+        raise UserError(f"the index {folder} lacks its part for {path}: remove the folder and index again")
     n = len(part["fault"])
     whole = part["fault"] == 0
     names = needed(f)
@@ -221,8 +223,8 @@ def _shard(storage: Storage, folder: Path, f: FilterConfig, path: str) -> dict[s
     else:
         columns, known = _from_json(storage, path, names, f, part)
     keep, counts = apply(columns, f, whole & known)
-    out: dict[str, Any] = {"rows": np.flatnonzero(keep).astype(np.uint32), "n": n}
-    out["counts"] = [int((whole & known).sum()), *counts]
+    out = {"rows": np.flatnonzero(keep).astype(np.uint32), "n": np.array(n)}
+    out["counts"] = np.array([int((whole & known).sum()), *counts])
     if f.duplicates:
         out["hashes"] = hashes(columns["duplicates"])[out["rows"]]
     return out
@@ -288,17 +290,11 @@ def _from_json(
 
 def _shard_to(storage: Storage, folder: Path, target: Path, f: FilterConfig, path: str) -> tuple[int, list[int], Path]:
     file = target / tar_index.part_file(Path(), path).name
-    try:
-        with np.load(file) as done:
-            return int(done["n"]), done["counts"].tolist(), file
-    except (OSError, ValueError, KeyError):
-        pass
-    found = _shard(storage, folder, f, path)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as out:
-        np.savez(out, **found)
-    os.replace(temporary, file)
-    return found["n"], found["counts"], file
+    found = tar_index.load_part(file)
+    if found is None:
+        found = _shard(storage, folder, f, path)
+        tar_index.save_part(file, found)
+    return int(found["n"]), found["counts"].tolist(), file
 
 
 def select_tars(
@@ -346,16 +342,17 @@ def _merge(
         raise UserError(
             "config.data.filters: the tars have no metadata: neither a .parquet beside them with their keys nor .json members"
         )
-    total = sum(len(np.load(file)["rows"]) for _, _, file in done)
+    total = sum(c[-1] for _, c, _ in done)
     rows = np.empty(total, np.uint32)
     hashed = np.empty(total if f.duplicates else 0, np.uint64)
     at = 0
     for (_, _, file), start in zip(done, index.starts.tolist(), strict=False):
-        with np.load(file) as part:
-            n = len(part["rows"])
-            rows[at : at + n] = part["rows"] + np.uint32(start)
-            if f.duplicates:
-                hashed[at : at + n] = part["hashes"]
+        part = tar_index.load_part(file)
+        assert part is not None
+        n = len(part["rows"])
+        rows[at : at + n] = part["rows"] + np.uint32(start)
+        if f.duplicates:
+            hashed[at : at + n] = part["hashes"]
         at += n
     unique = None
     if f.duplicates:

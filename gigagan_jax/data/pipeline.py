@@ -11,6 +11,7 @@ large enough that sending them costs little.
 
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from gigagan_jax.data.records import BadExample, Example, Record, Source
 from gigagan_jax.data.tokenizers import Tokenizer
 from gigagan_jax.data.transforms import CROPS, FILTERS, random_flip, resize_and_crop
 from gigagan_jax.errors import UserError
+from gigagan_jax.memory import keep_memory
 
 Batch = dict[str, np.ndarray]
 Asked = tuple[int, tuple[Bad, ...]]
@@ -277,8 +279,15 @@ class Pipeline:
             options = grain.MultiprocessingOptions(
                 num_workers=self._workers, per_worker_buffer_size=max(1, -(-self._prefetch // chunk // self._workers))
             )
-            read = read.mp_prefetch(options)
+            read = read.mp_prefetch(options, worker_init_fn=_start_worker)
         return iter(read.batch(rows // chunk, drop_remainder=True, batch_fn=_concatenate))
+
+
+def _start_worker(number: int, count: int) -> None:
+    # What stops a run is sent to all its processes; the main one decides, and still needs its data to get to a step's end.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)
+    keep_memory()
 
 
 def _chunk_size(rows: int, readers: int) -> int:

@@ -4,18 +4,18 @@ Python's tarfile stops at the first broken header and reads ahead of what is ask
 members up to the next sound one. Formats: POSIX ustar and pax, GNU (long names, base-256 sizes), and old V7.
 """
 
-import dataclasses
 import re
+import typing
 from collections.abc import Callable, Iterator
 
 BLOCK = 512
 _EXTENDED, _REGULAR, _WITHOUT_DATA = b"LKxgX", b"\0" + b"07", b"123456"  # type flags
 _LONGEST_NAME = 1 << 20  # of an extended header; more is damage
+_PAX = re.compile(rb"(\d{1,20}) ([^=]+)=")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
+class Member(typing.NamedTuple):
     """A regular file in a tar, or damage.
 
     Attributes:
@@ -151,7 +151,7 @@ def _pax(data: bytes) -> dict[str, str]:
     """Records `LENGTH KEY=VALUE\\n` of a pax header; what cannot be read is left out."""
     out: dict[str, str] = {}
     at = 0
-    while match := re.compile(rb"(\d{1,20}) ([^=]+)=").match(data, at):
+    while match := _PAX.match(data, at):
         length = int(match[1])
         if length < match.end() - at or at + length > len(data):
             break

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from gigagan_jax.data import array_records
 from gigagan_jax.data.decoding import decode_image
 from gigagan_jax.data.records import BadExample, Record
 from gigagan_jax.data.sources.array_record import ArrayRecordSource
+
+ROOT = Path(__file__).parents[2]
 
 
 def picture(i):
@@ -89,6 +92,7 @@ def test_encoding_is_the_same_in_every_process():
             capture_output=True,
             text=True,
             check=True,
+            cwd=ROOT,
         ).stdout.strip()
         for seed in ("1", "2")
     ]
@@ -233,7 +237,9 @@ def test_threads_processes_and_pickles_read_the_same(folder):
         read = list(pool.map(again.read, order))
     assert [r.image for r in read] == [EXPECTED[i].image for i in order]
     code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).read(6).name, 'tensorflow_datasets' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True, cwd=ROOT
+    )
     assert out.stdout.decode().split() == [source.name(6), "False"]
 
 

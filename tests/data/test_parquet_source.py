@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -23,6 +24,8 @@ from gigagan_jax.data.records import BadExample
 from gigagan_jax.data.sources import make_source
 from gigagan_jax.data.sources import parquet as module
 from gigagan_jax.data.sources.parquet import CAPTION_KEYS, IMAGE_KEYS, ParquetSource
+
+ROOT = Path(__file__).parents[2]
 
 
 def picture(i):
@@ -237,7 +240,9 @@ def test_threads_processes_and_pickles_read_the_same(folder):
     with ThreadPoolExecutor(8) as pool:
         assert [r.image for r in pool.map(again.read, order)] == [picture(i) for i in order]
     code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).read(9).captions[0])"
-    out = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True, cwd=ROOT
+    )
     assert out.stdout.decode().strip() == "caption 9 ü"
 
 
@@ -256,7 +261,7 @@ def test_row_groups_are_kept_and_let_go(tmp_path):
     path = tmp_path / "a.parquet"
     write(path, columns(range(9)))
     source = ParquetSource(str(path))
-    bytes_of_group = source._load(source._place(0), source._columns).nbytes
+    bytes_of_group = source._load(str(path), 0, source._columns).nbytes
     saved = path.read_bytes()
 
     source._tables = module._Kept(int(2.5 * bytes_of_group))
@@ -367,6 +372,9 @@ def test_a_file_that_goes_away_makes_bad_examples(folder, tmp_path):
     (there / "c.parquet").unlink()
     assert cause_of(source.read, 8) == "row_group_corrupt"
     assert source.read(1).image == picture(1)
+    write(there / "a.parquet", columns(range(2)))
+    source = pickle.loads(pickle.dumps(source))
+    assert cause_of(source.read, 2) == "row_group_corrupt"
 
 
 def test_columns_that_are_not_there_or_of_another_kind(folder, tmp_path, refused):
@@ -384,4 +392,17 @@ def test_columns_that_are_not_there_or_of_another_kind(folder, tmp_path, refused
     write(there / "c.parquet", {"image": [b"x"], "label": pa.array([1], pa.int16())})
     refused(lambda: ParquetSource(str(there)), "c.parquet", "'caption'", "first file")
     write(there / "c.parquet", {**columns([1]), "caption": [b"bytes"]})
-    refused(lambda: ParquetSource(str(there)), "c.parquet", "'caption'", "binary", "string")
+    refused(lambda: ParquetSource(str(there)), "c.parquet", "'caption'", "caption (binary)")
+
+
+def test_files_may_differ_in_what_makes_no_difference(folder, tmp_path):
+    """Writers choose types file by file: another width of integers, nothing but nulls, other columns."""
+    there = shutil.copytree(folder, tmp_path / "copy")
+    given = columns(range(7, 11))
+    given |= {"label": np.arange(4, dtype=np.uint8), "caption": pa.nulls(4), "more": [1] * 4}
+    write(there / "c.parquet", given)
+    source = ParquetSource(str(there), caption_required=False)
+    for i in range(4):
+        assert source.read(7 + i).image == picture(7 + i)
+        assert (source.read(7 + i).label, source.captions(7 + i)) == (i, ())
+    assert source.captions(6) == ("caption 6 ü",)

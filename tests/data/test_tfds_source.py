@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from gigagan_jax.data.decoding import decode_image
 from gigagan_jax.data.records import BadExample, Record
 from gigagan_jax.data.sources import make_source
 from gigagan_jax.data.sources.tfds import TfdsSource
+
+ROOT = Path(__file__).parents[2]
 
 
 def picture(i):
@@ -184,7 +187,9 @@ def test_threads_processes_and_pickles_read_the_same(folder):
         "import pickle, sys; r = pickle.load(sys.stdin.buffer).read(5); "
         "print(r.name, len(r.image), 'tensorflow' in sys.modules)"
     )
-    out = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True, cwd=ROOT
+    )
     assert out.stdout.decode().split() == ["tiny_scenes/train/5", str(len(images[5])), "False"]
 
 
@@ -204,7 +209,9 @@ def test_what_cannot_be_found_says_how_to_get_it(data_dir, folder, tmp_path, ref
     refused(lambda: TfdsSource("coco_captions/2017:1.0.0", data_dir=at), "coco_captions/2017:1.0.0", at, "tfds build")
     refused(lambda: TfdsSource("imagenet2012", data_dir=at), "tfds build imagenet2012 --file_format=array_record")
     refused(lambda: TfdsSource("imagnet2012", data_dir=at), "did you mean imagenet2012")
-    refused(lambda: TfdsSource("tiny_scenes:9.0.0", data_dir=at), "tiny_scenes:9.0.0", at)
+    refused(lambda: TfdsSource("photos/of_cats", data_dir=at), "photos/of_cats", "none of this name")
+    refused(lambda: TfdsSource("photos/of/cats", data_dir=at), "photos/of/cats")
+    refused(lambda: TfdsSource("tiny_scenes:9.0.0", data_dir=at), "tiny_scenes:9.0.0", f"there is {folder}")
     refused(lambda: TfdsSource("gs://bucket/tiny/1.0.0"), "gs://bucket", "copy")
     refused(lambda: TfdsSource("tiny_scenes", data_dir="gs://bucket"), "gs://bucket", "copy")
     refused(lambda: TfdsSource(str(tmp_path / "no")), tmp_path / "no")

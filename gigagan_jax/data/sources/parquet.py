@@ -9,7 +9,7 @@ import logging
 import posixpath
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from gigagan_jax.errors import UserError
 _log = logging.getLogger(__name__)
 IMAGE_KEYS = ("image", "jpg", "png", "webp", "image_bytes", "bytes", "image_path", "path", "file_name")
 CAPTION_KEYS = ("caption", "captions", "text", "TEXT")
+# Types by Arrow's names. A file whose values are all null may have nothing but nulls where others have text.
+_BYTES = ("binary", "large_binary", "binary_view")
+_TEXT = ("string", "large_string", "string_view")
 _KEPT_BYTES = 256 << 20  # of row groups, for each source in each process
 _KEPT_FOOTER_BYTES = 16 << 20
 _LARGE_GROUP = 64 << 20  # bytes that are read for one example
@@ -70,9 +73,8 @@ class ParquetSource(Source):
         self._label_key = _label_key(schema, label_key, self.paths[0])
         self.has_labels = bool(self._label_key)
         self.classes = _class_names(schema, self._label_key)
-        keys = (self._image_key, *self._caption_keys, *([self._label_key] if self._label_key else []))
-        self._columns = list(dict.fromkeys(keys))
-        self._index(schema)
+        columns = {self._image_key: _is_image, **dict.fromkeys(self._caption_keys, _is_texts)}
+        self._index(columns | ({self._label_key: _is_label} if self._label_key else {}))
         self._rows = rows
         self._names = short_names(self.paths)
         if not len(self):
@@ -83,9 +85,10 @@ class ParquetSource(Source):
             )
         self._fresh()
 
-    def _index(self, schema: Any) -> None:
-        """Reads all footers: where each row group starts, and how large it is."""
-        task = functools.partial(_groups_of, self._storage, schema, self._columns)
+    def _index(self, columns: dict[str, Callable[[Any], bool]]) -> None:
+        """Reads all footers: whether all columns are there, where each row group starts, and how large it is."""
+        self._columns = list(columns)
+        task = functools.partial(_groups_of, self._storage, columns)
         progress = Progress("reading Parquet footers", len(self.paths))
         sizes: list[int] = []
         counts: list[int] = []
@@ -100,9 +103,8 @@ class ParquetSource(Source):
         self._file_groups = np.array(firsts)
         if sizes and max(sizes) > _LARGE_GROUP:
             _log.warning(
-                "%s: row groups of up to %d MB, each of which is read whole for any of its rows: random access will be slow. "
-                "Write the files anew with smaller ones (pyarrow.parquet.write_table(table, file, row_group_size=100)), or "
-                "convert them: python tools/prepare_data.py convert",
+                "%s: row groups of up to %d MB, each read whole for any of its rows: random access will be slow. Write smaller "
+                "ones (pyarrow.parquet.write_table(table, file, row_group_size=100)), or use tools/prepare_data.py convert",
                 self.paths[int(np.searchsorted(self._file_groups, int(np.argmax(sizes)), side="right")) - 1],
                 max(sizes) >> 20,
             )
@@ -121,18 +123,18 @@ class ParquetSource(Source):
     def __len__(self) -> int:
         return int(self._group_starts[-1]) if self._rows is None else len(self._rows)
 
-    def _place(self, i: int) -> "_Place":
+    def _place(self, i: int) -> tuple[int, int, int, int]:
+        """Where row i is: file, row group in the file, row in the group, row in the file."""
         row = i if self._rows is None else int(self._rows[i])
         group = int(np.searchsorted(self._group_starts, row, side="right")) - 1
         file = int(np.searchsorted(self._file_groups, group, side="right")) - 1
         first = int(self._file_groups[file])
-        in_file = row - int(self._group_starts[first])
-        return _Place(file, group - first, row - int(self._group_starts[group]), in_file)
+        return file, group - first, row - int(self._group_starts[group]), row - int(self._group_starts[first])
 
     def name(self, i: int) -> str:
         """File and row: "train-00000.parquet:123"."""
-        place = self._place(i)
-        return f"{self._names[place.file]}:{place.in_file}"
+        file, _, _, row = self._place(i)
+        return f"{self._names[file]}:{row}"
 
     def identity(self) -> str:
         return self._identity
@@ -152,49 +154,45 @@ class ParquetSource(Source):
         that leaves the folder), `caption_missing`, `caption_empty`, `caption_undecodable` (not UTF-8) or `row_group_corrupt`
         (the Parquet file is damaged there, or gone).
         """
-        place = self._place(i)
-        row = self._row(place, self._columns)
+        row = self._row(i, self._columns)
         captions = self._texts(row)
-        image = self._image(row[self._image_key], self.paths[place.file])
+        image = self._image(row[self._image_key], self.paths[self._place(i)[0]])
         label = row[self._label_key] if self._label_key else None
         label = UNKNOWN_LABEL if label is None or label < 0 else int(label)
         return Record(image, captions, label, self.name(i))
 
     def captions(self, i: int) -> tuple[str, ...]:
         columns = list(self._caption_keys)
-        return self._texts(self._row(self._place(i), columns) if columns else {})
+        return self._texts(self._row(i, columns) if columns else {})
 
-    def _row(self, place: "_Place", columns: list[str]) -> dict[str, Any]:
-        where = (place.file, place.group)
-        table = self._tables.peek((*where, *self._columns))
+    def _row(self, i: int, columns: list[str]) -> dict[str, Any]:
+        file, group, place, _ = self._place(i)
+        table = self._tables.peek((file, group, *self._columns))
         if table is None:
-            load = functools.partial(self._load, place, columns)
-            table = self._tables.get((*where, *columns), load, lambda t: t.nbytes)
+            load = functools.partial(self._load, self.paths[file], group, columns)
+            table = self._tables.get((file, group, *columns), load, lambda t: t.nbytes)
         row = {}
         for name in columns:
             try:
-                row[name] = table.column(name)[place.in_group].as_py()
-            except UnicodeDecodeError as e:
+                row[name] = table.column(name)[place].as_py()
+            except (UnicodeDecodeError, IndexError) as e:  # IndexError: another file was put in its place
                 cause = "image_unreadable" if name == self._image_key else "caption_undecodable"
-                raise BadExample(cause, f"{name} is not UTF-8: {e}") from None
+                cause = "row_group_corrupt" if isinstance(e, IndexError) else cause
+                raise BadExample(cause, f"{self.paths[file]}, column {name}: {e}") from None
         return row
 
-    def _load(self, place: "_Place", columns: list[str]) -> Any:
+    def _load(self, path: str, group: int, columns: list[str]) -> Any:
         import pyarrow
         import pyarrow.parquet
 
-        path = self.paths[place.file]
         try:
             footer = self._footers.get(path, lambda: _read_footer(self._storage, path)[1], lambda f: f.serialized_size)
             with self._storage.open(path) as opened:
                 file = pyarrow.parquet.ParquetFile(opened, metadata=footer, pre_buffer=True)
                 # This is one of many reading threads already.
-                table = file.read_row_group(place.group, columns=columns, use_threads=False)
+                return file.read_row_group(group, columns=columns, use_threads=False)
         except (OSError, pyarrow.ArrowException) as e:
-            raise BadExample("row_group_corrupt", f"{path}, row group {place.group}: {_first_line(e)}") from None
-        if table.num_rows <= place.in_group:
-            raise BadExample("row_group_corrupt", f"{path} is not as it was; start again")
-        return table
+            raise BadExample("row_group_corrupt", f"{path}, row group {group}: {_first_line(e)}") from None
 
     def _texts(self, row: dict[str, Any]) -> tuple[str, ...]:
         stored: list[str] = []
@@ -219,15 +217,6 @@ class ParquetSource(Source):
             return self._storage.read(path)
         except (OSError, ValueError) as e:  # ValueError: a zero byte in the name
             raise BadExample("image_unreadable", f"{value}: {_first_line(e)}") from None
-
-
-class _Place(NamedTuple):
-    """Where a row is: file, row group in the file, row in the group, row in the file."""
-
-    file: int
-    group: int
-    in_group: int
-    in_file: int
 
 
 class _Kept:
@@ -268,18 +257,15 @@ class _Kept:
         with self._lock:
             self._sizes[key] = size(value)
             self._bytes += self._sizes[key]
-            self._trim(key)
+            while self._bytes > self._most:
+                # The longest not asked for goes first; what is still being loaded has no size yet.
+                oldest = next((k for k in self._futures if k in self._sizes and k != key), None)
+                if oldest is None:
+                    break
+                del self._futures[oldest]
+                self._bytes -= self._sizes.pop(oldest)
         mine.set_result(value)
         return value
-
-    def _trim(self, newest: Hashable) -> None:
-        while self._bytes > self._most:
-            # The longest not asked for; what is still being loaded has no size yet.
-            oldest = next((k for k in self._futures if k in self._sizes and k != newest), None)
-            if oldest is None:
-                return
-            del self._futures[oldest]
-            self._bytes -= self._sizes.pop(oldest)
 
 
 def _first_line(e: BaseException) -> str:
@@ -315,32 +301,21 @@ def _footer(storage: Storage, path: str) -> tuple[Any, Any]:
         raise UserError(f"{path} cannot be read as Parquet: {getattr(e, 'strerror', None) or _first_line(e)}") from None
 
 
-def _groups_of(storage: Storage, schema: Any, columns: Sequence[str], path: str) -> list[tuple[int, int]]:
-    """(rows, bytes of some columns when decoded) of each row group of a file, whose columns must be those of the first."""
-    own, footer = _footer(storage, path)
-    for name in columns:
-        if name not in own.names:
-            raise UserError(f"{path} has no column {name!r}, which the first file has (it has: {', '.join(own.names)})")
-        if own.field(name).type != schema.field(name).type:
+def _groups_of(storage: Storage, columns: dict[str, Callable[[Any], bool]], path: str) -> list[tuple[int, int]]:
+    """(rows, bytes of some columns when decoded) of each row group of a file. Raises UserError for columns of another type."""
+    schema, footer = _footer(storage, path)
+    for name, fits in columns.items():
+        if name not in schema.names or not fits(schema.field(name).type):
             raise UserError(
-                f"{path}: its column {name!r} is {own.field(name).type}, and {schema.field(name).type} in the first file"
+                f"{path} lacks the column {name!r} of the first file, or has it as another type: {_listed(schema)}"
             )
     out = []
     for g in range(footer.num_row_groups):
         group = footer.row_group(g)
         chunks = [group.column(c) for c in range(group.num_columns)]
-        mine = [
-            c for c in chunks if any(c.path_in_schema == n or c.path_in_schema.startswith(f"{n}.") for n in columns)
-        ]
+        mine = [c for c in chunks if c.path_in_schema.partition(".")[0] in columns]
         out.append((group.num_rows, sum(c.total_uncompressed_size for c in mine)))
     return out
-
-
-# ---------------------------------------------------------------- columns
-
-
-_BYTES = ("binary", "large_binary", "binary_view")
-_TEXT = ("string", "large_string", "string_view")
 
 
 def _plain(kind: Any) -> Any:
@@ -357,14 +332,20 @@ def _is_texts(kind: Any) -> bool:
 
     kind = _plain(kind)
     lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return str(_plain(kind.value_type) if lists else kind) in _TEXT
+    return str(_plain(kind.value_type) if lists else kind) in (*_TEXT, "null")
+
+
+def _is_label(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_integer(_plain(kind)) or types.is_null(kind)
 
 
 def _is_image(kind: Any) -> bool:
-    import pyarrow
+    from pyarrow import types
 
     kind = _plain(kind)
-    if pyarrow.types.is_struct(kind):
+    if types.is_struct(kind):
         fields = {f.name: str(_plain(f.type)) for f in kind}
         return fields.get("bytes") in _BYTES or fields.get("path") in _TEXT
     return str(kind) in (*_BYTES, *_TEXT)
@@ -376,10 +357,8 @@ def _listed(schema: Any) -> str:
 
 def _image_key(schema: Any, key: str, path: str) -> str:
     found = key or next((k for k in IMAGE_KEYS if k in schema.names), "")
-    if not found:
-        why = f"has none of {', '.join(IMAGE_KEYS)}"
-    elif found not in schema.names:
-        why = f"has no column {found!r}"
+    if found not in schema.names:
+        why = f"has no column {found!r}" if found else f"has none of {', '.join(IMAGE_KEYS)}"
     elif not _is_image(schema.field(found).type):
         why = f"holds neither image files nor paths in its column {found!r}"
     else:
@@ -404,9 +383,7 @@ def _caption_keys(schema: Any, keys: tuple[str, ...], required: bool, path: str)
 
 def _label_key(schema: Any, key: str, path: str) -> str:
     """The column with the label, or nothing."""
-    from pyarrow import types
-
-    if key in schema.names and types.is_integer(_plain(schema.field(key).type)):
+    if key in schema.names and _is_label(schema.field(key).type):
         return key
     if key in ("", "label"):
         return ""

@@ -134,9 +134,7 @@ def _open(name: str, data_dir: str | None) -> Any:
 
 def _refuse_other_paths(name: str, folder: Path) -> None:
     """Complains about what can only be meant as a folder."""
-    looks_like_name = re.fullmatch(r"[a-zA-Z]\w*(/[\w.-]+)?(:[\d.*]+)?", name, re.ASCII) or re.fullmatch(
-        r"[a-zA-Z]\w*/[\w.-]+(/\d+\.\d+\.\d+)", name, re.ASCII
-    )
+    looks_like_name = re.fullmatch(r"[a-zA-Z]\w*(/[\w.-]+){0,2}(:[\d.*]+)?", name, re.ASCII)
     if folder.is_dir():
         below = sorted(p.parent for pattern in ("*", "*/*", "*/*/*") for p in folder.glob(f"{pattern}/{_INFO}"))
         if below:
@@ -160,8 +158,11 @@ def _by_name(name: str, data_dir: str | None) -> Any:
         known = tfds.list_builders(with_community_datasets=False)
         plain = re.split(r"[/:]", name)[0]
         close = difflib.get_close_matches(plain, known, 1)
-        if plain not in known and close:
-            hint = f"did you mean {close[0]}?"
+        there = sorted(p.parent for place in places for p in Path(place, plain).glob(f"**/{_INFO}"))
+        if there:
+            hint = f"there is {' and '.join(map(str, there[:5]))}"
+        elif plain not in known:
+            hint = f"TFDS knows none of this name; {f'did you mean {close[0]}?' if close else 'check config.data.path'}"
         else:
             hint = (
                 f"run `tfds build {name} --file_format={_FORMAT}` on a machine with TensorFlow, and copy its folder here "
