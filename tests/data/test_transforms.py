@@ -51,6 +51,17 @@ def test_no_crop_keeps_both_ends():
     np.testing.assert_array_equal(out[0, :, 0], [100, 0, 0, 50])
 
 
+def test_pad_keeps_the_whole_image_and_its_aspect():
+    image = noise(8, 16)
+    out = resize_and_crop(image, 16, crop="pad")
+    np.testing.assert_array_equal(out[4:12], image)
+    assert (out[:4] == 255).all()
+    assert (out[12:] == 255).all()
+    np.testing.assert_array_equal(resize_and_crop(image.transpose(1, 0, 2), 16, crop="pad"), out.transpose(1, 0, 2))
+    shrunk = np.asarray(Image.fromarray(image).resize((8, 4), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(resize_and_crop(image, 8, crop="pad")[2:6], shrunk)
+
+
 def test_nearest_repeats_pixels_and_lanczos_does_not():
     image = noise(4, 4)
     doubled = image.repeat(2, axis=0).repeat(2, axis=1)

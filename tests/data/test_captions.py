@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+
+from gigagan_jax.data import pipeline
+from gigagan_jax.data.captions import clean, clean_all
+from gigagan_jax.data.records import Record
+from gigagan_jax.data.tokenizers import ByteTokenizer
+from tests.data.test_data_pipeline import SmallSource, text_of
+
+
+@pytest.mark.parametrize(
+    "found, cleaned",
+    [
+        ("a cat", "a cat"),
+        (" a\t cat\r\n on  a mat ", "a cat on a mat"),
+        ("<b>Cat</b> &amp; dog<br/>", "Cat & dog"),
+        ("Cat &amp;amp; dog", "Cat & dog"),
+        ("5 < 6 and 7 > 3", "5 < 6 and 7 > 3"),
+        ("see https://example.org/a?b=c or www.example.org now", "see or now"),
+        ("DSC_0042.JPG", ""),
+        ("sunset IMG-12.png at sea", "sunset at sea"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("a\x00b\x1fc\ud800", "a b c"),
+        ("family \U0001f468\u200d\U0001f469\u200d\U0001f467", "family \U0001f468\u200d\U0001f469\u200d\U0001f467"),
+        ("\u05e9\u05dc\u05d5\u05dd", "\u05e9\u05dc\u05d5\u05dd"),
+        ("", ""),
+    ],
+)
+def test_clean(found, cleaned):
+    assert clean(found) == cleaned
+    assert clean(cleaned) == cleaned
+
+
+def test_captions_of_which_nothing_is_left_are_dropped():
+    assert clean_all(("a.jpg", " b ", "http://c.d")) == ("b",)
+
+
+class Dirty(SmallSource):
+    def read(self, i):
+        image = np.zeros((8, 8, 3), np.uint8)
+        return Record(image, ("IMG_1.jpg",) if i == 3 else (f"<i>number</i>  {i}", "IMG_1.jpg"), -1, self.name(i))
+
+
+def test_a_run_sees_cleaned_captions_and_counts_what_has_none():
+    options = {"resolution": 8, "batch_size": 23, "seed": 0, "tokenizer": ByteTokenizer(20), "num_threads": 0}
+    with pipeline.build(Dirty(), clean_captions=True, **options) as data:
+        batch = next(data)
+        assert [text_of(tokens) for tokens in batch["tokens"]] == [f"number {i}" for i in batch["index"]]
+        assert 3 not in batch["index"]
+        assert data.quarantine.state()["causes"] == {"caption_empty": 1}
