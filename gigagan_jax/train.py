@@ -91,7 +91,7 @@ def verb(argv: Sequence[str]) -> int:
     if args.devices:
         raise cli.UserError("--devices goes with --dry_run")
     run = Run(config, args.workdir)
-    sampler = TextToImage(config, run.mesh, frozen=run.frozen[0])
+    sampler = TextToImage(config, run.mesh, frozen=lambda: run.frozen[0])
     run.snapshot = snapshot_hook(config, sampler, args.workdir)
     run.finish = [EVALUATORS[name](config, sampler, args.workdir) for name in config.evaluators]
     if jax.process_index() == 0:

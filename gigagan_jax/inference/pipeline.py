@@ -1,5 +1,6 @@
 """From prompts to images: load once, call many times."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ class TextToImage:
       config: the run's config.
       mesh: devices to sample on.
       device_batch: images a device makes at once.
-      frozen: the frozen text encoder's parameters, if they are loaded already; see models/pretrained/frozen.py.
+      frozen: gives the parameters of networks that are loaded elsewhere, called when they are first needed; where the text
+        encoder is not among them, it is loaded then. See models/pretrained/frozen.py.
 
     Attributes:
       identities: of the frozen networks that were loaded here.
@@ -39,15 +41,15 @@ class TextToImage:
       UserError: the frozen text encoder is missing or damaged.
     """
 
-    def __init__(self, config: Config, mesh: Any, *, device_batch: int = 8, frozen: Params | None = None):
+    def __init__(self, config: Config, mesh: Any, *, device_batch: int = 8, frozen: Callable[[], Params] | None = None):
         self.config, self.mesh = config, mesh
         self.module = Module("generator", lambda rngs: Generator(config, rngs=rngs))
         self.batch = device_batch * sharding.batch_shards(mesh, config.rules)
         self.tokenizer = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
         self.frozen = Frozen(config, roles=("text",))
         self.identities: dict[str, str] = {}
-        self._frozen: Params = {k: params for k, params in (frozen or {}).items() if k in self.frozen.towers}
-        if self._frozen.keys() != self.frozen.towers.keys():
+        self._loaded = frozen
+        if frozen is None:
             self._frozen, self.identities = self.frozen.load(mesh)
         self.shardings = self.module.shardings(mesh, config.rules)
         rules = config.rules
@@ -61,6 +63,12 @@ class TextToImage:
             in_shardings=(self.shardings, everywhere, self._inputs, everywhere, self.frozen.shardings(mesh)),
             out_shardings=row(config.resolution, config.resolution, 3),
         )
+
+    @functools.cached_property
+    def _frozen(self) -> Params:
+        loaded = self._loaded() if self._loaded is not None else {}
+        mine = {k: params for k, params in loaded.items() if k in self.frozen.towers}
+        return mine if mine.keys() == self.frozen.towers.keys() else self.frozen.load(self.mesh)[0]
 
     def _generate(
         self, params: Params, w_avg: jax.Array, batch: dict[str, jax.Array], psi: jax.Array, frozen: Params
