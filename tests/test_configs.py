@@ -84,7 +84,8 @@ def test_docstring_is_the_command(name):
     variant = (config.group(1) or ":")[1:]
     if variant and variant != "ROW":
         from_dict(module(name).get_config(variant))
-    needs_path = from_dict(module(name).get_config()).data.source != "digits"
+    data = from_dict(module(name).get_config()).data
+    needs_path = data.source != "digits" and not data.path
     assert ("--config.data.path=" in command.group()) == needs_path
     assert module(name).get_config.__doc__
 
