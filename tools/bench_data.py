@@ -33,7 +33,7 @@ from PIL import Image
 
 from gigagan_jax import cli
 from gigagan_jax.data import pipeline, tar_index
-from gigagan_jax.data.decoding import decode_image
+from gigagan_jax.data.decoding import decode_to_pil
 from gigagan_jax.data.progress import Progress
 from gigagan_jax.data.sources.tar import TarSource
 from gigagan_jax.data.storage import Storage
@@ -69,7 +69,7 @@ def write_tars(folder: Path, tars: int, each: int, sides: tuple[int, int] = (400
 
 def prepare(data: bytes) -> np.ndarray:
     """What every contestant does to an image."""
-    return resize_and_crop(decode_image(data), RESOLUTION)
+    return resize_and_crop(decode_to_pil(data), RESOLUTION)
 
 
 def bare(folder: Path) -> Iterator[int]:

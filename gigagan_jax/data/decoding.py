@@ -1,5 +1,6 @@
 """Encoded image files and caption files to what an Example holds. Sources share it, whatever they read from."""
 
+import contextlib
 import io
 import math
 import warnings
@@ -14,7 +15,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode_image(data: bytes, least: int | None = None) -> np.ndarray:
-    """Decodes an image file to uint8 [H, W, 3]: upright by its EXIF, alpha over white, first frame, 16 bits to 8.
+    """Decodes an image file to uint8 [H, W, 3]; all else as `decode_to_pil`."""
+    return np.array(decode_to_pil(data, least))
+
+
+def decode_to_pil(data: bytes, least: int | None = None) -> Image.Image:
+    """Decodes an image file to RGB: upright by its EXIF, alpha over white, first frame, 16 bits to 8.
 
     Args:
       data: the file.
@@ -49,10 +55,10 @@ def decode_image(data: bytes, least: int | None = None) -> np.ndarray:
         raise BadExample("image_undecodable", f"{type(error).__name__}: {error}") from error
 
 
-def decode_record(record: Record, least: int | None = None) -> Example:
-    """Decodes what a source has read; `least` as in `decode_image`. Raises BadExample as `decode_image` does."""
+def decode_record(record: Record) -> Example:
+    """Decodes what a source has read. Raises BadExample as `decode_to_pil` does."""
     image = record.image
-    pixels = image if isinstance(image, np.ndarray) else decode_image(image, least)
+    pixels = image if isinstance(image, np.ndarray) else decode_image(image)
     return Example(image=pixels, captions=record.captions, label=record.label, name=record.name)
 
 
@@ -70,19 +76,18 @@ def decode_captions(data: bytes) -> tuple[str, ...]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # The pixels are sound: broken metadata costs the rotation, not the image.
-        return image
+    with contextlib.suppress(Exception):  # The pixels are sound: broken metadata costs the rotation, not the image.
+        ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies what it need not turn
+    return image
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion of 16-bit grey clips at 255 in some releases.
         wide = np.asarray(image).astype(np.float64).clip(0, 65535)
         grey = np.rint(wide / 257).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return Image.fromarray(np.repeat(grey[:, :, None], 3, axis=2))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.array(image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -20,12 +20,13 @@ from typing import Any
 import absl.flags
 import grain
 import numpy as np
+from PIL import Image
 
 from gigagan_jax.data.captions import clean_all
-from gigagan_jax.data.decoding import decode_record
+from gigagan_jax.data.decoding import decode_to_pil
 from gigagan_jax.data.embeddings import Embeddings
 from gigagan_jax.data.quarantine import MIN_TRIED, Bad, Quarantine, describe
-from gigagan_jax.data.records import BadExample, Example, Record, Source
+from gigagan_jax.data.records import BadExample, Record, Source
 from gigagan_jax.data.tokenizers import Tokenizer
 from gigagan_jax.data.transforms import CROPS, FILTERS, random_flip, resize_and_crop
 from gigagan_jax.errors import UserError
@@ -115,7 +116,7 @@ def build(
         path = Path(quarantine_path)
         quarantine_path = path.with_name(f"{path.stem}.{process_index}{path.suffix}")
 
-    def prepare(example: Example, index: int, rng: np.random.Generator) -> Batch:
+    def prepare(example: _Decoded, index: int, rng: np.random.Generator) -> Batch:
         # Drawn first and always both, so that captions do not depend on how images are cropped.
         choice, drop = rng.random(2)
         which: int | None = None
@@ -291,8 +292,8 @@ def _start_worker(number: int, count: int) -> None:
 
 
 def _chunk_size(rows: int, readers: int) -> int:
-    """Rows of a chunk: a divisor of `rows`, at most 16, that leaves each reader some; 1 within one process."""
-    most = min(16, max(1, rows // readers)) if readers else 1
+    """Rows of a chunk: a divisor of `rows`, at most 32, that leaves each reader some; 1 within one process."""
+    most = min(32, max(1, rows // readers)) if readers else 1
     return next(c for c in range(most, 0, -1) if rows % c == 0)
 
 
@@ -322,20 +323,29 @@ class _Chunks(grain.MapDataset):
         return batch, [asked for _, asked in examples], ""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Decoded:
+    """An example to be prepared: as an Example, but an image that was decoded here is not copied into an array first."""
+
+    image: np.ndarray | Image.Image
+    captions: tuple[str, ...]
+    label: int
+
+
 class _Decoder:
-    """What a source has read, to an Example to be prepared. Raises BadExample."""
+    """What a source has read, to what is to be prepared. Raises BadExample."""
 
     def __init__(self, clean: bool, least: int | None):
         self._clean, self._least = clean, least
 
-    def __call__(self, record: Record) -> Example:
-        example = decode_record(record, self._least)
-        if not self._clean or not example.captions:
-            return example
-        cleaned = clean_all(example.captions)
-        if not cleaned:
-            raise BadExample("caption_empty", "nothing is left of it by clean_captions")
-        return dataclasses.replace(example, captions=cleaned)
+    def __call__(self, record: Record) -> _Decoded:
+        captions = record.captions
+        if self._clean and captions:
+            captions = clean_all(captions)
+            if not captions:
+                raise BadExample("caption_empty", "nothing is left of it by clean_captions")
+        image = record.image if isinstance(record.image, np.ndarray) else decode_to_pil(record.image, self._least)
+        return _Decoded(image, captions, record.label)
 
 
 class _Reader:
@@ -350,7 +360,7 @@ class _Reader:
         seed: int,
         max_bad_fraction: float,
         decode: _Decoder,
-        prepare: Callable[[Example, int, np.random.Generator], Batch],
+        prepare: Callable[[_Decoded, int, np.random.Generator], Batch],
     ):
         self.source = source
         self._seed = seed
@@ -381,7 +391,7 @@ class _Reader:
             f"the first is {bad[0].name}: {bad[0].detail or bad[0].cause}"
         )
 
-    def _read(self, index: int) -> Example | Bad:
+    def _read(self, index: int) -> _Decoded | Bad:
         known = self._bad.get(index)
         if known is not None:
             return known

@@ -14,7 +14,7 @@ FILTERS = {
 
 
 def resize_and_crop(
-    image: np.ndarray,
+    image: np.ndarray | Image.Image,
     resolution: int,
     *,
     crop: str = "center",
@@ -24,7 +24,7 @@ def resize_and_crop(
     """Resizes and crops to a square.
 
     Args:
-      image: uint8 [H, W, 3], larger or smaller than the result.
+      image: uint8 [H, W, 3] or a picture in RGB, larger or smaller than the result.
       resolution: side R of the result, in pixels.
       crop: 'center' or 'random' scale the short side to R and keep the middle, or any, R x R window of it.
         'none' keeps the whole image and squeezes it to R x R; 'pad' keeps it and its aspect, on a white square.
@@ -37,11 +37,13 @@ def resize_and_crop(
     Raises:
       ValueError: unknown crop or filter, 'random' without rng, or an image of another shape or dtype.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+        image = Image.fromarray(image)
     if filter not in FILTERS:
         raise ValueError(f"unknown filter {filter!r}; there are {', '.join(FILTERS)}")
-    height, width = image.shape[:2]
+    width, height = image.size
     side = min(height, width)
     if crop == "center":
         box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
@@ -57,16 +59,16 @@ def resize_and_crop(
     else:
         raise ValueError(f"unknown crop {crop!r}; there are {', '.join(CROPS)}")
     # One call with a box: pixels that the crop throws away are never computed.
-    return np.array(Image.fromarray(image).resize((resolution, resolution), FILTERS[filter], box=box))
+    return np.array(image.resize((resolution, resolution), FILTERS[filter], box=box))
 
 
-def _padded(image: np.ndarray, resolution: int, filter: str) -> np.ndarray:
-    height, width = image.shape[:2]
+def _padded(image: Image.Image, resolution: int, filter: str) -> np.ndarray:
+    width, height = image.size
     scale = resolution / max(height, width)
     inner = (max(1, round(width * scale)), max(1, round(height * scale)))
     out = np.full((resolution, resolution, 3), 255, np.uint8)
     top, left = (resolution - inner[1]) // 2, (resolution - inner[0]) // 2
-    out[top : top + inner[1], left : left + inner[0]] = np.array(Image.fromarray(image).resize(inner, FILTERS[filter]))
+    out[top : top + inner[1], left : left + inner[0]] = np.array(image.resize(inner, FILTERS[filter]))
     return out
 
 
