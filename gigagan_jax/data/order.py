@@ -13,7 +13,7 @@ _MAX = 2**32 - 1
 class Shuffled(Sequence[int]):
     """Element k is the index of the k-th example: epoch k // n is a permutation of 0 ... n - 1, another one each epoch.
 
-    A permutation is a block cipher on the index (grain's), so an element costs a microsecond and no memory.
+    A permutation is a block cipher on the index (grain's), so an element costs microseconds and no memory.
 
     Raises:
       UserError: more than 2**32 - 1 examples, which the cipher does not reach.
