@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
+from gigagan_jax import distributed
 from gigagan_jax.config import DEFAULT_RULES, Config, from_dict
 from gigagan_jax.errors import UserError
 from gigagan_jax.memory import keep_memory
@@ -34,8 +35,10 @@ def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
     try:
         code = verb(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        message = " ".join(str(e).split())
+        print(f"error: {message}", file=sys.stderr, flush=True)
         code = BAD_INPUT
+        distributed.fail(message, code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = INTERRUPTED
@@ -43,6 +46,11 @@ def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
         # The reader of our output went away (`| head`); nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except Exception as e:
+        distributed.unexpected(e)
+        raise
+    if code not in (0, RESTART, INTERRUPTED):
+        distributed.leave(code)
     sys.exit(code)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gigagan_jax.config import MeshConfig
@@ -118,6 +119,23 @@ def spec(
             used.add(a)
         entries.append(axes[0] if len(axes) == 1 else axes or None)
     return PartitionSpec(*entries)
+
+
+def local_rows(where: NamedSharding, shape: Sequence[int]) -> list[int]:
+    """Rows (places along the first axis) of an array that this process's devices hold, ascending."""
+    slices = [index[0] for index in where.addressable_devices_indices_map(tuple(shape)).values()]  # type: ignore[index]
+    return sorted({row for s in slices for row in range(*s.indices(shape[0]))})
+
+
+def from_rows(local: np.ndarray, rows: Sequence[int], where: NamedSharding, length: int) -> jax.Array:
+    """The global array of `length` rows of which this process has `local`, its `rows`; see `local_rows`."""
+    place = {row: i for i, row in enumerate(rows)}
+
+    def part(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(length)
+        return local[place[start] : place[start] + stop - start][(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback((length, *local.shape[1:]), where, part)
 
 
 @contextlib.contextmanager

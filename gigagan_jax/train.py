@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gigagan_jax import cli
+from gigagan_jax import cli, distributed
 from gigagan_jax.config import Config
 from gigagan_jax.data.sources.digits import digit_captions
 from gigagan_jax.data.transforms import resize_and_crop
@@ -78,10 +78,12 @@ def verb(argv: Sequence[str]) -> int:
         "--dry_run", "--dry-run", action="store_true", help="build abstractly, print sizes and shardings"
     )
     parser.add_argument("--devices", type=int, help="with --dry_run: plan for so many devices instead of those here")
+    distributed.add_flags(parser)
     args, unknown = parser.parse_known_args(argv)
     if args.devices is not None and args.devices < 1:
         raise cli.UserError(f"--devices={args.devices}: must be at least 1")
     config = cli.load_config(args.config, cli.config_overrides(unknown))
+    distributed.join(args)
     configure(process_index=jax.process_index())
     if args.dry_run:
         print(dry_run.report(config, args.devices or jax.device_count(), args.workdir))

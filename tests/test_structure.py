@@ -17,7 +17,7 @@ ROWS = (
     ("errors", "memory"),
     ("config_check", "config_data"),
     ("config",),
-    ("sharding",),
+    ("sharding", "distributed"),
     ("data", "models"),
     ("training", "inference", "evaluation", "interop"),
     ("verb",),

@@ -2,7 +2,7 @@
 
 Everything hangs on one number, the position k = 0, 1, 2 ... of an example in the endless stream. Epoch k // n is a
 permutation of the source; crop, flip, caption and caption dropout are drawn from (seed, k). Global batch b of size B
-is the positions b B ... (b + 1) B - 1 (from where the run started), and each host reads its contiguous rows of it.
+is the positions b B ... (b + 1) B - 1 (from where the run started), and each host reads the rows that its devices hold.
 So threads, worker processes, hosts and resumes can change how the stream is read but not what is in it.
 
 What travels between processes are chunks, some consecutive rows of a batch: small enough that all threads work on one batch,
@@ -53,6 +53,7 @@ def build(
     resize_filter: str = "lanczos",
     process_index: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_threads: int = 8,
     num_workers: int = 0,
     prefetch_examples: int | None = None,
@@ -78,6 +79,8 @@ def build(
       resize_filter: a key of `transforms.FILTERS`.
       process_index: this host, 0 <= process_index < process_count.
       process_count: number H of hosts; B must be a multiple of it. Each host gets b = B / H rows.
+      rows: which rows of each global batch this host gets, ascending, where its devices do not hold those from
+        process_index * b on; hosts that share a row all read it.
       num_threads: threads that read and decode, in each worker process; 0 reads in the caller's thread.
       num_workers: processes that read and decode; 0 does it in this one.
       clean_captions: pass captions through `captions.clean`.
@@ -98,7 +101,7 @@ def build(
     _check(process_count > 0 and 0 <= process_index < process_count, f"process {process_index} of {process_count}")
     _check(batch_size > 0, f"batch_size={batch_size} must be positive")
     _check(
-        batch_size % process_count == 0,
+        rows is not None or batch_size % process_count == 0,
         f"batch_size={batch_size} does not divide by the {process_count} hosts; use a multiple of {process_count}",
     )
     _check(0 <= seed < 2**63, f"seed={seed} must lie in 0 ... 2**63 - 1")
@@ -106,6 +109,13 @@ def build(
     _check(resize_filter in FILTERS, f"unknown resize_filter {resize_filter!r}; there are {', '.join(FILTERS)}")
     _check(0 <= caption_dropout <= 1, f"caption_dropout={caption_dropout} is a probability: 0 ... 1")
     _check(0 <= max_bad_fraction <= 1, f"max_bad_fraction={max_bad_fraction} is a fraction: 0 ... 1")
+    mine = rows
+    if mine is None:
+        mine = range(process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count)
+    _check(
+        len(mine) > 0 and all(0 <= row < batch_size for row in mine) and list(mine) == sorted(set(mine)),
+        f"rows={list(mine)} must be ascending rows of a batch of {batch_size}",
+    )
     _check(num_threads >= 0, f"num_threads={num_threads} must not be negative")
     _check(num_workers >= 0, f"num_workers={num_workers} must not be negative")
     _check(
@@ -141,8 +151,7 @@ def build(
         seed=seed,
         identity=source.identity(),
         batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        rows=mine,
         num_threads=num_threads,
         num_workers=num_workers,
         prefetch_examples=prefetch_examples,
@@ -169,8 +178,7 @@ class Pipeline:
         seed: int,
         identity: str,
         batch_size: int,
-        process_index: int,
-        process_count: int,
+        rows: Sequence[int],
         num_threads: int,
         num_workers: int,
         prefetch_examples: int | None,
@@ -183,10 +191,9 @@ class Pipeline:
         self._seed = seed
         self._identity = identity
         self._batch_size = batch_size
-        self._rows = batch_size // process_count
-        self._first_row = process_index * self._rows
+        self._rows = rows
         self._threads, self._workers = num_threads, num_workers
-        self._prefetch = prefetch_examples or 2 * self._rows
+        self._prefetch = prefetch_examples or 2 * len(rows)
         self._examples_seen = start_example
         self._batches = self._start()
 
@@ -264,12 +271,12 @@ class Pipeline:
         return batch, asked
 
     def _start(self) -> grain.DatasetIterator:
-        start, batch_size, rows, first_row = self._examples_seen, self._batch_size, self._rows, self._first_row
-        chunk = _chunk_size(rows, max(1, self._threads) * self._workers)
+        start, batch_size, rows = self._examples_seen, self._batch_size, self._rows
+        chunk = _chunk_size(len(rows), max(1, self._threads) * self._workers)
 
         def position(i: int) -> int:
-            batch, row = divmod(i, rows)
-            return start + batch * batch_size + first_row + row
+            batch, row = divmod(i, len(rows))
+            return start + batch * batch_size + rows[row]
 
         chunks = _Chunks(self._reader, self._reader.source.shuffled(self._seed), position, chunk)
         ahead = max(-(-self._prefetch // chunk) // max(1, self._workers), self._threads) if self._threads else 0
@@ -281,7 +288,7 @@ class Pipeline:
                 num_workers=self._workers, per_worker_buffer_size=max(1, -(-self._prefetch // chunk // self._workers))
             )
             read = read.mp_prefetch(options, worker_init_fn=_start_worker)
-        return iter(read.batch(rows // chunk, drop_remainder=True, batch_fn=_concatenate))
+        return iter(read.batch(len(rows) // chunk, drop_remainder=True, batch_fn=_concatenate))
 
 
 def _start_worker(number: int, count: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gigagan_jax import sharding
+from gigagan_jax import distributed, sharding
 from gigagan_jax.config import Config, TextConfig
 from gigagan_jax.data import filters, pipeline
 from gigagan_jax.data.embeddings import Embeddings
@@ -70,8 +70,8 @@ def tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
     return text, make_tokenizer("clip", clip.length, **tokenizer_options(clip))
 
 
-def make_pipeline(config: Config, workdir: Path | None) -> pipeline.Pipeline:
-    """The config's stream of batches for this host."""
+def make_pipeline(config: Config, workdir: Path | None, rows: Sequence[int] | None = None) -> pipeline.Pipeline:
+    """The config's stream of batches for this host, whose devices hold `rows` of each."""
     d = config.data
     source = data_source(config, workdir)
     text, clip = tokenizers(config)
@@ -90,6 +90,7 @@ def make_pipeline(config: Config, workdir: Path | None) -> pipeline.Pipeline:
         resize_filter=d.resize_filter,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        rows=rows,
         num_threads=d.threads,
         num_workers=d.workers,
         clean_captions=d.clean_captions,
@@ -124,6 +125,8 @@ class Run:
         sharding.check_batch(config.batch_size, config.micro_batches, self.mesh, config.rules)
         self.networks = Networks(config)
         self.step = CompiledStep(TrainStep(self.networks), self.mesh)
+        image = self.step.batch_shardings["image"]
+        self.rows = sharding.local_rows(image, (config.batch_size, config.resolution, config.resolution, 3))
         self._signal = 0
 
     @functools.cached_property
@@ -144,7 +147,7 @@ class Run:
         config = self.config
         open_workdir(self.workdir, config)
         _log.info("data: %s %s", config.data.source, config.data.path)
-        with make_pipeline(config, self.workdir) as data:
+        with make_pipeline(config, self.workdir, self.rows) as data:
             checkpoints = Checkpoints(self.workdir, config)
             try:
                 weights, identities = self.frozen
@@ -206,7 +209,8 @@ class Run:
         progress = Progress(config.total_kimg, images)
         key = self.step.key()
         latest: dict[str, Any] = {}
-        pending: list[Any] = []
+        pending: list[tuple[jax.Array, jax.Array | None]] = []
+        agreement = distributed.Agreement(self.mesh) if jax.process_count() > 1 else None
         seen: set[bool] = set()
         saved = step if step else None
 
@@ -225,7 +229,7 @@ class Run:
             step += 1
             images += config.batch_size
             latest |= metrics
-            pending.append(metrics["loss/d"])
+            pending.append((metrics["loss/d"], agreement.ask(self._signal) if agreement else None))
             if first_time:
                 seen.add(with_r1)
                 jax.block_until_ready(metrics)
@@ -233,10 +237,12 @@ class Run:
                 if len(seen) > 1:
                     progress.exclude(time.monotonic() - began)
             # Two steps may be in flight: the host prepares the next one, and no queue grows.
+            stop = 0 if agreement else self._signal
             if len(pending) > 2:
-                jax.block_until_ready(pending.pop(0))
-
-            stop = self._signal
+                done, asked = pending.pop(0)
+                jax.block_until_ready(done)
+                if asked is not None:  # the same for all processes in the same step: they stop together
+                    stop = int(asked)
             save = due(config.checkpoint_kimg) or images >= total or bool(stop)
             # Numbers are looked at before they are saved, so that no checkpoint holds a diverged state.
             if due(config.log_kimg) or save:
@@ -266,9 +272,10 @@ class Run:
         return state
 
     def _next(self, data: Iterator[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
-        batch = next(data)
-        put = jax.make_array_from_process_local_data
-        return {k: put(where, batch[k]) for k, where in self.step.batch_shardings.items()}
+        batch, length = next(data), self.config.batch_size
+        return {
+            k: sharding.from_rows(batch[k], self.rows, where, length) for k, where in self.step.batch_shardings.items()
+        }
 
     def _check_finite(self, values: dict[str, float], images: int, saved: int | None) -> None:
         bad = [k for k, v in values.items() if not math.isfinite(v)]

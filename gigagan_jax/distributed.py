@@ -1,0 +1,214 @@
+"""Several processes as one run: joining them, and agreeing on what each of them alone has noticed."""
+
+import argparse
+import atexit
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gigagan_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+_ERROR, _ALIVE = "gigagan_jax/error", "gigagan_jax/alive/"
+_watch: list["_Watch"] = []  # of this process, once it is joined to others
+JOIN_SECONDS = 300  # for all processes to come
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """--distributed, or the three that say the same by hand."""
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the processes of a TPU pod, SLURM or Kubernetes job, as found there",
+    )
+    parser.add_argument(
+        "--coordinator", default="", help="HOST:PORT of process 0, where nothing tells; on all processes alike"
+    )
+    parser.add_argument("--num_processes", type=int, help="how many processes there are; with --coordinator")
+    parser.add_argument(
+        "--heartbeat_seconds", type=int, default=100, help="a process that does not answer for so long ends all (100)"
+    )
+    parser.add_argument("--process_id", type=int, help="number of this one, from 0; with --coordinator")
+
+
+def join(args: argparse.Namespace) -> None:
+    """Joins this process to the others, where the flags ask for it. Comes before anything that touches a device.
+
+    Raises:
+      UserError: flags that do not fit, processes that do not come, or no cluster that could be found.
+    """
+    by_hand = (args.num_processes, args.process_id)
+    if args.coordinator:
+        host, _, port = args.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise UserError(f"--coordinator={args.coordinator}: write HOST:PORT, an address of process 0")
+        if None in by_hand:
+            raise UserError("--coordinator needs --num_processes and --process_id beside it")
+        if not 0 <= args.process_id < args.num_processes:
+            raise UserError(f"--process_id={args.process_id}: must be 0 to {args.num_processes - 1} (--num_processes)")
+    elif by_hand != (None, None):
+        raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT")
+    elif not args.distributed:
+        return
+    try:
+        jax.distributed.initialize(
+            args.coordinator or None,
+            args.num_processes,
+            args.process_id,
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=30 + 2 * args.heartbeat_seconds,  # should the threads below be lost
+        )
+    except (RuntimeError, ValueError) as e:
+        where = args.coordinator or "found by --distributed"
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(
+            f"the processes of the run could not be joined (coordinator {where}): {first}; check that all were started, "
+            "with the same --coordinator, and reach it"
+        ) from None
+    _log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
+    if jax.process_count() > 1:
+        _watch.append(_Watch(args.heartbeat_seconds))
+
+
+def _client() -> Any:
+    """The key-value store that JAX's processes share; None for a process alone."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def fail(message: str, code: int) -> None:
+    """Tells all other processes why this one ends, for them to end too. Returns at once where there are none."""
+    client = _client()
+    if client is None or jax.process_count() == 1:
+        return
+    try:
+        client.key_value_set(_ERROR, f"{code} {jax.process_index()} {message}")
+    except Exception:  # somebody was first; what they said is what all say
+        return
+    if jax.process_index() == 0:
+        time.sleep(2)  # the store lives here: the others must have read it
+
+
+def unexpected(error: Exception) -> None:
+    """What a verb cannot explain ends all processes; returns for a process alone."""
+    if _client() is None or jax.process_count() == 1:
+        return
+    if isinstance(error, jax.errors.JaxRuntimeError) and _watch:
+        # A collective that breaks says little; which process was lost is known as soon as it has been silent long enough.
+        time.sleep(_watch[0].limit + 5)
+    traceback.print_exception(error)
+    fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", 1)
+    leave(1)
+
+
+def leave(code: int) -> None:
+    """Ends this process without waiting for processes that will not come; returns for a process alone."""
+    if _client() is not None and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class _Watch:
+    """Ends this process when another one has failed or is lost: it may be waiting for it in a collective, forever.
+
+    Each process counts up in the store once a second. Process 0 looks at all counts, the others at its.
+
+    Args:
+      limit: seconds after which a process that no longer counts is lost.
+    """
+
+    def __init__(self, limit: float):
+        self._client, self._me, self.limit = _client(), jax.process_index(), limit
+        self._over = threading.Event()
+        self._seen: dict[str, tuple[str, float]] = {}  # process -> (its count, when it last changed)
+        self._heard = time.monotonic()
+        threads = [threading.Thread(target=f, daemon=True, name="watch") for f in (self._talk, self._listen)]
+        for thread in threads:
+            thread.start()
+        self._threads = threads
+        atexit.register(self._stop)
+
+    def _stop(self) -> None:
+        self._over.set()
+        self._threads[0].join(5)
+        self._count("done")
+
+    def _count(self, value: str) -> None:
+        with contextlib.suppress(Exception):  # the store is gone: _listen sees that
+            self._client.key_value_set(f"{_ALIVE}{self._me}", value, True)
+
+    def _talk(self) -> None:
+        count = 0
+        while not self._over.wait(1):
+            count += 1
+            self._count(str(count))
+            try:
+                failed = self._client.key_value_try_get(_ERROR)
+            except Exception as e:
+                if "NOT_FOUND" not in str(e):
+                    continue
+                failed = ""
+            if failed:
+                code, process, message = failed.split(" ", 2)
+                if int(process) != self._me:
+                    _end(f"process {process} failed, and with it this one: {message}", int(code))
+                return
+            with contextlib.suppress(Exception):
+                self._look()
+            self._heard = time.monotonic()
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for key, value in self._client.key_value_dir_get(_ALIVE) if self._me == 0 else ():
+            process = key.rpartition("/")[2]
+            if self._seen.get(process, ("", 0.0))[0] != value:
+                self._seen[process] = (value, now)
+            elif value != "done" and now - self._seen[process][1] > self.limit:
+                lost = (
+                    f"process {process} has not answered for {self.limit:g} s: its machine is lost, or it was stopped"
+                )
+                fail(lost, 1)
+                _end(lost, 1)
+
+    def _listen(self) -> None:
+        """A thread of its own: asking a process 0 that was stopped never returns."""
+        while not self._over.wait(1):
+            if time.monotonic() - self._heard > self.limit:
+                _end(f"process 0 has not answered for {self.limit:g} s: its machine is lost, or it was stopped", 1)
+
+
+def _end(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+class Agreement:
+    """A number that each process has, made the largest of all without waiting for any: the answer comes with the steps.
+
+    Args:
+      mesh: of the run.
+    """
+
+    def __init__(self, mesh: Mesh):
+        flat = mesh.devices.reshape(-1)
+        self._length = flat.size
+        self._each = NamedSharding(Mesh(flat, ("all",)), PartitionSpec("all"))
+        everywhere = NamedSharding(self._each.mesh, PartitionSpec())
+        self._largest = jax.jit(jnp.max, out_shardings=everywhere)
+
+    def ask(self, mine: int) -> jax.Array:
+        """The largest of what all processes ask with, on the device. All processes ask equally often."""
+        here = lambda index: np.full(1, mine, np.int32)
+        return self._largest(jax.make_array_from_callback((self._length,), self._each, here))
