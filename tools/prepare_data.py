@@ -22,6 +22,7 @@ and --out (or --work) under the same names.
 
 # Worker processes import this file anew: what is heavy is imported by the task that needs it.
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +124,7 @@ def read_config(args: argparse.Namespace, unknown: Sequence[str]) -> "Config":
 
     from gigagan_jax import cli
     from gigagan_jax.config import from_dict
+    from gigagan_jax.config_data import DataConfig
     from gigagan_jax.errors import UserError
 
     overrides = cli.config_overrides(unknown)
@@ -134,7 +136,7 @@ def read_config(args: argparse.Namespace, unknown: Sequence[str]) -> "Config":
         o.startswith(("--config.data.path=", "--config.data.mixture=", "--config.data.source=")) for o in overrides
     ):
         raise UserError(f"{args.task}: what data? name it by --path=PATTERN or by --config=FILE.py (see --help)")
-    values = ConfigDict({"data": {"source": "auto", "path": "", "captions": "optional"}})
+    values = ConfigDict({"data": dataclasses.asdict(DataConfig(captions="optional"))})
     for text in overrides:
         name, _, value = text.removeprefix("--config.").partition("=")
         cli.override(values, name, value)
@@ -146,7 +148,7 @@ def index(config: "Config", workers: int) -> int:
     from gigagan_jax.data.sources.mixed import MixedSource
     from gigagan_jax.data.sources.tar import TarSource
 
-    source = open_source(config, workers)
+    source = open_source(config, workers, refresh=True)
     for part in source.parts if isinstance(source, MixedSource) else (source,):
         if isinstance(part, TarSource):
             table = f"{part.funnel_table()}\n" if part.funnel else ""
@@ -157,11 +159,11 @@ def index(config: "Config", workers: int) -> int:
     return 0
 
 
-def open_source(config: "Config", workers: int) -> "Source":
+def open_source(config: "Config", workers: int, refresh: bool = False) -> "Source":
     """The config's data set. Raises UserError as `make_source` does."""
     from gigagan_jax.data.sources import make_source
 
-    return make_source(config.data, condition=config.condition, workers=workers)
+    return make_source(config.data, condition=config.condition, workers=workers, refresh=refresh)
 
 
 def check(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> int:

@@ -1,9 +1,10 @@
 """In which order the examples of a source are trained on: endless, shuffled anew each epoch, and without a list of it."""
 
+import sys
 from collections.abc import Sequence
 
-import grain
 import numpy as np
+from grain.experimental import index_shuffle
 
 from gigagan_jax.errors import UserError
 
@@ -23,15 +24,24 @@ class Shuffled(Sequence[int]):
         if not 0 < size <= _MAX:
             raise UserError(f"the data set has {size} examples: the shuffle needs 1 to {_MAX} of them")
         self._size = size
-        # Grain shuffles epoch e by seed + e: neighbouring seeds would share all epochs but one.
+        # Epoch e is shuffled by seed + e, as grain does it: neighbouring seeds would share all epochs but one.
         first = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
-        self._order = grain.MapDataset.range(size).shuffle(first).repeat()
+        self._first = first
+        # Grain's cipher is no permutation of 2^16 + 1, 2^18 + 1 ... (grain 0.2.18: one number comes twice, one never). There the
+        # permutation of one more number is walked until it leads back among the first `size`, which is one of those.
+        even_power = (size - 1).bit_count() == 1 and (size - 1).bit_length() % 2 == 1
+        self._largest = size if size > 4 and even_power else size - 1
 
     def __len__(self) -> int:
-        return len(self._order)
+        return sys.maxsize
 
     def __getitem__(self, k):
-        return int(self._order[k])
+        epoch, i = divmod(int(k), self._size)
+        seed = (self._first + epoch) % 2**32
+        i = index_shuffle(i, max_index=self._largest, seed=seed, rounds=4)
+        while i >= self._size:
+            i = index_shuffle(i, max_index=self._largest, seed=seed, rounds=4)
+        return i
 
 
 class Mixed(Sequence[int]):

@@ -5,6 +5,8 @@ A server that does not answer is asked again, with growing pauses, for `retry_se
 
 import collections
 import errno
+import glob
+import hashlib
 import io
 import logging
 import os
@@ -20,6 +22,7 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "mtime", "updated")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _OPEN_FILES = 128  # of one process
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
@@ -94,7 +97,13 @@ class Storage:
         if is_local(path):
             return self._patiently(path, lambda: self._read_local(local(path), offset, size))
         end = None if size is None else offset + size
-        return self._patiently(path, lambda: self._system(path).cat_file(path, start=offset, end=end))
+        data = self._patiently(path, lambda: self._system(path).cat_file(path, start=offset, end=end))
+        if size is not None and len(data) > size:
+            raise UserError(
+                f"{path}: its server sends whole files where parts were asked for (no range requests): use another server, or "
+                "copy the data to a disk"
+            )
+        return data
 
     def size(self, path: str) -> int:
         """Length of a file in bytes; raises as `read` does."""
@@ -103,9 +112,12 @@ class Storage:
         return self._patiently(path, lambda: int(self._system(path).info(path)["size"]))
 
     def stamp(self, path: str) -> tuple[int, int]:
-        """(length in bytes, time of the last change in ns) of a file; the time is 0 for addresses. Raises as `read` does."""
+        """(length in bytes, when it was changed) of a file: in ns, or for addresses a number made of what the server says of its
+        version. Raises as `read` does."""
         if not is_local(path):
-            return self.size(path), 0
+            about = self._patiently(path, lambda: self._system(path).info(path))
+            version = [str(about[k]) for k in _VERSIONS if about.get(k)][:1]
+            return int(about["size"]), int.from_bytes(hashlib.sha256("".join(version).encode()).digest()[:7], "big")
         status = self._patiently(path, lambda: os.stat(local(path)))
         return status.st_size, status.st_mtime_ns
 
@@ -136,8 +148,10 @@ class Storage:
         if not pattern:
             raise UserError("config.data.path is empty: set it to the data's files")
         found: list[str] = []
-        for one in braces(pattern):
-            if any(c in one for c in "*?["):
+        # What is there by this very name is no pattern, whatever characters are in it.
+        literal = is_local(pattern) and os.path.exists(local(pattern))
+        for one in [pattern] if literal else braces(pattern):
+            if any(c in one for c in "*?[") and not literal:
                 matches = [m for m in self._glob(one) if not suffixes or m.lower().endswith(suffixes)]
                 if not matches:
                     raise UserError(f"{one} matches no file; check config.data.path")
@@ -152,15 +166,14 @@ class Storage:
         if is_local(folder) and not os.path.isdir(local(folder)):
             what = "is a file of another kind" if os.path.exists(local(folder)) else "is not there"
             raise UserError(f"{folder} {what}: expected {' or '.join(suffixes)} files, or a folder of them")
-        matches = [m for m in self._glob(join(folder, "*")) if m.lower().endswith(suffixes)]
+        inside = join(glob.escape(local(folder)) if is_local(folder) else folder, "*")
+        matches = [m for m in self._glob(inside) if m.lower().endswith(suffixes)]
         if not matches:
             raise UserError(f"{folder} holds no {' or '.join(suffixes)} file; check config.data.path")
         return matches
 
     def _glob(self, pattern: str) -> list[str]:
         if is_local(pattern):
-            import glob
-
             return sorted(glob.glob(local(pattern)))
         system = self._system(pattern)
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 BLOCK = 512
 _EXTENDED, _REGULAR, _WITHOUT_DATA = b"LKxgX", b"\0" + b"07", b"123456"  # type flags
 _LONGEST_NAME = 1 << 20  # of an extended header; more is damage
+_SIZE, _OCTAL = re.compile("[0-9]{1,18}"), re.compile(rb"[0-7]{1,12}")
 _PAX = re.compile(rb"(\d{1,20}) ([^=]+)=")
+_SHORT = 80  # characters of a key that is in its header with any suffix
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -79,7 +81,7 @@ def members(read: Callable[[int, int], bytes], length: int) -> Iterator[Member]:
                 extended |= _pax(data)
             at = start + _padded(size)
             continue
-        if "size" in extended and extended["size"].isdigit():
+        if _SIZE.fullmatch(extended.get("size", "")):
             size = int(extended["size"])
         name = extended.get("path", name)
         extended = {}
@@ -91,10 +93,13 @@ def members(read: Callable[[int, int], bytes], length: int) -> Iterator[Member]:
         yield Member(last, at, 0, "tar_truncated")
 
 
-def is_header_of(header: bytes, size: int) -> bool:
-    """Whether 512 bytes are the header of a regular file of so many bytes (its size may stand in a pax header instead)."""
+def is_header_of(header: bytes, size: int, key: str) -> bool:
+    """Whether 512 bytes are the header of a regular file of so many bytes (its size may stand in a pax header instead) whose
+    name begins with `key` and a dot. Long names and those beyond ASCII, which stand elsewhere, are not compared."""
     parsed = _parse(header)
-    return parsed is not None and parsed[2] in _REGULAR and parsed[1] in (size, 0)
+    if parsed is None or parsed[2] not in _REGULAR or parsed[1] not in (size, 0):
+        return False
+    return len(key) > _SHORT or not key.isascii() or parsed[0].startswith(f"{key}.") or parsed[0] == key
 
 
 def _padded(size: int) -> int:
@@ -141,10 +146,7 @@ def _number(field: bytes) -> int | None:
     digits = field.strip(b" \0")
     if not digits:
         return 0
-    try:
-        return int(digits, 8)
-    except ValueError:
-        return None
+    return int(digits, 8) if _OCTAL.fullmatch(digits) else None
 
 
 def _pax(data: bytes) -> dict[str, str]:

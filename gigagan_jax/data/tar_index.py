@@ -12,14 +12,18 @@ in); `sets/DIGEST/` holds one list of shards as columns that are mapped into mem
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +36,11 @@ from gigagan_jax.data.tar_headers import BLOCK, compression, members
 from gigagan_jax.errors import UserError
 from gigagan_jax.memory import keep_memory
 
-VERSION = 1
+_log = logging.getLogger(__name__)
+VERSION = 2
 NOTHING = 2**32 - 1
 FAULTS = ("", "tar_truncated", "tar_corrupt", "unsafe_name", "image_missing", "member_too_large")
+_DAMAGE = [FAULTS.index("tar_truncated"), FAULTS.index("tar_corrupt")]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 COLUMNS = {
@@ -137,8 +143,10 @@ def scan(storage: Storage, path: str) -> dict[str, np.ndarray]:
         found = list(examples_of(storage, path, length))
     except (OSError, FileNotFoundError) as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}): check config.data.path") from None
-    if length and not found:
-        found = [_Found("?@0", fault="tar_corrupt")] if storage.read(path, 0, length).strip(b"\0") else []
+    if not length:
+        found = [_Found("?@0", fault="tar_truncated")]  # even an empty tar has two blocks
+    elif not found and storage.read(path, 0, length).strip(b"\0"):
+        found = [_Found("?@0", fault="tar_corrupt")]
     out: dict[str, np.ndarray] = {}
     for name, places in (
         ("image", [f.image for f in found]),
@@ -168,7 +176,7 @@ def scan_to(folder: Path, storage: Storage, path: str) -> int:
     file = part_file(folder, path)
     known = load_part(file)
     try:
-        fresh = known is not None and tuple(known["stamp"].tolist()) == storage.stamp(path)
+        fresh = known is not None and "stamp" in known and tuple(known["stamp"].tolist()) == storage.stamp(path)
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}): check config.data.path") from None
     if known is None or not fresh:
@@ -179,7 +187,7 @@ def scan_to(folder: Path, storage: Storage, path: str) -> int:
 
 def save_part(file: Path, columns: dict[str, np.ndarray]) -> None:
     """Writes columns as a line of JSON, {name: [type, shape]}, and their bytes; ten times as fast as NumPy's archives."""
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")  # hosts may share the folder
     about = {name: [x.dtype.str, x.shape] for name, x in columns.items()}
     temporary.write_bytes(b"".join([json.dumps(about).encode(), b"\n", *(x.tobytes() for x in columns.values())]))
     os.replace(temporary, file)
@@ -209,7 +217,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 def digest_of(paths: Sequence[str], captions: str) -> str:
     """Name of a set of shards with its kind of captions."""
-    return hashlib.sha256(json.dumps([VERSION, captions, *short_names(paths)]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([VERSION, captions, *paths]).encode()).hexdigest()[:16]
 
 
 def build(
@@ -276,10 +284,9 @@ def parallel(
 def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:
     """Parts to columns, shard by shard, so that memory does not grow with the data set."""
     target = folder / "sets" / digest_of(paths, captions)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
-    counts, key_bytes, stamps = [], [], []
+    counts, key_bytes, stamps, damaged = [], [], [], []
     identity = hashlib.sha256(b"tar")
     names = short_names(paths)
     faults = np.zeros(len(FAULTS), np.int64)
@@ -302,7 +309,10 @@ def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:
             counts.append(n)
             key_bytes.append(len(part["keys"]))
             stamps.append(part["stamp"].tolist())  # not the view: it would keep the whole part
-            faults += np.bincount(part["fault"], minlength=len(FAULTS))
+            found = np.bincount(part["fault"], minlength=len(FAULTS))
+            faults += found
+            if found[_DAMAGE].any():
+                damaged.append(name)
             without_caption += int(((part["caption_size"] == NOTHING) & (part["fault"] == 0)).sum())
             identity.update(f"\0{name}\0{n}\0".encode() + part["keys"].tobytes())
     finally:
@@ -317,14 +327,18 @@ def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:
         "examples": sum(counts),
         "without_caption": without_caption,
         "faults": {f: int(k) for f, k in zip(FAULTS, faults, strict=True) if f and k},
+        "damaged": damaged,
         "labelled": labelled,
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     np.savez(temporary / "shards.npz", counts=counts, key_bytes=key_bytes, stamps=np.array(stamps, np.int64))
     (temporary / "shards.txt").write_text("\n".join(names), encoding="utf-8")
     (temporary / "index.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    old = target.with_name(f"{target.name}.{uuid.uuid4().hex}.old")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(target, old)
+    os.rename(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)  # who has it mapped into memory keeps it
     return target
 
 
@@ -351,7 +365,9 @@ class TarIndex:
             short = [c for c, x in self.columns.items() if c != "keys" and len(x) != self.starts[-1]]
             if short or (self.columns and len(self.columns["keys"]) != self.key_starts[-1]):
                 raise ValueError(f"{short or 'keys'} of another length")
-        except (OSError, ValueError, KeyError) as e:
+            if len(self.shards) != len(counts) or self.about["version"] != VERSION:
+                raise ValueError("another number of tars, or another version")
+        except Exception as e:  # whatever NumPy and zipfile make of damaged files
             raise UserError(f"the index {folder} cannot be read ({e}): remove it and index again") from None
 
     def _types(self) -> Iterable[tuple[str, Any]]:
@@ -361,10 +377,13 @@ class TarIndex:
             yield "label", np.int32
 
     def __getstate__(self):
-        return self.folder
+        return self.folder, self.about
 
-    def __setstate__(self, folder):
+    def __setstate__(self, state):
+        folder, about = state
         self.__init__(folder)  # type: ignore[misc]
+        if self.about != about:
+            raise UserError(f"the index {folder} was made anew while it was in use: start again")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -381,18 +400,49 @@ class TarIndex:
         return self.columns["keys"][base + first : base + int(ends[i])].tobytes().decode("utf-8", "surrogateescape")
 
 
+def opened(
+    folder: Path, storage: Storage, paths: Sequence[str], captions: str, workers: int = 0, refresh: bool = False
+) -> TarIndex:
+    """The index of some tars, made first where there is none that fits; by one process where several ask at once.
+
+    Raises:
+      UserError: as `build` does.
+    """
+    made = folder / "sets" / digest_of(paths, captions)
+    try:
+        if not refresh and not stale(made, storage, paths):
+            return TarIndex(made)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if refresh or stale(made, storage, paths):  # another process may have made it meanwhile
+                _log.info("indexing %d tars into %s", len(paths), folder)
+                made = build(folder, storage, paths, captions=captions, workers=workers)
+            return TarIndex(made)
+    except OSError as e:
+        raise UserError(f"the index {folder} cannot be written: {e.strerror or e}; choose config.data.index") from None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits while another process works in a folder. The kernel lets go of it with the process."""
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.info("another process indexes into %s: waiting for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: at worst the work is done twice
+        yield
+
+
 def stale(folder: Path, storage: Storage, paths: Sequence[str]) -> bool:
-    """Whether a set must be indexed again: local tars that changed since. Tars in buckets are not asked, but compared with
-    the index when they are read."""
+    """Whether a set must be indexed: there is none, or local tars changed since. Tars in buckets are not asked, but compared
+    with the index when they are read."""
     try:
         index = TarIndex(folder)
-    except UserError:
-        return True
-    if index.about.get("version") != VERSION:
-        return True
-    try:
-        return any(
+        return len(index.stamps) != len(paths) or any(
             is_local(p) and storage.stamp(p) != tuple(s) for p, s in zip(paths, index.stamps.tolist(), strict=True)
         )
-    except OSError:
+    except (UserError, OSError):
         return True

@@ -34,10 +34,14 @@ def open_workdir(workdir: Path, config: Config) -> None:
     Raises:
       UserError: it cannot be written, or was made with a config that differs in more than what may change in a run.
     """
-    file = workdir / CONFIG_FILE
+    file, folder = workdir / CONFIG_FILE, workdir / FOLDER
+    if any(c in str(workdir.resolve()) for c in "[]"):
+        raise UserError(f"--workdir={workdir}: Orbax cannot write checkpoints under a path with [ or ]; choose another")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Before its first checkpoint a workdir holds nothing that another config could spoil.
+        if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise UserError(f"{folder} is no folder that can be written: move it away, or choose another --workdir")
         begun = any(p.name.isdecimal() for p in (workdir / FOLDER).glob("*"))
         if file.exists() and begun:
             stored = json.loads(file.read_text())

@@ -192,7 +192,7 @@ def synthetic(tmp_path_factory):
     folder = tmp_path_factory.mktemp("synthetic")
     shards, key = 10_000, 9
     (folder / "index.json").write_text(
-        '{"version": 1, "labelled": false, "identity": "synthetic", "examples": 100000000}'
+        '{"version": 2, "damaged": [], "labelled": false, "identity": "synthetic", "examples": 100000000}'
     )
     (folder / "shards.txt").write_text("\n".join(f"{i:05d}.tar" for i in range(shards)))
     each = SYNTHETIC // shards

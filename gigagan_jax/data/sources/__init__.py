@@ -17,7 +17,9 @@ _log = logging.getLogger(__name__)
 KINDS = ("tar", "folder", "arrayrecord", "tfds", "parquet", "digits")
 
 
-def make_source(data: DataConfig, *, condition: str = "text", workdir: Path | None = None, workers: int = 0) -> Source:
+def make_source(
+    data: DataConfig, *, condition: str = "text", workdir: Path | None = None, workers: int = 0, refresh: bool = False
+) -> Source:
     """Opens a config's data set, or its mixture.
 
     Args:
@@ -25,12 +27,13 @@ def make_source(data: DataConfig, *, condition: str = "text", workdir: Path | No
       condition: "text" (captions may be required), "class" (a folder's sub-folders are classes) or "none".
       workdir: of the run: an index that cannot be written beside the data goes there.
       workers: processes for indexing; 0: one for each core.
+      refresh: look at every tar whether it changed since it was indexed, in buckets too.
 
     Raises:
       UserError: whatever the source itself has against its path; filters for a source without metadata.
     """
     if not data.mixture:
-        return _one(data, data.path, condition, workdir, workers)
+        return _one(data, data.path, condition, workdir, workers, refresh)
     from gigagan_jax.data.sources.mixed import MixedSource
 
     if data.path:
@@ -42,11 +45,11 @@ def make_source(data: DataConfig, *, condition: str = "text", workdir: Path | No
             raise UserError(
                 f"config.data.mixture: {text!r} is not WEIGHT:PATH with a positive weight, such as 0.3:photos/"
             )
-        parts.append((float(weight), _one(data, path, condition, workdir, workers)))
+        parts.append((float(weight), _one(data, path, condition, workdir, workers, refresh)))
     return MixedSource(parts)
 
 
-def _one(data: DataConfig, path: str, condition: str, workdir: Path | None, workers: int) -> Source:
+def _one(data: DataConfig, path: str, condition: str, workdir: Path | None, workers: int, refresh: bool) -> Source:
     storage = Storage(data.retry_seconds)
     kind = kind_of(path, storage) if data.source == "auto" else data.source
     required = data.captions == "required" and condition == "text"
@@ -76,7 +79,14 @@ def _one(data: DataConfig, path: str, condition: str, workdir: Path | None, work
         from gigagan_jax.data.sources.tar import TarSource
 
         return TarSource(
-            path, index=data.index, workdir=workdir, storage=storage, filters=data.filters, workers=workers, **keys
+            path,
+            index=data.index,
+            workdir=workdir,
+            storage=storage,
+            filters=data.filters,
+            workers=workers,
+            refresh=refresh,
+            **keys,
         )
     if kind == "arrayrecord":
         from gigagan_jax.data.sources.array_record import ArrayRecordSource

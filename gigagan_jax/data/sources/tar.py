@@ -16,7 +16,7 @@ from gigagan_jax.data.decoding import decode_captions
 from gigagan_jax.data.records import UNKNOWN_LABEL, BadExample, Record, Source
 from gigagan_jax.data.storage import Storage, is_local, local
 from gigagan_jax.data.tar_headers import BLOCK, is_header_of
-from gigagan_jax.data.tar_index import FAULTS, NOTHING, TarIndex
+from gigagan_jax.data.tar_index import FAULTS, NOTHING
 from gigagan_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class TarSource(Source):
       caption_keys: keys of the `.json` member that hold captions; empty: lines of the `.txt` member.
       filters: which examples to keep.
       workers: processes to index with; 0: one for each core.
+      refresh: look at every tar whether it changed since it was indexed; otherwise at local ones.
 
     Raises:
       UserError: no tar there, a compressed one, an index that cannot be written, metadata without a column that a filter
@@ -53,18 +54,22 @@ class TarSource(Source):
         caption_keys: Sequence[str] = (),
         filters: FilterConfig | None = None,
         workers: int = 0,
+        refresh: bool = False,
     ):
         self._storage = storage or Storage()
         self.paths = self._storage.expand(path, tar_index.SHARD_SUFFIXES)
         self._caption_required, self._caption_keys = caption_required, tuple(caption_keys)
         folder = index_folder(self.paths, index, workdir)
         kind = "json" if caption_keys else "text"
-        made = folder / "sets" / tar_index.digest_of(self.paths, kind)
-        if tar_index.stale(made, self._storage, self.paths):
-            _log.info("indexing %d tars into %s", len(self.paths), folder)
-            made = tar_index.build(folder, self._storage, self.paths, captions=kind, workers=workers)
-        self.index = TarIndex(made)
+        self.index = tar_index.opened(folder, self._storage, self.paths, kind, workers, refresh)
         self.report = self._account()
+        damaged = self.index.about["damaged"]
+        if damaged:
+            _log.warning(
+                "%d tars are damaged or end too early: examples behind the damage are lost, and not counted: %s",
+                len(damaged),
+                ", ".join(damaged[:10]) + (" ..." if len(damaged) > 10 else ""),
+            )
         selected = filtering.select_tars(
             self.index, folder, self.paths, self._storage, filters or FilterConfig(), workers
         )
@@ -133,7 +138,7 @@ class TarSource(Source):
     def _places(self, row: int) -> tuple[tuple[int, int], tuple[int, int] | None]:
         """(offset, size) of image and caption."""
         columns = self.index.columns
-        fault = FAULTS[columns["fault"][row]]
+        fault = FAULTS[min(columns["fault"][row], len(FAULTS) - 1)]
         if fault:
             raise BadExample(fault, "found by indexing")
         place = lambda what: (int(columns[f"{what}_block"][row]) * BLOCK, int(columns[f"{what}_size"][row]))
@@ -147,7 +152,7 @@ class TarSource(Source):
 
     def _fetch(self, row: int, places: list[tuple[int, int]]) -> list[bytes]:
         """Data of members of one example, their headers compared with the index."""
-        path = self.paths[self.index.shard_of(row)]
+        path, key = self.paths[self.index.shard_of(row)], self.index.key(row)
         first = min(offset for offset, _ in places) - BLOCK
         last = max(offset + size for offset, size in places)
         if last - first > sum(size + BLOCK for _, size in places) + _NEAR:
@@ -159,8 +164,11 @@ class TarSource(Source):
         out = []
         for offset, size in places:
             start = offset - first
-            if not is_header_of(data[start - BLOCK : start], size) or len(data) < start + size:
-                raise BadExample("tar_changed", f"{path} is not as it was indexed; index again")
+            if not is_header_of(data[start - BLOCK : start], size, key) or len(data) < start + size:
+                raise BadExample(
+                    "tar_changed",
+                    f"{path} is not as it was indexed: tools/prepare_data.py index --path=... indexes it again",
+                )
             out.append(data[start : start + size])
         return out
 
