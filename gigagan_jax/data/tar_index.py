@@ -356,7 +356,7 @@ class TarIndex:
         self.folder = folder
         try:
             self.about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-            with np.load(folder / "shards.npz") as shards:
+            with open(folder / "shards.npz", "rb") as file, np.load(file) as shards:
                 counts, key_bytes, self.stamps = shards["counts"], shards["key_bytes"], shards["stamps"]
             self.shards = (folder / "shards.txt").read_text(encoding="utf-8").split("\n")
             self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
