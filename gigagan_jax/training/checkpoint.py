@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,16 @@ def open_workdir(workdir: Path, config: Config) -> None:
         # Before its first checkpoint a workdir holds nothing that another config could spoil.
         if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             raise UserError(f"{folder} is no folder that can be written: move it away, or choose another --workdir")
-        begun = any(p.name.isdecimal() for p in (workdir / FOLDER).glob("*"))
-        if file.exists() and begun:
-            stored = json.loads(file.read_text())
+        steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
+        stored = _stored(file, folder, steps)
+        if stored is not None:
             if not isinstance(stored, dict):
-                raise UserError(f"{file} holds no config; remove it if its run is not needed")
+                raise UserError(f"{file} holds no config; remove it: the checkpoints hold the settings too")
             changed = differences(stored, config)
             if changed:
+                more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
                 raise UserError(
-                    f"{workdir} holds a run of another config ({'; '.join(changed)}): "
+                    f"{workdir} holds a run of another config ({'; '.join(changed[:8])}{more}): "
                     "use another --workdir, or the settings it was started with"
                 )
         if jax.process_index() == 0:
@@ -62,7 +63,19 @@ def open_workdir(workdir: Path, config: Config) -> None:
             f"--workdir={workdir} cannot be used: {e.strerror or e}; choose a folder you may write to"
         ) from None
     except ValueError as e:
-        raise UserError(f"{file} is not readable JSON ({e}); remove it if its run is not needed") from None
+        raise UserError(
+            f"{file} is not readable JSON ({e}); remove it: the checkpoints hold the settings too"
+        ) from None
+
+
+def _stored(file: Path, folder: Path, steps: Sequence[int]) -> Any:
+    """The config of the run in a workdir: of its file, or where that was removed of the newest checkpoint; None without a run."""
+    if not steps:
+        return None
+    if file.exists():
+        return json.loads(file.read_text())
+    newest = folder / str(steps[-1]) / "config" / "metadata"
+    return json.loads(newest.read_text()) if newest.exists() else None
 
 
 class Checkpoints:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from configs.digits import get_config
 from gigagan_jax import sharding
 from gigagan_jax.config import MeshConfig, from_dict
 from gigagan_jax.errors import UserError
-from gigagan_jax.training.checkpoint import Checkpoints, same, with_shardings
+from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, same, with_shardings
 from gigagan_jax.training.loop import Run
 from gigagan_jax.training.state import Networks
 
@@ -165,6 +166,23 @@ def test_workdir_of_another_config(eight):
     other = small(mesh__fsdp=2, generator__z_dim=16, ema__half_life_kimg=1.0)
     with pytest.raises(UserError, match=r"ema\.half_life_kimg: 10\.0 -> 1\.0; generator\.z_dim: 8 -> 16"):
         Run(other, workdir).train()
+
+
+def test_a_workdir_whose_config_was_removed_is_compared_with_its_checkpoint(eight, tmp_path):
+    workdir, *_ = eight
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(UserError, match=r"generator\.z_dim: 8 -> 16"):
+        open_workdir(copy, small(mesh__fsdp=2, generator__z_dim=16))
+    open_workdir(copy, small(mesh__fsdp=2))
+    assert (copy / "config.json").exists()
+
+
+def test_workdirs_that_cannot_hold_checkpoints(tmp_path, refused):
+    refused(lambda: open_workdir(tmp_path / "run [x]", small()), "[ or ]")
+    (tmp_path / "checkpoints").write_text("a file")
+    refused(lambda: open_workdir(tmp_path, small()), tmp_path / "checkpoints", "no folder that can be written")
 
 
 @pytest.mark.parametrize("victim", ["state/manifest.ocdbt", "_CHECKPOINT_METADATA", "state/d"])
