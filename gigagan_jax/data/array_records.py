@@ -120,20 +120,30 @@ def decode(data: bytes, name: str) -> Record:
       data: a stored example; captions, label and name may lack.
       name: of the example, where none is stored.
 
-    Raises BadExample with cause `record_undecodable` (not an example, or without an image) or `caption_undecodable`.
+    Raises BadExample with cause `record_undecodable` (not an example, or without an image), `caption_undecodable` or
+    `label_out_of_range`.
     """
     values = parse(data)
     image = first(values, "image", bytes)
     if image is None:
         raise BadExample("record_undecodable", f"no feature image, but {', '.join(sorted(values)) or 'none at all'}")
-    label = first(values, "label", int)
+    label = next(iter(values.get("label", ())), None)
     stored = first(values, "name", bytes)
     return Record(
         image=image,
         captions=texts(values, ("captions",)),
-        label=UNKNOWN_LABEL if label is None else label,
+        label=label_of(label if isinstance(label, int | float) else None),
         name=name if stored is None else stored.decode("utf-8", "surrogateescape"),
     )
+
+
+def label_of(stored: int | float | None) -> int:
+    """A class as batches hold it, int32 with -1 for unknown. Raises BadExample with cause `label_out_of_range`."""
+    if stored is None:
+        return UNKNOWN_LABEL
+    if not isinstance(stored, int) or not UNKNOWN_LABEL <= stored < 2**31:
+        raise BadExample("label_out_of_range", f"{stored} is no class: they are 0 ... 2**31 - 1, or -1 for unknown")
+    return stored
 
 
 def first(values: dict[str, Values], key: str, kind: type[T]) -> T | None:

@@ -68,7 +68,7 @@ EXPECTED = [record(i) for i in (0, 1, 2, 3, 4, 20, 21, 22, 23)]
         {"captions": ()},
         {"captions": ("", "two\nlines", "x" * 100_000)},
         {"label": -1},
-        {"label": 2**62},
+        {"label": 2**31 - 1},
         {"name": "caf\udce9.jpg"},
         {"name": ""},
         {"image": b""},
@@ -78,6 +78,18 @@ EXPECTED = [record(i) for i in (0, 1, 2, 3, 4, 20, 21, 22, 23)]
 def test_decoding_gives_what_was_encoded(changes):
     given = record(1, **changes)
     assert array_records.decode(array_records.encode(given), "other") == given
+
+
+def test_labels_that_are_no_class_are_bad_examples():
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    stored = tf_example_pb2.Example()
+    stored.features.feature["image"].bytes_list.value.append(b"x")
+    for kind, label in (("int64_list", 2**31), ("int64_list", -2), ("float_list", 1.0), ("float_list", float("nan"))):
+        stored.features.feature["label"].Clear()
+        getattr(stored.features.feature["label"], kind).value.append(label)
+        with pytest.raises(BadExample, match="label_out_of_range"):
+            array_records.decode(stored.SerializeToString(), "")
 
 
 def test_encoding_is_the_same_in_every_process():

@@ -315,12 +315,12 @@ def test_threads_that_want_the_same_wait_for_one():
 def test_large_row_groups_are_told_of_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(module, "_LARGE_GROUP", 2 << 20)
     big = np.random.default_rng(0).bytes(1100 << 10)
-    table = {"image": [big, big[1:]], "caption": ["a", "b"], "junk": [big[2:], big[3:]]}
+    table = {"image": [big, big[1:]], "caption": ["a", "b"]}
     options = {"compression": "none", "use_dictionary": False}
     small = write(tmp_path / "small.parquet", table, row_group_size=1, **options)
     write(tmp_path / "large.parquet", table, row_group_size=2, **options)
     with caplog.at_level(logging.WARNING):
-        ParquetSource(small)  # 1.1 MB; the other column is not read
+        ParquetSource(small)  # 1.1 MB
         assert caplog.records == []
         source = ParquetSource(str(tmp_path))
         assert source.read(1).image == big[1:]
@@ -406,3 +406,44 @@ def test_files_may_differ_in_what_makes_no_difference(folder, tmp_path):
         assert source.read(7 + i).image == picture(7 + i)
         assert (source.read(7 + i).label, source.captions(7 + i)) == (i, ())
     assert source.captions(6) == ("caption 6 ü",)
+
+
+def test_labels_out_of_range_are_bad_examples(tmp_path):
+    table = {"image": [b"x"] * 4, "caption": ["c"] * 4, "label": [2**31 - 1, 2**31, -2, -1]}
+    source = ParquetSource(write(tmp_path / "a.parquet", table))
+    assert [source.read(i).label for i in (0, 3)] == [2**31 - 1, -1]
+    assert cause_of(source.read, 1) == cause_of(source.read, 2) == "label_out_of_range"
+
+
+def test_footers_that_are_mutated_never_end_the_process(tmp_path):
+    """In a process of its own: pyarrow may end it where it is asked for what a damaged footer says of single columns."""
+    path = write(tmp_path / "a.parquet", columns(range(7)))
+    code = """if True:
+        import sys, numpy as np
+        from gigagan_jax.data.records import BadExample
+        from gigagan_jax.data.sources.parquet import ParquetSource
+        from gigagan_jax.errors import UserError
+        data = open(sys.argv[1], "rb").read()
+        footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+        for seed in range(1000):
+            rng, bad = np.random.default_rng(seed), bytearray(data)
+            bad[rng.integers(footer, len(data))] = rng.integers(256)
+            open(sys.argv[1], "wb").write(bad)
+            try:
+                source = ParquetSource(sys.argv[1])
+                for i in range(len(source)):
+                    try:
+                        source.read(i)
+                    except BadExample:
+                        pass
+            except UserError as e:
+                assert len(str(e).splitlines()) == 1
+        """
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr[-800:]) == (0, "")
+
+
+def test_a_column_that_occurs_twice(tmp_path, refused):
+    arrays = [pa.array([picture(0)]), pa.array(["a"]), pa.array(["b"])]
+    path = write(tmp_path / "a.parquet", pa.Table.from_arrays(arrays, names=["image", "caption", "caption"]))
+    refused(lambda: ParquetSource(path), path, "several columns 'caption'")

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from gigagan_jax.data.array_records import label_of
 from gigagan_jax.data.progress import Progress
-from gigagan_jax.data.records import UNKNOWN_LABEL, BadExample, Record, Source, identity_of
+from gigagan_jax.data.records import BadExample, Record, Source, identity_of
 from gigagan_jax.data.storage import Storage, is_local, join
 from gigagan_jax.data.tar_index import short_names
 from gigagan_jax.errors import UserError
@@ -29,6 +30,8 @@ _KEPT_BYTES = 256 << 20  # of row groups, for each source in each process
 _KEPT_FOOTER_BYTES = 16 << 20
 _LARGE_GROUP = 64 << 20  # bytes that are read for one example
 _OPENING_THREADS = 16
+# What Python or pyarrow may say of a damaged file, beside errors of the disk and of Arrow.
+_DAMAGE = (ValueError, LookupError, ArithmeticError, MemoryError)
 
 
 class ParquetSource(Source):
@@ -151,14 +154,13 @@ class ParquetSource(Source):
         """Row i.
 
         Raises BadExample with cause `image_missing` (null), `image_unreadable` (its file), `unsafe_name` (a relative path
-        that leaves the folder), `caption_missing`, `caption_empty`, `caption_undecodable` (not UTF-8) or `row_group_corrupt`
-        (the Parquet file is damaged there, or gone).
+        that leaves the folder), `caption_missing`, `caption_empty`, `caption_undecodable` (not UTF-8), `label_out_of_range` or
+        `row_group_corrupt` (the Parquet file is damaged there, or gone).
         """
         row = self._row(i, self._columns)
         captions = self._texts(row)
         image = self._image(row[self._image_key], self.paths[self._place(i)[0]])
-        label = row[self._label_key] if self._label_key else None
-        label = UNKNOWN_LABEL if label is None or label < 0 else int(label)
+        label = label_of(row[self._label_key] if self._label_key else None)
         return Record(image, captions, label, self.name(i))
 
     def captions(self, i: int) -> tuple[str, ...]:
@@ -191,7 +193,7 @@ class ParquetSource(Source):
                 file = pyarrow.parquet.ParquetFile(opened, metadata=footer, pre_buffer=True)
                 # This is one of many reading threads already.
                 return file.read_row_group(group, columns=columns, use_threads=False)
-        except (OSError, pyarrow.ArrowException) as e:
+        except (OSError, pyarrow.ArrowException, *_DAMAGE) as e:
             raise BadExample("row_group_corrupt", f"{path}, row group {group}: {_first_line(e)}") from None
 
     def _texts(self, row: dict[str, Any]) -> tuple[str, ...]:
@@ -291,31 +293,34 @@ def _read_footer(storage: Storage, path: str) -> tuple[Any, Any]:
         return file.schema_arrow, file.metadata
 
 
-def _footer(storage: Storage, path: str) -> tuple[Any, Any]:
-    """The same. Raises UserError."""
+def _footer(storage: Storage, path: str) -> tuple[Any, list[tuple[int, int]]]:
+    """(Arrow schema, (rows, bytes when decoded) of each row group) of a file. Raises UserError."""
     import pyarrow
 
     try:
-        return _read_footer(storage, path)
-    except (OSError, pyarrow.ArrowException) as e:
+        schema, footer = _read_footer(storage, path)
+        _listed(schema)  # names that are not UTF-8 show themselves when they are asked for
+        # Not what is said of single columns: where that is damaged, pyarrow 25 ends the whole process.
+        groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
+        sizes = [(g.num_rows, g.total_byte_size) for g in groups]
+        if any(n < 0 for n, _ in sizes) or sum(n for n, _ in sizes) != footer.num_rows:
+            raise ValueError("its row groups do not add up to its rows")
+    except (OSError, pyarrow.ArrowException, *_DAMAGE) as e:
         raise UserError(f"{path} cannot be read as Parquet: {getattr(e, 'strerror', None) or _first_line(e)}") from None
+    return schema, sizes
 
 
 def _groups_of(storage: Storage, columns: dict[str, Callable[[Any], bool]], path: str) -> list[tuple[int, int]]:
-    """(rows, bytes of some columns when decoded) of each row group of a file. Raises UserError for columns of another type."""
-    schema, footer = _footer(storage, path)
+    """(rows, bytes when decoded) of each row group of a file. Raises UserError for columns of another type."""
+    schema, groups = _footer(storage, path)
     for name, fits in columns.items():
-        if name not in schema.names or not fits(schema.field(name).type):
+        if schema.names.count(name) > 1:
+            raise UserError(f"{path} has several columns {name!r}: leave one of them; columns: {_listed(schema)}")
+        if name not in schema.names or not fits(_type(schema, name)):
             raise UserError(
                 f"{path} lacks the column {name!r} of the first file, or has it as another type: {_listed(schema)}"
             )
-    out = []
-    for g in range(footer.num_row_groups):
-        group = footer.row_group(g)
-        chunks = [group.column(c) for c in range(group.num_columns)]
-        mine = [c for c in chunks if c.path_in_schema.partition(".")[0] in columns]
-        out.append((group.num_rows, sum(c.total_uncompressed_size for c in mine)))
-    return out
+    return groups
 
 
 def _plain(kind: Any) -> Any:
@@ -325,6 +330,11 @@ def _plain(kind: Any) -> Any:
     if isinstance(kind, pyarrow.BaseExtensionType):
         kind = kind.storage_type
     return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+
+
+def _type(schema: Any, name: str) -> Any:
+    """The type of a column, of the first of its name (`_groups_of` refuses those that occur twice)."""
+    return schema.types[schema.names.index(name)]
 
 
 def _is_texts(kind: Any) -> bool:
@@ -359,7 +369,7 @@ def _image_key(schema: Any, key: str, path: str) -> str:
     found = key or next((k for k in IMAGE_KEYS if k in schema.names), "")
     if found not in schema.names:
         why = f"has no column {found!r}" if found else f"has none of {', '.join(IMAGE_KEYS)}"
-    elif not _is_image(schema.field(found).type):
+    elif not _is_image(_type(schema, found)):
         why = f"holds neither image files nor paths in its column {found!r}"
     else:
         return found
@@ -368,10 +378,10 @@ def _image_key(schema: Any, key: str, path: str) -> str:
 
 def _caption_keys(schema: Any, keys: tuple[str, ...], required: bool, path: str) -> tuple[str, ...]:
     for key in keys:
-        if key not in schema.names or not _is_texts(schema.field(key).type):
+        if key not in schema.names or not _is_texts(_type(schema, key)):
             what = f"its column {key!r} is no text" if key in schema.names else f"it has no column {key!r}"
             raise UserError(f"config.data.caption_keys: {path}: {what}; columns: {_listed(schema)}")
-    usual = [k for k in CAPTION_KEYS if k in schema.names and _is_texts(schema.field(k).type)]
+    usual = [k for k in CAPTION_KEYS if k in schema.names and _is_texts(_type(schema, k))]
     keys = keys or tuple(usual[:1])
     if required and not keys:
         raise UserError(
@@ -383,7 +393,7 @@ def _caption_keys(schema: Any, keys: tuple[str, ...], required: bool, path: str)
 
 def _label_key(schema: Any, key: str, path: str) -> str:
     """The column with the label, or nothing."""
-    if key in schema.names and _is_label(schema.field(key).type):
+    if key in schema.names and _is_label(_type(schema, key)):
         return key
     if key in ("", "label"):
         return ""
