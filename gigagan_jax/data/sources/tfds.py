@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gigagan_jax.data import array_records
-from gigagan_jax.data.records import UNKNOWN_LABEL, BadExample, Record, Source, identity_of
+from gigagan_jax.data.records import BadExample, Record, Source, identity_of
 from gigagan_jax.data.storage import is_local, local
 from gigagan_jax.errors import UserError
 
@@ -86,8 +86,7 @@ class TfdsSource(Source):
         if image is None:
             raise BadExample("image_missing", f"no {self._image_key} in it")
         label = array_records.first(values, self._label_key, int) if self._label_key else None
-        label = UNKNOWN_LABEL if label is None or label < 0 else label
-        return Record(image, self._captions(values), label, self.name(i))
+        return Record(image, self._captions(values), array_records.label_of(label), self.name(i))
 
     def captions(self, i: int) -> tuple[str, ...]:
         return self._captions(array_records.parse(self._records.read(i)))
