@@ -1,6 +1,10 @@
-"""How this process and its workers treat freed memory."""
+"""How this process and its workers treat freed memory, and how workers end."""
 
 import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 
 
 def keep_memory() -> None:
@@ -17,3 +21,26 @@ def keep_memory() -> None:
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3
     for name, value in ((mmap_threshold, 32 << 20), (trim_threshold, 2_000_000_000), (top_pad, 64 << 20)):
         mallopt(name, value)
+
+
+def end_with_parent() -> None:
+    """Ends this worker process as soon as the process that started it is gone, however that ended.
+
+    A parent that is killed has no time to tell its workers, which would go on with what they were given. Does nothing in a
+    process that `multiprocessing` did not start.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+
+
+def begin_worker() -> None:
+    """What each worker process does first."""
+    end_with_parent()
+    keep_memory()

@@ -86,7 +86,9 @@ def parsers(base: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
             p.add_argument("--sample", type=_count, default=0, help="examples to draw at random; 0: all (default)")
             p.add_argument("--seed", type=_count, default=0, help="of the sample")
             p.add_argument(
-                "--work", default="", help="folder for what tasks find; resumes, and other machines share it"
+                "--work",
+                default="",
+                help="folder for what tasks find: resumes, and other machines share it; a new one when files have changed",
             )
         if name in ("check", "stats", "convert"):
             p.add_argument("--runner", help="an Apache Beam runner instead of processes; its flags after --")

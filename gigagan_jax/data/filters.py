@@ -19,6 +19,7 @@ import numpy as np
 
 from gigagan_jax.config_data import FilterConfig
 from gigagan_jax.data import tar_index
+from gigagan_jax.data.processes import parallel
 from gigagan_jax.data.storage import Storage
 from gigagan_jax.data.tar_headers import BLOCK
 from gigagan_jax.data.tar_index import NOTHING, TarIndex
@@ -367,7 +368,7 @@ def select_tars(
             parts.mkdir(parents=True, exist_ok=True)
             task = functools.partial(_shard_to, storage, folder, parts, f)
             items = [(path, file) for path, (file, _) in zip(paths, sidecars, strict=True)]
-            done = list(tar_index.parallel(task, items, workers, "filtering"))
+            done = list(parallel(task, items, workers, "filtering"))
             if foreign := [path for path, part in zip(paths, done, strict=True) if part["foreign"]]:
                 said = "no example used of %d tars that share no key with the .parquet beside them: %s"
                 _log.warning(said, len(foreign), ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else ""))

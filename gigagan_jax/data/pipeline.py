@@ -30,7 +30,7 @@ from gigagan_jax.data.records import BadExample, Record, Source
 from gigagan_jax.data.tokenizers import Tokenizer
 from gigagan_jax.data.transforms import CROPS, FILTERS, random_flip, resize_and_crop
 from gigagan_jax.errors import UserError
-from gigagan_jax.memory import keep_memory
+from gigagan_jax.memory import begin_worker
 
 Batch = dict[str, np.ndarray]
 Asked = tuple[int, tuple[Bad, ...]]
@@ -295,7 +295,7 @@ def _start_worker(number: int, count: int) -> None:
     # What stops a run is sent to all its processes; the main one decides, and still needs its data to get to a step's end.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
-    keep_memory()
+    begin_worker()
 
 
 def _chunk_size(rows: int, readers: int) -> int:
@@ -375,13 +375,14 @@ class _Reader:
         self._index_dtype = np.int32 if len(source) <= 2**31 else np.int64
         # Spares a second decoding of what is known to be bad; single dict operations are atomic.
         self._bad: dict[int, Bad] = {}
-        allowed = min(int(max_bad_fraction * len(source)), _MAX_BAD_IN_A_ROW)
-        self._patience = min(len(source), max(MIN_TRIED, allowed))
+        self._max_bad_fraction = max_bad_fraction
 
     def __call__(self, k: int, first: int) -> tuple[Batch, Asked]:
         bad: list[Bad] = []
-        for step in range(self._patience):
-            index = (first + step) % len(self.source)
+        part = self.source.neighbours(first)
+        allowed = min(int(self._max_bad_fraction * len(part)), _MAX_BAD_IN_A_ROW)
+        for step in range(min(len(part), max(MIN_TRIED, allowed))):
+            index = part[(first - part.start + step) % len(part)]
             example = self._read(index)
             if isinstance(example, Bad):
                 bad.append(example)
@@ -392,9 +393,9 @@ class _Reader:
         causes: dict[str, int] = {}
         for one in bad:
             causes[one.cause] = causes.get(one.cause, 0) + 1
-        everything = "all" if len(bad) == len(self.source) else f"{len(bad)} in a row of"
+        everything = "all" if len(bad) == len(part) else f"{len(bad)} in a row of"
         raise UserError(
-            f"no readable example: {everything} {len(self.source)} are bad ({describe(causes)}); "
+            f"no readable example: {everything} {len(part)} are bad ({describe(causes)}); "
             f"the first is {bad[0].name}: {bad[0].detail or bad[0].cause}"
         )
 

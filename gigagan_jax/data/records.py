@@ -92,6 +92,10 @@ class Source(abc.ABC):
 
         return Shuffled(len(self), seed)
 
+    def neighbours(self, i: int) -> range:
+        """The examples, `i` among them, from which one is taken in place of `i` where that is bad."""
+        return range(len(self))
+
     @abc.abstractmethod
     def name(self, i: int) -> str:
         """Name of example `i`, known without decoding it."""

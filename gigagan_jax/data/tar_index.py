@@ -11,7 +11,6 @@ in); `sets/DIGEST/` holds one list of shards as columns that are mapped into mem
     keys                         uint8, all keys one after the other
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
@@ -24,17 +23,16 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gigagan_jax.data.progress import Progress
+from gigagan_jax.data.processes import parallel
 from gigagan_jax.data.storage import Storage, is_local
 from gigagan_jax.data.tar_headers import BLOCK, compression, members
 from gigagan_jax.errors import UserError
-from gigagan_jax.memory import keep_memory
 
 _log = logging.getLogger(__name__)
 VERSION = 2
@@ -254,31 +252,6 @@ def build(
         return _merge(folder, paths, captions)
     except OSError as e:
         raise UserError(f"the index {folder} cannot be written: {e.strerror or e}; choose config.data.index") from None
-
-
-def parallel(
-    task: Callable[[Any], Any], items: Sequence[Any], workers: int, title: str, quiet: bool = False
-) -> Iterator[Any]:
-    """task(item) for each item in order, in processes, with progress."""
-    workers = min(workers or os.cpu_count() or 1, len(items))
-    progress = Progress(title, len(items), quiet=quiet)
-    if workers <= 1:
-        for item in items:
-            yield task(item)
-            progress.step()
-        return
-    import multiprocessing
-
-    # Not forked: JAX, whose threads a fork would lose, may be running here.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=keep_memory) as pool:
-        try:
-            for result in pool.map(task, items, chunksize=max(1, min(16, len(items) // (4 * workers)))):
-                yield result
-                progress.step()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:

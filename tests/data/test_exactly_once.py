@@ -4,11 +4,16 @@ import collections
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gigagan_jax.data import pipeline
+from gigagan_jax.data.records import BadExample
 from gigagan_jax.data.sources.mixed import MixedSource
 from gigagan_jax.data.sources.tar import TarSource
 from gigagan_jax.data.tokenizers import ByteTokenizer
@@ -91,6 +96,73 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(source):
         with pytest.raises(UserError, match="a process that reads the data was lost") as refused:
             collections.deque(data, maxlen=1)  # what it had read is delivered first
     assert "\n" not in str(refused.value)
+
+
+TRAINING = """
+import multiprocessing, sys, time
+from gigagan_jax.data import pipeline
+from gigagan_jax.data.sources.digits import DigitsSource
+from gigagan_jax.data.tokenizers import ByteTokenizer
+
+if __name__ == "__main__":
+    data = pipeline.build(
+        DigitsSource(), resolution=8, batch_size=8, seed=0, tokenizer=ByteTokenizer(40), num_workers=2, num_threads=1
+    )
+    next(data)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(100)
+"""
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path):
+    script, root = tmp_path / "training.py", Path(__file__).parents[2]
+    script.write_text(TRAINING)
+    how = {"cwd": root, "env": os.environ | {"PYTHONPATH": str(root)}, "stdout": subprocess.PIPE, "text": True}
+    with open(tmp_path / "log", "w") as log, subprocess.Popen([sys.executable, script], stderr=log, **how) as child:
+        pids = [int(pid) for pid in child.stdout.readline().split()]
+        child.kill()
+    assert len(pids) == 2
+    end = time.monotonic() + 5
+    while any(map(lives, pids)):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def lives(pid):
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Broken(MixedSource):
+    """A mixture of which some examples cannot be read."""
+
+    def __init__(self, parts, bad):
+        super().__init__(parts)
+        self.bad = bad
+
+    def read(self, i):
+        if i in self.bad:
+            raise BadExample("image_empty")
+        return super().read(i)
+
+
+def test_a_bad_example_of_a_mixture_is_replaced_within_its_part(source):
+    from gigagan_jax.data.sources.digits import DigitsSource
+
+    parts = [(1, source), (1, DigitsSource())]
+    options = {"max_bad_fraction": 1.0, "batch_size": 100}
+    with stream(Broken(parts, set(range(1, 24))), **options) as data:
+        seen = [int(i) for _ in range(10) for i in next(data)["index"]]
+    assert collections.Counter(i < 24 for i in seen) == {True: 500, False: 500}
+    assert {i for i in seen if i < 24} == {0}
+    with (
+        stream(Broken(parts, set(range(24))), **options) as data,
+        pytest.raises(UserError, match="no readable example: all 24 are bad"),
+    ):
+        next(data)
 
 
 def test_mixtures_keep_their_weights_and_see_each_example_once_an_epoch(source, tmp_path):

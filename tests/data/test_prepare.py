@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from gigagan_jax.config_data import DataConfig
 from gigagan_jax.data.prepare import shards
 from gigagan_jax.data.prepare.convert import convert
 from gigagan_jax.data.prepare.output import Output
-from gigagan_jax.data.prepare.tasks import run_tasks
+from gigagan_jax.data.prepare.tasks import _Keep, run_tasks
 from gigagan_jax.data.records import UNKNOWN_LABEL, Record
 from gigagan_jax.data.sources import make_source
 from gigagan_jax.data.sources.digits import DigitsSource
@@ -183,6 +184,86 @@ def test_killed_in_the_middle_it_goes_on(photos, source, kind, tmp_path):
     assert all(same((cut / name).stat(), status) for name, status in before.items())
 
 
+SLOW = """
+import os, sys, time
+from pathlib import Path
+from gigagan_jax.data.prepare.convert import convert
+from gigagan_jax.data.prepare.output import Output
+from gigagan_jax.data.sources.folder import FolderSource
+
+class Slow(FolderSource):
+    def read(self, i):
+        Path(sys.argv[3], str(os.getpid())).touch()
+        time.sleep(0.05)
+        return super().read(i)
+
+if __name__ == "__main__":
+    convert(Slow(sys.argv[1]), Output(sys.argv[2]), "folder", shard_size=5, workers=2, quiet=True)
+"""
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_workers_of_a_killed_convert_end_and_take_nothing_from_the_next(photos, source, tmp_path):
+    whole, cut, pids, script = (tmp_path / name for name in ("whole", "cut", "pids", "slow.py"))
+    convert(source, Output(str(whole)), "folder", shard_size=5, workers=1, quiet=True)
+    pids.mkdir()
+    script.write_text(SLOW)
+    command, env = [sys.executable, script, photos, cut, pids], os.environ | {"PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, cwd=ROOT, env=env, stderr=log) as child:
+        wait_for(lambda: list(cut.glob("0000?")) and len(os.listdir(pids)) == 2, 60)
+        with pytest.raises(UserError, match="lock is held: another convert writes to this folder") as held:
+            convert(source, Output(str(cut)), "folder", shard_size=5, workers=1, quiet=True)
+        assert "\n" not in str(held.value)
+        child.kill()
+    assert not (cut / "00005").exists()
+    convert(source, Output(str(cut)), "folder", shard_size=5, workers=1, quiet=True)
+    wait_for(lambda: all(ended(int(pid)) for pid in os.listdir(pids)), 5)
+    assert files_of(cut) == files_of(whole)
+    assert not list(cut.glob(".scratch*"))
+
+
+def ended(pid):
+    """Whether a process is no more; it may wait for whoever asks for its exit status."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_files_lost_while_a_shard_is_written_are_noticed(source, tmp_path, monkeypatch):
+    write = shards.write_folder
+
+    def lose_one(path, items):
+        written = write(path, items)
+        next(path.iterdir()).unlink()
+        return written
+
+    monkeypatch.setattr(shards, "write_folder", lose_one)
+    make = lambda: convert(source, Output(str(tmp_path)), "folder", shard_size=100, workers=1, quiet=True)
+    with pytest.raises(UserError, match=r"holds 55 files, .* bytes of the 56 files"):
+        make()
+    assert not (tmp_path / "00000").exists()
+    monkeypatch.undo()
+    make()
+    assert len(files_of(tmp_path / "00000")) == 56
+
+
+def test_what_outlives_a_cleared_scratch_cannot_publish(tmp_path):
+    out = Output(str(tmp_path))
+    with pytest.raises(UserError, match="cannot be written"), out.scratch() as folder:  # noqa: PT012
+        (folder / "made").mkdir()
+        out.clear_scratch()
+        out.publish(folder / "made", "made")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_shard_that_is_gone_or_cut_is_made_again(source, tars, tmp_path):
     out = Output(str(tmp_path))
     make = lambda: convert(source, out, "tar", shard_size=8, workers=1, quiet=True)
@@ -221,6 +302,24 @@ def test_a_users_error_ends_the_tasks_and_is_not_kept(workers, tmp_path):
     assert run_tasks(refuse_odd, [0, 6, 2, 4], workers=workers, results=kept, title="t", quiet=True) == [0, 6, 2, 4]
     with pytest.raises(UserError, match="3 is odd"):
         run_tasks(refuse_odd, [0, 3], workers=workers, title="t", quiet=True)
+
+
+def die(i):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lost_worker_is_one_line():
+    with pytest.raises(UserError, match=r"counting: a worker process was lost.* fewer --workers") as lost:
+        run_tasks(die, [0, 1], workers=2, title="counting", quiet=True)
+    assert "\n" not in str(lost.value)
+
+
+def test_a_late_error_takes_no_result_away(tmp_path):
+    kept = Output(str(tmp_path))
+    late = _Keep(refuse_odd, kept)
+    assert run_tasks(refuse_odd, [8], workers=1, results=kept, title="t", quiet=True) == [8]
+    assert late((0, 1)) == "1 is odd"
+    assert run_tasks(refuse_odd, [1], workers=1, results=kept, title="t", quiet=True) == [8]
 
 
 def test_kept_results_are_not_made_again(tmp_path):

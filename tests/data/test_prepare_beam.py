@@ -11,6 +11,7 @@ from gigagan_jax.data.prepare.check import check
 from gigagan_jax.data.prepare.convert import convert
 from gigagan_jax.data.prepare.output import Output
 from gigagan_jax.data.prepare.stats import stats
+from gigagan_jax.data.prepare.tasks import run_tasks
 from gigagan_jax.data.sources.digits import DigitsSource
 from gigagan_jax.errors import UserError
 
@@ -82,6 +83,19 @@ def test_what_beam_refuses_is_one_line(how, words, tmp_path, capsys):
         make("tar", tmp_path, **how)
     assert words in str(error.value)
     assert capsys.readouterr().err == ""
+
+
+def refuse_odd(i):
+    if i % 2:
+        raise UserError(f"{i} is odd")
+    return i
+
+
+def test_a_users_error_arrives_as_its_line_and_is_not_kept(tmp_path):
+    how = {"runner": "DirectRunner", "results": Output(str(tmp_path)), "title": "t", "quiet": True}
+    with pytest.raises(UserError, match=r"^3 is odd$"):
+        run_tasks(refuse_odd, [2, 3], **how)
+    assert run_tasks(refuse_odd, [2, 4], **how) == [2, 4]
 
 
 def test_other_machines_need_a_folder_that_all_see():

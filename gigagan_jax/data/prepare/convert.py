@@ -53,15 +53,29 @@ class Conversion:
         return f"{number:05d}" + (".tar" if self.kind == "tar" else "")
 
     def __call__(self, number: int) -> dict[str, Any]:
-        """Writes a shard; returns {"examples", "files", "bytes", "left_out": [{"index", "name", "cause", "detail"}, ...]}."""
+        """Writes a shard; returns {"examples", "files", "bytes", "left_out": [{"index", "name", "cause", "detail"}, ...]}.
+
+        Raises:
+          UserError: it cannot be written, or what lies there is not what was written.
+        """
         left_out: list[dict[str, Any]] = []
         write = {"tar": shards.write_tar, "folder": shards.write_folder, "arrayrecord": shards.write_array_record}
         with self.out.scratch() as folder:
             made = folder / self.file(number)
-            count = write[self.kind](made, self._items(number, left_out))
-            files, size = Output(str(folder)).extent(made.name)
+            count, *extent = write[self.kind](made, self._items(number, left_out))
+            self._compare(extent, Output(str(folder)), made.name)
             self.out.publish(made, made.name)
-        return {"examples": count, "files": files, "bytes": size, "left_out": left_out}
+            if self.out.local:
+                self._compare(extent, self.out, made.name)
+        return {"examples": count, "files": extent[0], "bytes": extent[1], "left_out": left_out}
+
+    def _compare(self, written: list[int], place: Output, name: str) -> None:
+        found = place.extent(name)
+        if found != tuple(written):
+            raise UserError(
+                f"{place}/{name} holds {found[0]} files, {found[1]} bytes of the {written[0]} files, {written[1]} bytes "
+                "written to it: does something else change that folder? The same command makes it again"
+            )
 
     def _items(self, number: int, left_out: list[dict[str, Any]]) -> Iterator[shards.Item]:
         start = number * self.shard_size
@@ -125,31 +139,38 @@ def convert(
     task = Conversion(source, out, kind, name, shard_size, check_images)
     work = out.sub(WORK)
     _begin(task, work)
-    out.clear_scratch()
-    results = run_tasks(
-        task,
-        range(task.count),
-        workers=workers,
-        runner=runner,
-        beam_args=beam_args,
-        results=work.sub("shards"),
-        is_whole=task.is_whole,
-        title=f"converting to {kind}",
-        quiet=quiet,
-    )
-    left_out = [bad for result in results for bad in result["left_out"]]
-    out.write_text(LEFT_OUT, "".join(json.dumps(bad) + "\n" for bad in left_out))
-    if kind == "arrayrecord":
-        size = sum(result["bytes"] for result in results)
-        _describe(out, name, [result["examples"] for result in results], size)
-    for place in (out, work, work.sub("shards")):
-        place.clear_scratch()
+    with work.held("lock", "another convert writes to this folder"):
+        out.clear_scratch()
+        results = run_tasks(
+            task,
+            range(task.count),
+            workers=workers,
+            runner=runner,
+            beam_args=beam_args,
+            results=work.sub("shards"),
+            is_whole=task.is_whole,
+            title=f"converting to {kind}",
+            quiet=quiet,
+        )
+        _finish(task, work, results)
     return {
         "examples": sum(result["examples"] for result in results),
         "shards": len(results),
         "bytes": sum(result["bytes"] for result in results),
-        "left_out": dict(Counter(bad["cause"] for bad in left_out).most_common()),
+        "left_out": dict(Counter(bad["cause"] for result in results for bad in result["left_out"]).most_common()),
     }
+
+
+def _finish(task: Conversion, work: Output, results: list[dict[str, Any]]) -> None:
+    """Writes what describes the whole, and clears up."""
+    out = task.out
+    left_out = [bad for result in results for bad in result["left_out"]]
+    out.write_text(LEFT_OUT, "".join(json.dumps(bad) + "\n" for bad in left_out))
+    if task.kind == "arrayrecord":
+        size = sum(result["bytes"] for result in results)
+        _describe(out, task.name, [result["examples"] for result in results], size)
+    for place in (out, work, work.sub("shards")):
+        place.clear_scratch()
 
 
 def _begin(task: Conversion, work: Output) -> None:

@@ -17,6 +17,7 @@ from gigagan_jax.data.prepare.convert import told
 from gigagan_jax.data.prepare.output import Output
 from gigagan_jax.data.prepare.tasks import run_tasks
 from gigagan_jax.data.records import UNKNOWN_LABEL, BadExample, Record, Source
+from gigagan_jax.data.tar_index import TarIndex
 
 _CHUNK, _TASKS = 500, 2000  # at least so many examples in a task; so many tasks where there are enough
 _DIGITS, _EXACT = 3, 10_000  # of a counted value: there are not many of them, however large the data set
@@ -208,7 +209,9 @@ def measure(
     items = choose(len(source), sample, seed)
     out = Measured()
     if results is not None:  # what was found of other data, or by another sample, is not this
-        asked = json.dumps([source.identity(), len(source), sample, seed if sample else 0, decode])
+        tars = getattr(source, "index", None)
+        versions = hashlib.sha256(tars.stamps.tobytes()).hexdigest() if isinstance(tars, TarIndex) else ""
+        asked = json.dumps([source.identity(), versions, len(source), sample, seed if sample else 0, decode])
         results = results.sub(hashlib.sha256(asked.encode()).hexdigest()[:16])
     for part in run_tasks(Measure(source, decode), items, results=results, **how):
         out.merge(Measured.from_json(part))

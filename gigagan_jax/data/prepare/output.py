@@ -55,9 +55,49 @@ class Output:
                 shutil.rmtree(made, ignore_errors=True)
 
     def clear_scratch(self) -> None:
-        """Removes what killed tasks left behind. No other task may be running."""
-        if self.local:
-            shutil.rmtree(Path(self.folder, SCRATCH), ignore_errors=True)
+        """Removes what killed tasks left behind.
+
+        A task of a killed run that still writes there fails: nothing of what it made can be published any more. It would
+        publish less than it wrote if files were removed while they keep their place.
+        """
+        if not self.local:
+            return
+        with contextlib.suppress(OSError):
+            os.rename(Path(self.folder, SCRATCH), Path(self.folder, f"{SCRATCH}-{uuid.uuid4().hex}"))
+        for old in (Path(self.folder, SCRATCH), *Path(self.folder).glob(f"{SCRATCH}-*")):
+            shutil.rmtree(old, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def held(self, name: str, by: str) -> Iterator[None]:
+        """Holds a lock file of a local folder, which the kernel gives back however this process ends.
+
+        Args:
+          name: of the file.
+          by: what holds it, for the error.
+
+        Raises:
+          UserError: another process holds it, or it cannot be written.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            fcntl = None  # type: ignore[assignment]
+        if not self.local or fcntl is None:
+            yield
+            return
+        with self._explained():
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            file = os.open(Path(self.folder, name), os.O_RDWR | os.O_CREAT, 0o666)  # worker processes do not inherit it
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.folder}/{name} is held: {by}; wait for its end, or end it") from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+        finally:
+            os.close(file)
 
     def publish(self, made: Path, name: str) -> None:
         """Moves or uploads a file or folder made in `scratch` to `name`, in place of what is there.

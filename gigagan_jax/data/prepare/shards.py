@@ -8,7 +8,7 @@ import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -113,31 +113,42 @@ def header_size(data: bytes) -> tuple[int | None, int | None]:
         return None, None
 
 
-def write_tar(path: Path, items: Iterable[Item]) -> int:
-    """A tar in img2dataset's layout, without times and owners; returns how many examples it holds."""
+class Written(NamedTuple):
+    """What was written, counted on the way: what lies there afterwards may be less."""
+
+    examples: int
+    files: int
+    bytes: int
+
+
+def write_tar(path: Path, items: Iterable[Item]) -> Written:
+    """A tar in img2dataset's layout, without times and owners."""
     count = 0
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-        for item in items:
-            for suffix, data in item.members():
-                member = tarfile.TarInfo(item.key + suffix)
-                member.size, member.mode, member.mtime = len(data), 0o644, 0
-                tar.addfile(member, io.BytesIO(data))
-            count += 1
-    return count
+    with open(path, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            for item in items:
+                for suffix, data in item.members():
+                    member = tarfile.TarInfo(item.key + suffix)
+                    member.size, member.mode, member.mtime = len(data), 0o644, 0
+                    tar.addfile(member, io.BytesIO(data))
+                count += 1
+        return Written(count, 1, file.tell())
 
 
-def write_folder(path: Path, items: Iterable[Item]) -> int:
+def write_folder(path: Path, items: Iterable[Item]) -> Written:
     """A folder of images with captions beside them; without labels, which only folders named by class could hold."""
     path.mkdir()
-    count = 0
+    count = files = size = 0
     for item in items:
         for suffix, data in item.members():
             if suffix in (item.suffix, ".txt"):
                 (path / (item.key + suffix)).write_bytes(data)
+                files, size = files + 1, size + len(data)
         count += 1
-    return count
+    return Written(count, files, size)
 
 
-def write_array_record(path: Path, items: Iterable[Item]) -> int:
-    """An ArrayRecord file of encoded examples; returns how many it holds."""
-    return array_records.write(path, (dataclasses.replace(i.record, image=i.image) for i in items))
+def write_array_record(path: Path, items: Iterable[Item]) -> Written:
+    """An ArrayRecord file of encoded examples; its length is known from the file alone."""
+    count = array_records.write(path, (dataclasses.replace(i.record, image=i.image) for i in items))
+    return Written(count, 1, path.stat().st_size)

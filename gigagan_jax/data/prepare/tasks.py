@@ -6,11 +6,12 @@ import io
 import json
 import logging
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gigagan_jax.data.prepare.output import Output
-from gigagan_jax.data.tar_index import parallel
+from gigagan_jax.data.processes import parallel
 from gigagan_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -77,10 +78,9 @@ def run_tasks(
                     raise UserError(error)
         else:
             _by_beam(call, todo, runner, beam_args, title, quiet)
+            if errors := [name for name in results.names() if name.endswith(call.error_suffix)]:
+                raise UserError(results.read_text(errors[0]) or f"{title}: {results}/{errors[0]} was removed")
         kept |= zip((i for i, _ in todo), _kept(results, [i for i, _ in todo]), strict=True)
-    errors = [said["error"] for said in kept.values() if "error" in said]
-    if errors:
-        raise UserError(errors[0])
     lost = [i for i, said in kept.items() if "result" not in said]
     if lost:
         raise UserError(
@@ -91,19 +91,24 @@ def run_tasks(
 
 
 class _Keep:
-    """A task that writes what it returns to a file. Its UserErrors too: a runner would try them again and bury the line."""
+    """A task that writes what it returns to a file. Its UserErrors too: a runner would try them again and bury the line.
+
+    Errors lie in files of this run alone: a task that outlived a killed run takes no good result away from the next one.
+    """
 
     def __init__(self, task: Callable[[Any], Any], results: Output):
         self.task, self.results = task, results
+        self.error_suffix = f".{uuid.uuid4().hex}.error"
 
     def __call__(self, numbered: tuple[int, Any]) -> str:
         i, item = numbered
         try:
-            said = {"result": self.task(item)}
+            result = self.task(item)
         except UserError as e:
-            said = {"error": str(e)}
-        self.results.write_text(_file(i), json.dumps(said))
-        return said.get("error", "")
+            self.results.write_text(f"{i:06d}{self.error_suffix}", str(e))
+            return str(e)
+        self.results.write_text(_file(i), json.dumps({"result": result}))
+        return ""
 
 
 def _file(i: int) -> str:

@@ -43,6 +43,12 @@ class MixedSource(Source):
         part, place = self._find(i)
         return self.parts[part].captions(place)
 
+    def neighbours(self, i: int) -> range:
+        """Those of its own part: a part keeps its share of the stream whatever is bad in it."""
+        part, place = self._find(i)
+        start, own = int(self.starts[part]), self.parts[part].neighbours(place)
+        return range(start + own.start, start + own.stop)
+
     def name(self, i: int) -> str:
         """Number of the part and the name there: "1:00000.tar/000000012"."""
         part, place = self._find(i)
