@@ -1,8 +1,10 @@
-"""Work on many items in processes of this machine."""
+"""Several processes of this machine: work on many items, and one at a time in a folder."""
 
 import concurrent.futures
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from gigagan_jax.data.progress import Progress
@@ -43,3 +45,35 @@ def parallel(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def locked(file: Path, busy: Callable[[], object]) -> Iterator[None]:
+    """Holds a lock file, which the kernel gives back however this process ends; worker processes do not inherit it.
+
+    Does nothing on Windows and on file systems without locks.
+
+    Args:
+      file: in a folder that is there.
+      busy: called where another process holds it: what it raises is the end, otherwise this process waits.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(opened)

@@ -13,7 +13,7 @@ in); `sets/DIGEST/` holds one list of shards as columns that are mapped into mem
 
 import contextlib
 import dataclasses
-import fcntl
+import filecmp
 import functools
 import hashlib
 import json
@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from gigagan_jax.data.processes import parallel
+from gigagan_jax.data.processes import locked, parallel
 from gigagan_jax.data.storage import Storage, is_local
 from gigagan_jax.data.tar_headers import BLOCK, compression, members
 from gigagan_jax.errors import UserError
@@ -302,11 +301,14 @@ def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:
         "faults": {f: int(k) for f, k in zip(FAULTS, faults, strict=True) if f and k},
         "damaged": damaged,
         "labelled": labelled,
-        "made": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     np.savez(temporary / "shards.npz", counts=counts, key_bytes=key_bytes, stamps=np.array(stamps, np.int64))
     (temporary / "shards.txt").write_text("\n".join(names), encoding="utf-8")
     (temporary / "index.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    names = [p.name for p in temporary.iterdir()]
+    if len(filecmp.cmpfiles(target, temporary, names, shallow=False)[0]) == len(names):
+        shutil.rmtree(temporary)  # runs may be using what is there, and what filters left lies in it
+        return target
     old = target.with_name(f"{target.name}.{uuid.uuid4().hex}.old")
     with contextlib.suppress(FileNotFoundError):
         os.rename(target, old)
@@ -386,27 +388,13 @@ def opened(
         if not refresh and not stale(made, storage, paths):
             return TarIndex(made)
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with locked(folder / "lock", lambda: _log.info("another process indexes into %s: waiting for it", folder)):
             if refresh or stale(made, storage, paths):  # another process may have made it meanwhile
                 _log.info("indexing %d tars into %s", len(paths), folder)
                 made = build(folder, storage, paths, captions=captions, workers=workers)
             return TarIndex(made)
     except OSError as e:
         raise UserError(f"the index {folder} cannot be written: {e.strerror or e}; choose config.data.index") from None
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits while another process works in a folder. The kernel lets go of it with the process."""
-    with open(folder / "lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("another process indexes into %s: waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: at worst the work is done twice
-        yield
 
 
 def stale(folder: Path, storage: Storage, paths: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from gigagan_jax.config_data import DataConfig
+from gigagan_jax.config_data import DataConfig, FilterConfig
 from gigagan_jax.data import tar_headers, tar_index
 from gigagan_jax.data.order import Shuffled
 from gigagan_jax.data.records import BadExample
@@ -88,6 +89,19 @@ def test_a_damaged_index_is_made_again(file, damage, tmp_path):
     place.write_bytes(damage(place.read_bytes()))
     again = TarSource(str(tars), workers=1)
     assert captions(again) == before
+
+
+def test_indexing_again_what_did_not_change_disturbs_no_run(tmp_path):
+    tars = write_tars(tmp_path, shards=2, each=3)
+    source = TarSource(str(tars), workers=1, filters=FilterConfig(min_width=1))
+    TarSource(str(tars), workers=1, refresh=True)
+    assert captions(pickle.loads(pickle.dumps(source))) == captions(source)  # as a worker process gets it
+    for file in ("keys.bin", "image_block.bin"):  # damage that keeps the length
+        place = source.index.folder / file
+        before = place.read_bytes()
+        place.write_bytes(bytes(len(before)))
+        TarSource(str(tars), workers=1, refresh=True)
+        assert place.read_bytes() == before
 
 
 def test_a_source_in_use_does_not_open_an_index_made_anew(tmp_path):
@@ -172,3 +186,7 @@ def test_brackets_and_blanks_in_paths_are_no_patterns(tmp_path):
     assert len(TarSource(str(tars), workers=1)) == 4
     assert len(TarSource(str(tars / "00001.tar"), workers=1)) == 2
     assert Storage().expand(str(tars), (".tar",)) == [str(tars / f"0000{i}.tar") for i in range(2)]
+
+
+def test_tars_of_a_folder_that_is_not_there(tmp_path, refused):
+    refused(lambda: TarSource(str(tmp_path / "none" / "{0..3}.tar")), tmp_path / "none", "no such folder")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gigagan_jax.data.processes import locked
 from gigagan_jax.data.storage import is_local, local
 from gigagan_jax.errors import UserError
 
@@ -78,26 +79,18 @@ class Output:
         Raises:
           UserError: another process holds it, or it cannot be written.
         """
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            fcntl = None  # type: ignore[assignment]
-        if not self.local or fcntl is None:
+        if not self.local:
             yield
             return
-        with self._explained():
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-            file = os.open(Path(self.folder, name), os.O_RDWR | os.O_CREAT, 0o666)  # worker processes do not inherit it
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.folder}/{name} is held: {by}; wait for its end, or end it") from None
-            except OSError:
-                pass  # a file system without locks
+
+        def busy() -> None:
+            raise UserError(f"{self.folder}/{name} is held: {by}; wait for its end, or end it")
+
+        with contextlib.ExitStack() as stack:
+            with self._explained():
+                Path(self.folder).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(Path(self.folder, name), busy))
             yield
-        finally:
-            os.close(file)
 
     def publish(self, made: Path, name: str) -> None:
         """Moves or uploads a file or folder made in `scratch` to `name`, in place of what is there.

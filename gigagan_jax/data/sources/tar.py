@@ -203,6 +203,9 @@ def index_folder(paths: Sequence[str], index: str, workdir: Path | None) -> Path
     if index:
         return Path(local(index)) if is_local(index) else _refuse(f"config.data.index={index}: must be a local folder")
     if all(map(is_local, paths)):
+        missing = next((p for p in paths if not os.path.isdir(os.path.dirname(os.path.abspath(local(p))))), None)
+        if missing:
+            return _refuse(f"{missing}: there is no such folder; check config.data.path")
         beside = Path(os.path.commonpath([os.path.dirname(os.path.abspath(local(p))) for p in paths])) / INDEX_NAME
         writable = lambda p: os.access(p, os.W_OK | os.X_OK)
         if writable(beside) or (not beside.exists() and writable(beside.parent)):
