@@ -19,36 +19,8 @@ from ml_collections import ConfigDict
 
 from gigagan_jax.config_check import validate
 from gigagan_jax.config_data import DataConfig
+from gigagan_jax.config_run import DEFAULT_RULES, CheckpointConfig, MeshConfig, SnapshotConfig
 from gigagan_jax.errors import UserError
-
-# Logical axis -> mesh axes. Parameters: conv_in, conv_out, embed, mlp, heads, style, vocab, bank, kernel, layers, rgb.
-# Activations at block borders: batch, channels.
-DEFAULT_RULES = {
-    # In this order: with "data,fsdp" on a mesh of three axes XLA's partitioner (jaxlib 0.10.2) permutes the examples between
-    # devices in a backward product and does not bring them back; tests/training/test_sharding_parity.py shows it.
-    "batch": "fsdp,data",
-    "channels": "",
-    "conv_in": "fsdp",
-    "conv_out": "tensor",
-    "embed": "fsdp",
-    "mlp": "tensor",
-    "heads": "tensor",
-    "style": "fsdp",
-    "vocab": "",
-    "bank": "",
-    "kernel": "",
-    "layers": "",
-    "rgb": "",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; -1 takes what the others leave. `--config.mesh.fsdp=8`."""
-
-    data: int = -1  # copies of the model: the batch is split over it
-    fsdp: int = 1  # parameters and batch are split over it
-    tensor: int = 1  # output channels, heads and feed-forward are split over it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,27 +171,6 @@ class EmaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """Which checkpoints are kept."""
-
-    keep: int = 3  # newest
-
-
-@dataclasses.dataclass(frozen=True)
-class SnapshotConfig:
-    """The grid of fixed prompts and seeds that is drawn during training."""
-
-    prompts: tuple[str, ...] = (  # one row each; class numbers for a class-conditional model
-        "a photo of a cat",
-        "a red house by the sea",
-        "an oil painting of a ship",
-        "a bowl of fruit",
-    )
-    seeds: int = 8  # columns: seeds 0, 1, ...
-    truncations: tuple[float, ...] = (1.0, 0.7)  # one grid each
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -237,7 +188,7 @@ class Config:
     dtype: str = "bfloat16"  # of the computation; parameters, logits, losses and penalties are float32
     remat: bool = True  # recompute each block in the backward pass
     evaluators: tuple[str, ...] = ()  # run at the end of training: "digits"
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009  (frozen)
     # logical axis -> mesh axes; see DEFAULT_RULES
     rules: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(DEFAULT_RULES))  # see sharding.py
     data: DataConfig = DataConfig()  # noqa: RUF009  (frozen)
@@ -251,8 +202,8 @@ class Config:
     d_optimizer: OptimizerConfig = OptimizerConfig()
     v_optimizer: OptimizerConfig = OptimizerConfig()  # of the vision-aided discriminator
     ema: EmaConfig = EmaConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    snapshot: SnapshotConfig = SnapshotConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()  # noqa: RUF009  (frozen)
+    snapshot: SnapshotConfig = SnapshotConfig()  # noqa: RUF009  (frozen)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
