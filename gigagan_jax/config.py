@@ -140,6 +140,7 @@ class LossConfig:
     intermediate_match: float = 0.05  # (A2) the same, matching-aware loss
     match_d: float = 1.0  # (A2)
     match_g: float = 1.0  # (A2)
+    mismatch_group: int = 16  # (open) neighbours in the batch among which wrong captions are drawn; 0: the whole batch
     clip: tuple[float, float] = (0.0, 0.0)  # (A2: 0.2 to 1.0) contrastive loss, first and last; linear in images
     vision_aided: float = 0.0  # (open) of the vision-aided discriminator in G's loss; 0 is off
     r1_gamma: tuple[float, float] = (0.2048, 2.048)  # (A2) first and last; linear in images

@@ -34,6 +34,7 @@ _POSITIVE = (
     *(f"vision_aided.{size}" for size in ("projection", "head_width", "head_depth", "text.width", "text.heads")),
 )
 _NOT_NEGATIVE = (
+    "loss.mismatch_group",
     *(
         "seed",
         "num_classes",

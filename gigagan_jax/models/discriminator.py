@@ -180,11 +180,12 @@ class Stage(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, P, H, W, C] -> [N, P, H / 2, W / 2, C']; the last stage gives [N, P, 1, 1, C]"""
-        if self.blocks is not None:
-            x = self.blocks(x)
-        if self.attention is not None:
-            x = self.attention(x)
-        return run(self.down, self.remat, x)
+        for name, layers in (("blocks", self.blocks), ("attention", self.attention)):
+            if layers is not None:
+                with jax.named_scope(name):
+                    x = layers(x)
+        with jax.named_scope("down"):
+            return run(self.down, self.remat, x)
 
 
 class Discriminator(nnx.Module):
@@ -224,12 +225,13 @@ class Discriminator(nnx.Module):
 
         The global descriptor only (sec. 3.3).
         """
-        t = self.conditioner(tokens, labels, features).global_
-        if t is not None and self.class_mapping:
-            t = normalize(t)
-            for layer in self.class_mapping:
-                t = leaky_relu(layer(t))
-        return t
+        with jax.named_scope("discriminator/conditioner"):
+            t = self.conditioner(tokens, labels, features).global_
+            if t is not None and self.class_mapping:
+                t = normalize(t)
+                for layer in self.class_mapping:
+                    t = leaky_relu(layer(t))
+            return t
 
     def __call__(self, pyramid: list[jax.Array], t: jax.Array | None) -> list[jax.Array]:
         """Logits of all sources and captions.
@@ -246,12 +248,15 @@ class Discriminator(nnx.Module):
         n, sources = pyramid[0].shape[:2]
         for i, (entry, stage, head) in enumerate(zip(self.entries, self.stages, self.heads, strict=True)):
             if entry is not None:
-                y = leaky_relu(entry(_flat(pyramid[i])))
-                y = y.reshape(n, sources, *y.shape[1:])
-                x = y if x is None else jnp.concatenate([x, y], axis=1)
+                with jax.named_scope(f"discriminator/entries/{i}"):
+                    y = leaky_relu(entry(_flat(pyramid[i])))
+                    y = y.reshape(n, sources, *y.shape[1:])
+                    x = y if x is None else jnp.concatenate([x, y], axis=1)
             assert x is not None  # the first level always enters
-            x = stage(x)
+            with jax.named_scope(f"discriminator/stages/{i}"):
+                x = stage(x)
             if head is not None:
-                out = head(x, t)
+                with jax.named_scope(f"discriminator/heads/{i}"):
+                    out = head(x, t)
                 logits += [out[:, k : k + sources] for k in range(0, x.shape[1], sources)]
         return logits

@@ -94,9 +94,13 @@ class SynthesisBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, w: jax.Array, local: jax.Array | None, mask: jax.Array | None) -> jax.Array:
         """x [N, H, W, in] -> [N, H', W', out]"""
-        h = self.conv0(x, w)
-        h = h if self.conv1 is None else self.conv1(h, w)
-        x = x if self.skip is None else self.skip(x)  # 1 x 1 before upsampling: the same, at a quarter of the cost
+        with jax.named_scope("conv0"):
+            h = self.conv0(x, w)
+        if self.conv1 is not None:
+            with jax.named_scope("conv1"):
+                h = self.conv1(h, w)
+        with jax.named_scope("skip"):
+            x = x if self.skip is None else self.skip(x)  # 1 x 1 before upsampling: the same, at a quarter of the cost
         x = (upsample(x) if self.up else x) + self.gain * h
         if self.attention is not None:
             x = self.attention(x, w, local, mask)
@@ -154,11 +158,13 @@ class Generator(nnx.Module):
         self, tokens: jax.Array | None, labels: jax.Array | None = None, features: jax.Array | None = None
     ) -> Condition:
         """tokens int32 [N, C] (with features [N, C, D] of a frozen encoder) or labels int32 [N] -> Condition (eq. 3a)"""
-        return self.conditioner(tokens, labels, features)
+        with jax.named_scope("conditioner"):
+            return self.conditioner(tokens, labels, features)
 
     def map(self, z: jax.Array, condition: Condition) -> jax.Array:
         """z [N, z_dim] -> w [N, w_dim] (eq. 3b)"""
-        return self.mapping(z, condition.global_)
+        with jax.named_scope("mapping"):
+            return self.mapping(z, condition.global_)
 
     def synthesize(self, w: jax.Array, condition: Condition) -> list[jax.Array]:
         """w [N, w_dim] -> float32 images [N, r, r, 3] in about [-1, 1], for r in config.resolutions (eq. 4 and 5)"""
@@ -167,13 +173,18 @@ class Generator(nnx.Module):
         x = constrain(x, "batch", None, None, "channels")
         image: jax.Array | None = None
         images = []
-        for entry, rest, attention, to_rgb in zip(self.entry, self.rest, self.attention, self.to_rgb, strict=True):
-            x = run(entry, self.remat, x, w, condition.local, condition.mask)
-            for layers in (rest, attention):
+        # Scopes are named as the parameters are: profiles and the planner speak of the same modules.
+        stages = zip(self.entry, self.rest, self.attention, self.to_rgb, strict=True)
+        for i, (entry, rest, attention, to_rgb) in enumerate(stages):
+            with jax.named_scope(f"entry/{i}"):
+                x = run(entry, self.remat, x, w, condition.local, condition.mask)
+            for name, layers in (("rest", rest), ("attention", attention)):
                 if layers is not None:
-                    x = layers(x, w, condition.local, condition.mask)
-            rgb = to_rgb(x, w).astype(jnp.float32)
-            image = rgb if image is None else upsample(image) + rgb
+                    with jax.named_scope(f"{name}/{i}"):
+                        x = layers(x, w, condition.local, condition.mask)
+            with jax.named_scope(f"to_rgb/{i}"):
+                rgb = to_rgb(x, w).astype(jnp.float32)
+                image = rgb if image is None else upsample(image) + rgb
             images.append(constrain(image, "batch", None, None, None))
         return images
 
@@ -185,6 +196,7 @@ class Generator(nnx.Module):
         features: jax.Array | None = None,
     ) -> tuple[list[jax.Array], jax.Array]:
         """z [N, z_dim], and what `condition` takes -> (images low to high, w [N, w_dim])"""
-        condition = self.condition(tokens, labels, features)
-        w = self.map(z, condition)
-        return self.synthesize(w, condition), w
+        with jax.named_scope("generator"):
+            condition = self.condition(tokens, labels, features)
+            w = self.map(z, condition)
+            return self.synthesize(w, condition), w

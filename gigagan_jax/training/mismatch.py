@@ -42,3 +42,40 @@ def mismatch(key: jax.Array, tokens: jax.Array | None, labels: jax.Array | None)
     draw = jnp.argmax(jnp.where(same, -1.0, jax.random.uniform(key_draw, (n, n))), axis=1).astype(jnp.int32)
     clash = jnp.take_along_axis(same, index[:, None], axis=1)[:, 0]
     return jnp.where(clash, draw, index), ~jnp.all(same, axis=1)
+
+
+def group_size(n: int, most: int) -> int:
+    """Size of the groups of a batch of n within which wrong captions are drawn: the largest divisor of n up to `most`.
+
+    The whole batch where `most` is 0, or where only divisors below half of `most` are left.
+    """
+    size = max((d for d in range(1, min(n, most) + 1) if n % d == 0), default=n)
+    return size if 2 * size > most else n
+
+
+def wrong_captions(
+    key: jax.Array, t: jax.Array, tokens: jax.Array | None, labels: jax.Array | None, most: int
+) -> tuple[jax.Array, jax.Array]:
+    """What each example's wrong caption is encoded as; see `mismatch`.
+
+    Drawn among neighbours in the batch, since an N x N comparison over a pod's batch does not scale and captions from
+    other devices would have to be fetched: what a device sends does not grow with the number of devices.
+
+    Args:
+      t: [N, D] encoded captions
+      tokens, labels: as `mismatch` takes them
+      most: examples a group, see `group_size`
+
+    Returns:
+      (t of the wrong captions [N, D], valid bool [N])
+    """
+    n = t.shape[0]
+    size = group_size(n, most)
+    groups = n // size
+    keys = key[None] if groups == 1 else jax.random.split(key, groups)
+    split = lambda x: None if x is None else x.reshape(groups, size, *x.shape[1:])
+    index, valid = jax.vmap(mismatch)(keys, split(tokens), split(labels))
+    # A product with a permutation matrix stays within its group, where a gather would be partitioned as a global one.
+    pick = jax.nn.one_hot(index, size, dtype=t.dtype)
+    wrong = jnp.einsum("gij,gjd->gid", pick, split(t), precision=jax.lax.Precision.HIGHEST)
+    return wrong.reshape(t.shape), valid.reshape(n)

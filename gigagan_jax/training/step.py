@@ -20,7 +20,7 @@ from gigagan_jax.models.pretrained.text_spec import text_spec
 from gigagan_jax.training import losses
 from gigagan_jax.training.augment import augment
 from gigagan_jax.training.flops import count_flops
-from gigagan_jax.training.mismatch import mismatch
+from gigagan_jax.training.mismatch import wrong_captions
 from gigagan_jax.training.optim import learning_rate
 from gigagan_jax.training.state import GanState, Net, Networks
 
@@ -130,9 +130,8 @@ class TrainStep:
             return None, None
         if not self.matches:
             return t[:, None], None
-        index, valid = mismatch(key, batch["tokens"], batch["label"])
-        wrong = sharding.constrain(t[index], "batch", None)
-        return jnp.stack([t, wrong], axis=1), valid
+        wrong, valid = wrong_captions(key, t, batch["tokens"], batch["label"], self.config.loss.mismatch_group)
+        return jnp.stack([t, sharding.constrain(wrong, "batch", None)], axis=1), valid
 
     # -- the two losses
 
@@ -185,7 +184,8 @@ class TrainStep:
                 out = disc([x[:, None] for x in (*images, *reals[by:])], own)
                 return jnp.asarray(sum(x.mean(-1).sum() for x in out))
 
-            metrics["loss/r1"] = losses.r1(logit, reals[:by])
+            with jax.named_scope("r1"):
+                metrics["loss/r1"] = losses.r1(logit, reals[:by])
             loss += 0.5 * gamma * c.loss.r1_interval * metrics["loss/r1"]
         return loss, metrics | {"loss/d": loss}
 

@@ -139,8 +139,9 @@ def test_parity_of_each_tap_with_torch(reference, params, pair, error):
 
 def test_equal_images_are_at_distance_zero_with_a_finite_gradient(params, pair):
     value, gradient = distance_and_gradient(params, pair[0], pair[0])
-    np.testing.assert_array_equal(value, 0)
-    np.testing.assert_array_equal(gradient, 0)
+    # The compiler may fuse what is before the two equal images differently: equal to the last bit on some processors only.
+    np.testing.assert_allclose(value, 0, atol=1e-10)
+    np.testing.assert_allclose(gradient, 0, atol=1e-5)
 
 
 def test_unit_vectors_have_a_finite_gradient_at_zero():
