@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.training.mismatch import mismatch, same_wish
+from gigagan_jax.training.mismatch import group_size, mismatch, same_wish, wrong_captions
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep, batch_shardings
 
@@ -146,6 +146,69 @@ def test_a_sharded_batch_gets_the_captions_it_gets_on_one_device(shape):
     spread = jax.jit(mismatch, in_shardings=(everywhere, rows, rows), out_shardings=rows)(key, tokens[0], labels[0])
     for one, eight in zip(plain, jax.device_get(spread), strict=True):
         np.testing.assert_array_equal(one, eight)
+
+
+# ---------------------------------------------------------------- within groups
+
+
+@pytest.mark.parametrize(
+    "n, most, size",
+    [(16, 16, 16), (1024, 16, 16), (8, 16, 8), (24, 16, 12), (20, 16, 10), (34, 16, 34), (9, 0, 9), (1, 16, 1)],
+)
+def test_group_size(n, most, size):
+    assert group_size(n, most) == size
+
+
+def encoded(n):
+    """[n, 2] what stands for captions: their place, exactly."""
+    return jnp.stack([jnp.arange(n), -jnp.arange(n)], axis=1).astype(jnp.float32)
+
+
+def test_wrong_captions_come_from_the_group_and_differ():
+    n, size = 48, 16
+    tokens = tokenize([f"caption {i // 2}" for i in range(n)])  # pairs read the same
+    t, valid = jax.jit(wrong_captions, static_argnums=4)(jax.random.key(0), encoded(n), tokens, None, size)
+    place = np.asarray(t[:, 0]).astype(int)
+    np.testing.assert_array_equal(t, encoded(n)[place])
+    assert valid.all()
+    np.testing.assert_array_equal(place // size, np.arange(n) // size)
+    assert (place // 2 != np.arange(n) // 2).all()
+    steps = [tuple(place[i : i + size] - i) for i in range(0, n, size)]
+    assert len(set(steps)) == 3  # each group has a draw of its own
+
+
+def test_a_group_of_one_caption_has_no_wrong_one_whatever_the_others_have():
+    tokens = tokenize(["same"] * 16 + [f"caption {i}" for i in range(16)])
+    _, valid = wrong_captions(jax.random.key(0), encoded(32), tokens, None, 16)
+    np.testing.assert_array_equal(valid, np.arange(32) >= 16)
+
+
+def test_one_group_is_the_whole_batch():
+    tokens = tokenize([f"caption {i}" for i in range(16)])
+    index, _ = mismatch(jax.random.key(1), tokens, None)
+    t, _ = wrong_captions(jax.random.key(1), encoded(16), tokens, None, 16)
+    np.testing.assert_array_equal(t[:, 0], index)
+
+
+def test_wrong_captions_of_a_sharded_batch_move_nothing_between_devices_on_a_mesh():
+    n = 128
+    mesh = sharding.make_mesh(MeshConfig(data=8))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    tokens = tokenize([f"caption {i}" for i in range(n)])
+    run = jax.jit(
+        lambda k, t, tokens: wrong_captions(k, t, tokens, None, 16),
+        in_shardings=(everywhere, rows, rows),
+        out_shardings=rows,
+    )
+    compiled = run.lower(jax.random.key(0), encoded(n), tokens).compile()
+    text = compiled.as_text()
+    assert not [
+        kind for kind in ("all-gather", "all-to-all", "collective-permute", "all-reduce") if f" {kind}(" in text
+    ]
+    plain = wrong_captions(jax.random.key(0), encoded(n), tokens, None, 16)
+    for a, b in zip(compiled(jax.random.key(0), encoded(n), tokens), plain, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # ---------------------------------------------------------------- as the step uses it
