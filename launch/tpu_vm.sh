@@ -71,6 +71,11 @@ worker() {
   on "$which" bash gigagan_jax/launch/tpu_vm_worker.sh "$@"
 }
 
+# Of the training on the first machine: running, done, absent, or failed and the exit code.
+outcome() {
+  on first bash -c "[ -e gigagan_jax ] || exec echo absent; exec bash gigagan_jax/launch/tpu_vm_worker.sh outcome"
+}
+
 create() {
   local version=$runtime flags=(--accelerator-type="$(accelerator_type)")
   if [ -z "$version" ]; then
@@ -167,12 +172,12 @@ in_order() {
 }
 
 keep() {
-  local now outcome
+  local now ended
   if [ -n "$dry_run" ]; then
     anew
     echo "# every minute:"
     run "${tpus[@]}" describe "$name" "${where[@]}" --format="$state"
-    worker first outcome
+    outcome
     echo "# when they were taken away, this and all of the above again:"
     run "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet
     return
@@ -181,14 +186,14 @@ keep() {
     now=$(state_now)
     case $now in
       ACTIVE | READY)
-        outcome=$(worker first outcome) || outcome=unknown
-        case $outcome in
+        ended=$(outcome) || ended=unknown # not reached this time
+        case $ended in
           done)
             echo "the training is done; launch/tpu_vm.sh delete gives the machines back" >&2
             return 0
             ;;
           failed*)
-            echo "error: the training ended with exit code ${outcome#failed }: see launch/tpu_vm.sh log" >&2
+            echo "error: the training ended with exit code ${ended#failed }: see launch/tpu_vm.sh log" >&2
             return 1
             ;;
           absent) in_order install start ;;

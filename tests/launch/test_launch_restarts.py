@@ -173,9 +173,7 @@ def test_the_service_starts_again_but_not_after_bad_input(stand, machine):
 def test_keep_makes_a_slice_anew_that_was_taken_away(stand, machine):
     """Asked for; there; taken away; asked for again and there; done."""
     (machine / "states").write_text("ACTIVE\nSUSPENDED\nACTIVE\nACTIVE\n")
-    (machine / "active").write_text("active\n")
-    stand.program("fake_python", 'echo inactive >"$MACHINE/active.next"\n')
-    stand.program("systemctl", SYSTEMCTL + 'mv -f "$MACHINE/active.next" "$MACHINE/active" 2>/dev/null; true\n')
+    stand.program("fake_python", '[ "$(grep -ac ^python "$CALLS")" -lt 2 ] || echo inactive >"$MACHINE/active"\n')
     done = stand.run("launch/tpu_vm.sh", "keep", *TPU, "--spot", *FLAGS)
     assert done.returncode == 0, done.stderr
     assert "the training is done" in done.stderr
