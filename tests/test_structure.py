@@ -20,6 +20,7 @@ ROWS = (
     ("sharding", "distributed"),
     ("data", "models"),
     ("training", "inference", "evaluation", "interop"),
+    ("planning",),
     ("verb",),
 )
 ROW = {group: i for i, row in enumerate(ROWS) for group in row}
