@@ -16,7 +16,7 @@ from pathlib import Path
 from gigagan_jax import cli
 from gigagan_jax.config import Config
 from gigagan_jax.errors import UserError
-from gigagan_jax.planning import compiling, sweep, topology, words
+from gigagan_jax.planning import compiling, page, sweep, topology, words
 
 
 def table(argv: Sequence[str]) -> int:
@@ -92,7 +92,7 @@ def verb(argv: Sequence[str]) -> int:
     if args.json:
         args.json.write_text(json.dumps(out, indent=1) + "\n")
     if args.html:
-        pass
+        args.html.write_text(page.page(out), encoding="utf-8")
     return 0
 
 
