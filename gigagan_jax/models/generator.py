@@ -167,14 +167,16 @@ class Generator(nnx.Module):
         x = constrain(x, "batch", None, None, "channels")
         image: jax.Array | None = None
         images = []
-        for entry, rest, attention, to_rgb in zip(self.entry, self.rest, self.attention, self.to_rgb, strict=True):
-            x = run(entry, self.remat, x, w, condition.local, condition.mask)
-            for layers in (rest, attention):
-                if layers is not None:
-                    x = layers(x, w, condition.local, condition.mask)
-            rgb = to_rgb(x, w).astype(jnp.float32)
-            image = rgb if image is None else upsample(image) + rgb
-            images.append(constrain(image, "batch", None, None, None))
+        levels = zip(self.entry, self.rest, self.attention, self.to_rgb, strict=True)
+        for i, (entry, rest, attention, to_rgb) in enumerate(levels):
+            with jax.named_scope(f"{4 << i}px"):  # for profiles
+                x = run(entry, self.remat, x, w, condition.local, condition.mask)
+                for layers in (rest, attention):
+                    if layers is not None:
+                        x = layers(x, w, condition.local, condition.mask)
+                rgb = to_rgb(x, w).astype(jnp.float32)
+                image = rgb if image is None else upsample(image) + rgb
+                images.append(constrain(image, "batch", None, None, None))
         return images
 
     def __call__(

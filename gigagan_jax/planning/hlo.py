@@ -158,8 +158,8 @@ class Module:
     def turns(self, computation: str, loop: Instruction) -> int | None:
         """How often the body of a `while` in `computation` runs; None if that cannot be read.
 
-        As the compiler notes it, or from a counter: compared with a constant in the condition, and increased by one in the
-        body, which is what JAX's scan and fori_loop become.
+        As the compiler notes it, or from a counter: compared with a constant in the condition and increased by a constant in
+        the body, which is what JAX's scan and fori_loop become.
         """
         if noted := _TRIPS.search(loop.rest):
             return int(noted[1])
@@ -187,7 +187,26 @@ class Module:
         limit = _integer(right) if right.opcode == "constant" else self._initial(computation, loop, right)
         if limit is None:
             return None
-        return max(0, limit - (start or 0) + (way == "LE"))
+        return max(0, -(-(limit - (start or 0) + (way == "LE")) // self._step(computation, loop, left)))
+
+    def _step(self, computation: str, loop: Instruction, counter: Instruction) -> int:
+        """By how much the body increases its counter; 1 where that cannot be read."""
+        names = self._by_name.get(loop.attribute("body"), {})
+        root = next((i for i in names.values() if i.root), None)
+        index = int(counter.attribute("index"))
+        if root is None or root.opcode != "tuple" or index >= len(root.operands):
+            return 1
+        new = names.get(root.operands[index])
+        while new is not None and new.opcode in ("copy", "bitcast") and new.operands:
+            new = names.get(new.operands[0])
+        if new is None or new.opcode != "add":
+            return 1
+        for by in map(names.get, new.operands):
+            if by is not None and by.opcode == "constant":
+                return max(1, _integer(by) or 1)
+            if by is not None and by.opcode == "get-tuple-element" and by.attribute("index") != str(index):
+                return max(1, self._initial(computation, loop, by) or 1)
+        return 1
 
     def _initial(self, computation: str, loop: Instruction, element: Instruction) -> int | None:
         """The constant with which an element of a loop's state starts; None if it is not one."""
