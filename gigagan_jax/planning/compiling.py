@@ -92,7 +92,7 @@ def plan(config: Config, topology: Topology, settings: Settings) -> dict[str, An
         "micro_batches": config.micro_batches,
         "parameters": {"generator": networks.g.count(), "discriminator": networks.d.count()},
         "jax": jax.__version__,
-        "bytes_of_chip": int(topology.chip.memory * 2**30),
+        "bytes_of_chip": topology.usable,
     }
     kinds = dry_run.state_memory(networks, mesh) | {"batch": dry_run.batch_memory(config, mesh)}
     if not topology.tpu:
@@ -136,7 +136,7 @@ def compile_step(
         message = " ".join(str(e).split())
         if "RESOURCE_EXHAUSTED" not in message:
             raise UserError(f"the compiler gave up on {name} for {topology.title}: {message[:300]}") from e
-        return out | {"fits": False, "memory": kinds | {"total": _wanted(message)}, "why": message[:500]}
+        return out | {"fits": False, "memory": kinds | {"total": _wanted(message, kinds)}, "why": message[:500]}
     done = time.monotonic()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     with phase("reading the program"):
@@ -148,7 +148,7 @@ def compile_step(
         "seconds_to_trace": traced - start,
         "seconds_to_compile": done - traced,
         "memory": need,
-        "fits": need["total"] <= topology.chip.memory * 2**30,
+        "fits": need["total"] <= topology.usable,
         **found,
         # Negative where the compiler met an operation that it cannot judge.
         "seconds_optimal": optimal if optimal > 0 else None,
@@ -169,10 +169,17 @@ def _memory(memory: Any, kinds: dict[str, int]) -> dict[str, int]:
     return out | {"total": sum(out.values())}
 
 
-def _wanted(message: str) -> int | None:
-    """Bytes that the compiler would have needed: 'Used 120.50G of 94.75G hbm'."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", message)
-    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else None
+def _wanted(message: str, kinds: dict[str, int]) -> int | None:
+    """Bytes that the compiler would have needed, by its own words, of which there are two kinds.
+
+    'Used 120.50G of 94.75G hbm', and 'required for HLO temporaries (32.00G)' beside what stays, `kinds`.
+    """
+    found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of|temporaries \(([\d.]+)([KMG])\)", message)
+    if not found:
+        return None
+    amount, unit = found[1] or found[3], found[2] or found[4]
+    beside = sum(kinds.values()) if found[3] else 0
+    return int(float(amount) * 2 ** {"K": 10, "M": 20, "G": 30}[unit]) + beside
 
 
 def _read(module: Module, topology: Topology, slices: list[int], known: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +246,7 @@ def _without_compiler(networks: Networks, mesh: AbstractMesh, topology: Topology
     return {
         "compiled": False,
         "steps": {"without_r1": {"flops": flops, "seconds_at_peak": at_peak, "memory": memory}},
-        "fits": memory["total"] <= topology.chip.memory * 2**30,
+        "fits": memory["total"] <= topology.usable,
         "r1_interval": config.loss.r1_interval,
     }
 

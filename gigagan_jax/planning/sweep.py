@@ -143,7 +143,7 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
     for r in rows:
         values = [str(r["point"][f]) for f in fields]
         if "error" in r:
-            lines.append((*values, "no", "", "", "", "", r["error"][:100]))
+            lines.append((*values, "no", "", "", "", "", "", r["error"][:100]))
             continue
         total = max((s["memory"]["total"] or 0 for s in r["steps"].values()), default=0)
         speed = (

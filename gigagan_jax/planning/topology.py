@@ -41,6 +41,7 @@ NETWORKS = {
 }
 _TPUS = ("v4", "v5e", "v5p", "v6e")
 _CORES = {"v4": 2, "v5p": 2}  # sold by TensorCores, two a chip; the others by chips
+_RESERVED = {"v5e": 0.25, "v6e": 0.25}  # GiB, as the compiler's "available HBM" has it
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
 _GPUS = {"a100": "A100", "h100": "H100", "h200": "H200"}
 _EXAMPLES = "write v5p:4x4x8, v5p-256, v5e-256, v6e:16x16, or h100:8x4 (GPUs a node x nodes)"
@@ -76,6 +77,11 @@ class Topology:
     def chip(self) -> Chip:
         """Peak, memory and clock of one chip."""
         return CHIPS[self.kind]
+
+    @property
+    def usable(self) -> int:
+        """Bytes of one chip that a program can have."""
+        return int((self.chip.memory - _RESERVED.get(self.kind, 0.0)) * 2**30)
 
     @property
     def network(self) -> Network:
