@@ -2,7 +2,7 @@
 
     python tools/plan.py --config=configs/laion.py --topology=v5p:4x4x8 [--batch=1024] [--config.key=value] [--with-r1]
                          [--json=FILE] [--html=FILE] [--sweep='mesh.fsdp:1,8,64;batch_size:512,1024']
-    python tools/plan.py table results/*.json
+    python tools/plan.py table [--scaling] results/*.json
 
 Needs the libtpu of `pip install "gigagan-jax[tpu]"`, and no TPU. Every time it prints is the compiler's estimate. For GPUs
 (h100:8x4) there is no compiler without the GPU: memory before temporaries and FLOPs only. See docs/planning.md.
@@ -20,16 +20,18 @@ from gigagan_jax.planning import compiling, page, sweep, topology, words
 
 
 def table(argv: Sequence[str]) -> int:
-    """`table FILES`: a Markdown table of results, configs by topologies."""
+    """A Markdown table of results of --json: configs by topologies, or one config on more and more chips."""
     parser = cli.Parser(prog="plan.py table", description=table.__doc__)
+    parser.add_argument("--scaling", action="store_true", help="a row for each file, against the first of its config")
     parser.add_argument("files", nargs="+", type=Path, help="results of --json, in the order of the columns")
     plans: list[dict] = []
     text = ""
-    for file in parser.parse_args(argv).files:
+    args = parser.parse_args(argv)
+    for file in args.files:
         try:
             found = json.loads(file.read_text())
             plans += found.get("sweep", [found])
-            text = words.markdown(plans)
+            text = words.scaling(plans) if args.scaling else words.markdown(plans)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{file} is not a result of plan.py ({type(e).__name__}: {e})") from e
     print(text)

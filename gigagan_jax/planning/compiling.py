@@ -80,7 +80,6 @@ def plan(config: Config, topology: Topology, settings: Settings) -> dict[str, An
         mesh = sharding.abstract_mesh(config.mesh, topology.chips)
     sharding.check_batch(config.batch_size, config.micro_batches, mesh, config.rules)
     networks = Networks(config)
-    jax.config.update("jax_traceback_in_locations_limit", _FRAMES)
     about = {
         "config": config.name,
         "topology": topology.title,
@@ -124,13 +123,17 @@ def compile_step(
     name = "the step with R1" if with_r1 else "the step"
     chips = topology.chips
     start = time.monotonic()
-    with phase(f"tracing {name}"):
+    with phase(f"tracing {name}"), _options(jax_traceback_in_locations_limit=_FRAMES):
         lowered = step.lower(with_r1=with_r1)
         flops = step.flops(with_r1=with_r1) / chips
     traced = time.monotonic()
     out: dict[str, Any] = {"flops": flops, "seconds_at_peak": flops / topology.chip.flops}
     try:
-        with phase(f"compiling {name} for {topology.title}"), _effort(settings):
+        efforts = {
+            "jax_exec_time_optimization_effort": settings.effort,
+            "jax_memory_fitting_effort": settings.memory_effort,
+        }
+        with phase(f"compiling {name} for {topology.title}"), _options(**efforts):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         message = " ".join(str(e).split())
@@ -252,11 +255,11 @@ def _without_compiler(networks: Networks, mesh: AbstractMesh, topology: Topology
 
 
 @contextlib.contextmanager
-def _effort(settings: Settings) -> Iterator[None]:
-    names = {"jax_exec_time_optimization_effort": settings.effort, "jax_memory_fitting_effort": settings.memory_effort}
-    before = {name: getattr(jax.config, name) for name, value in names.items() if value is not None}
+def _options(**values: Any) -> Iterator[None]:
+    """Within it, JAX's settings have these values; None leaves one as it is."""
+    before = {name: getattr(jax.config, name) for name, value in values.items() if value is not None}
     for name in before:
-        jax.config.update(name, names[name])
+        jax.config.update(name, values[name])
     try:
         yield
     finally:

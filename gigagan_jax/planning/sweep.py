@@ -116,6 +116,7 @@ def sweep(
             print(f"[{n + 1}/{len(points)}] {name}{left}", file=sys.stderr, flush=True)
             row = {"key": mark, "point": point, **work()}
             spent.append(time.monotonic() - start)
+            jax.clear_caches()  # hundreds of programs would stay in memory
         except UserError as e:
             row = {"key": "", "point": point, "fits": False, "error": " ".join(str(e).split())}
             print(f"[{n + 1}/{len(points)}] {name}: {row['error']}", file=sys.stderr, flush=True)

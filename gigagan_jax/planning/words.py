@@ -147,8 +147,9 @@ def markdown(plans: Sequence[dict[str, Any]]) -> str:
 
 
 def _column(plan: dict[str, Any]) -> str:
-    asked = plan.get("asked", plan["topology"])
-    return asked if asked == plan["topology"] else f"{asked} ({plan['topology'].split(':')[-1]})"
+    asked, shape = plan.get("asked", plan["topology"]), plan["topology"].split(":")[-1]
+    several = f"{plan['slices']} x " if plan["slices"] > 1 and plan["compiled"] else ""
+    return f"{several}{asked}" + ("" if asked.endswith(shape) else f" ({shape})")
 
 
 def _cell(plan: dict[str, Any]) -> str:
@@ -161,3 +162,34 @@ def _cell(plan: dict[str, Any]) -> str:
         parts.append(f"compiled in {plan['seconds_to_compile'] / 60:.1f} min")
     mesh = " ".join(f"{k}={v}" for k, v in plan["mesh"].items() if v > 1)
     return "<br>".join([*parts, f"batch {plan['batch_size']}" + (f", {mesh}" if mesh else "")])
+
+
+def scaling(plans: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table of one config on more and more chips: what a chip sends and how long a step takes, each against
+    the first."""
+    line = lambda values: "| " + " | ".join(values) + " |"
+    against = lambda n, first: f" ({100 * (n / first - 1):+.1f} %)" if first else ""
+    head = ["config", "topology", "mesh", "chips", "batch", "memory", "sent by a chip", "step", "images/s a chip"]
+    lines = [line(head), line(["---"] * len(head))]
+    first: dict[str, dict[str, Any]] = {}
+    for p in plans:
+        if "seconds" not in p:
+            raise KeyError(f"no step time for {p['topology']}")
+        start = first.setdefault(p["config"], p)
+        total = max(s["memory"]["total"] or 0 for s in p["steps"].values())
+        lines.append(
+            line(
+                [
+                    f"`{p['config']}`",
+                    _column(p),
+                    " ".join(f"{k}={v}" for k, v in p["mesh"].items() if v > 1),
+                    f"{p['chips']:,}",
+                    f"{p['batch_size']:,}",
+                    gib(total),
+                    f"{p['bytes_sent'] / 1e6:,.0f} MB{against(p['bytes_sent'], start['bytes_sent'])}",
+                    f"{milliseconds(p['seconds'])}{against(p['seconds'], start['seconds'])}",
+                    f"{p['images_per_second_per_chip']:.2f}",
+                ]
+            )
+        )
+    return "\n".join(lines)

@@ -293,7 +293,47 @@ def test_the_table_is_made_from_files(made, tmp_path, capsys):
     )
 
 
+def test_the_table_of_more_and_more_chips(made, tmp_path, capsys):
+    more = made | {"asked": "v5p-16", "topology": "v5p:2x2x2", "chips": 8, "seconds": made["seconds"] * 1.1}
+    for name, plan in (("a", made), ("b", more)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(plan))
+    assert verb.verb(["table", "--scaling", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    first, second = capsys.readouterr().out.splitlines()[2:]
+    assert "| 4 | 16 | 8.00 GiB | 1,800 MB (+0.0 %) | 60 ms (+0.0 %) |" in first
+    assert "| 8 | 16 | 8.00 GiB | 1,800 MB (+0.0 %) | 66 ms (+10.0 %) |" in second
+
+
 # ---------------------------------------------------------------- the verb
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The digits' step, compiled for four v5e chips by the verb: (its result, the folder of its files)."""
+    folder = tmp_path_factory.mktemp("plan")
+    files = [f"--json={folder / 'plan.json'}", f"--html={folder / 'plan.html'}"]
+    assert verb.verb([DIGITS, "--topology=v5e-4", *files]) == 0
+    return json.loads((folder / "plan.json").read_text()), folder
+
+
+def test_a_tpu_is_planned(planned):
+    found, folder = planned
+    assert (found["topology"], found["asked"], found["chips"]) == ("v5e:2x2", "v5e-4", 4)
+    step = found["steps"]["without_r1"]
+    assert found["fits"]
+    assert step["memory"]["parameters"] == 4 * sum(found["parameters"].values())
+    assert step["memory"]["optimizer"] >= 2 * step["memory"]["parameters"]
+    assert step["memory"]["total"] == sum(v for k, v in step["memory"].items() if k != "total")
+    assert step["loops_of_unknown_length"] == 0
+    # Gradients of all parameters are summed over the chips, in float32 or less.
+    sent = sum(row["bytes_sent"] for row in step["collectives"])
+    assert 0.5 < sent / (1.5 * step["memory"]["parameters"]) < 2.0
+    names = {row["module"].split("/")[0] for row in step["modules"]}
+    assert {"generator", "discriminator", "step"} <= names
+    assert any(row["module"].startswith("generator/8px/SynthesisBlock") for row in step["modules"])
+    assert sum(row["seconds"] for row in step["modules"]) == pytest.approx(step["seconds_of_operations"])
+    assert any(row["backward"] > row["forward"] > 0 for row in step["modules"])
+    assert "of peak" in words.report(found)
+    assert "generator/8px" in (folder / "plan.html").read_text()
 
 
 def test_gpus_are_planned_as_far_as_is_possible(capsys, tmp_path):
