@@ -14,12 +14,13 @@ LONGEST = 450
 
 # Higher may import lower; groups of one row do not know each other.
 ROWS = (
-    ("errors", "memory"),
+    ("errors", "hardware", "memory", "page"),
     ("config_check", "config_data", "config_run"),
     ("config",),
     ("sharding", "distributed"),
     ("data", "models"),
     ("training", "inference", "evaluation", "interop"),
+    ("planning",),
     ("verb",),
 )
 ROW = {group: i for i, row in enumerate(ROWS) for group in row}

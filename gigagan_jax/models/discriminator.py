@@ -247,16 +247,14 @@ class Discriminator(nnx.Module):
         logits: list[jax.Array] = []
         n, sources = pyramid[0].shape[:2]
         for i, (entry, stage, head) in enumerate(zip(self.entries, self.stages, self.heads, strict=True)):
-            if entry is not None:
-                with jax.named_scope(f"discriminator/entries/{i}"):
+            with jax.named_scope(f"{pyramid[0].shape[2] >> i}px"):  # for profiles
+                if entry is not None:
                     y = leaky_relu(entry(_flat(pyramid[i])))
                     y = y.reshape(n, sources, *y.shape[1:])
                     x = y if x is None else jnp.concatenate([x, y], axis=1)
-            assert x is not None  # the first level always enters
-            with jax.named_scope(f"discriminator/stages/{i}"):
+                assert x is not None  # the first level always enters
                 x = stage(x)
-            if head is not None:
-                with jax.named_scope(f"discriminator/heads/{i}"):
+                if head is not None:
                     out = head(x, t)
-                logits += [out[:, k : k + sources] for k in range(0, x.shape[1], sources)]
+                    logits += [out[:, k : k + sources] for k in range(0, x.shape[1], sources)]
         return logits

@@ -173,19 +173,16 @@ class Generator(nnx.Module):
         x = constrain(x, "batch", None, None, "channels")
         image: jax.Array | None = None
         images = []
-        # Scopes are named as the parameters are: profiles and the planner speak of the same modules.
-        stages = zip(self.entry, self.rest, self.attention, self.to_rgb, strict=True)
-        for i, (entry, rest, attention, to_rgb) in enumerate(stages):
-            with jax.named_scope(f"entry/{i}"):
+        levels = zip(self.entry, self.rest, self.attention, self.to_rgb, strict=True)
+        for i, (entry, rest, attention, to_rgb) in enumerate(levels):
+            with jax.named_scope(f"{4 << i}px"):  # for profiles
                 x = run(entry, self.remat, x, w, condition.local, condition.mask)
-            for name, layers in (("rest", rest), ("attention", attention)):
-                if layers is not None:
-                    with jax.named_scope(f"{name}/{i}"):
+                for layers in (rest, attention):
+                    if layers is not None:
                         x = layers(x, w, condition.local, condition.mask)
-            with jax.named_scope(f"to_rgb/{i}"):
                 rgb = to_rgb(x, w).astype(jnp.float32)
                 image = rgb if image is None else upsample(image) + rgb
-            images.append(constrain(image, "batch", None, None, None))
+                images.append(constrain(image, "batch", None, None, None))
         return images
 
     def __call__(

@@ -16,7 +16,7 @@ from gigagan_jax.config import Config, digest
 from gigagan_jax.errors import UserError
 from gigagan_jax.models.abstract import Module, is_spec, path_name
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep, abstract_batch
+from gigagan_jax.training.step import TrainStep, abstract_batch, batch_shardings
 
 _MODULE_DEPTH = 2  # rows of the short table are "entry/0", "rest/1", ...
 
@@ -75,6 +75,23 @@ def _bytes_per_device(abstract: Any, shardings: Any) -> int:
     return sum(math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize for a, s in pairs)
 
 
+def state_memory(networks: Networks, mesh: Any) -> dict[str, int]:
+    """Bytes of one device for what stays from step to step, by kind: exact, from the shardings."""
+    state, where = networks.abstract(), networks.shardings(mesh)
+    part = lambda get: _bytes_per_device(get(state), get(where))
+    return {
+        "parameters": part(lambda s: [n.params for n in (s.g, s.d, s.v) if n is not None]),
+        "optimizer": part(lambda s: [n.opt for n in (s.g, s.d, s.v) if n is not None]),
+        "ema": part(lambda s: (s.g_ema, s.w_avg)),
+        "frozen": _bytes_per_device(networks.frozen.abstract(), networks.frozen.shardings(mesh)),
+    }
+
+
+def batch_memory(config: Config, mesh: Any) -> int:
+    """Bytes of one device for its part of the batch, as it comes from the data."""
+    return _bytes_per_device(abstract_batch(config), batch_shardings(config, mesh))
+
+
 def memory(networks: Networks, mesh: Any) -> dict[str, int]:
     """Bytes that one device needs, by kind. All but the activations are exact.
 
@@ -84,11 +101,7 @@ def memory(networks: Networks, mesh: Any) -> dict[str, int]:
     config = networks.config
     state, where = networks.abstract(), networks.shardings(mesh)
     part = lambda get: _bytes_per_device(get(state), get(where))
-    out = {
-        "parameters": part(lambda s: [n.params for n in (s.g, s.d, s.v) if n is not None]),
-        "optimizer": part(lambda s: [n.opt for n in (s.g, s.d, s.v) if n is not None]),
-        "ema": part(lambda s: (s.g_ema, s.w_avg)),
-        "frozen": _bytes_per_device(networks.frozen.abstract(), networks.frozen.shardings(mesh)),
+    out = state_memory(networks, mesh) | {
         "gradients": max(part(lambda s: s.g.params), part(lambda s: (s.d.params, s.v.params if s.v else ()))),
         "activations": math.ceil(_kept(networks) / sharding.batch_shards(mesh, config.rules)),
     }
