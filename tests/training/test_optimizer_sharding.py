@@ -61,7 +61,8 @@ def test_an_update_does_not_depend_on_the_mesh(step, shape, monkeypatch):
         assert x.sharding.is_equivalent_to(s, x.ndim)
 
 
-def test_only_parameters_are_gathered(monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_parameters_are_gathered(dtype):
     """Not the batch's activations, to where a part of a gradient is wanted; and a new parameter once, not at each use."""
     mesh = sharding.make_mesh(MeshConfig())
     names, rows = ("embed", "mlp"), NamedSharding(mesh, PartitionSpec("data"))
@@ -70,8 +71,12 @@ def test_only_parameters_are_gathered(monkeypatch):
     assert part.spec == PartitionSpec(None, "data")
 
     def run(w, moment, x):
+        def forward(w):
+            w = w.astype(dtype)
+            y = jnp.tanh(x.astype(dtype) @ w)
+            return jnp.mean(jnp.square(y @ w.T).astype(jnp.float32))
+
         with sharding.use(mesh, DEFAULT_RULES):
-            forward = lambda w: jnp.mean(jnp.square(jnp.tanh(x @ w) @ w.T))
             grad = sharding.to_optimizer(jax.grad(forward)(w), names)
             moment = 0.9 * moment + jnp.square(grad)
             w = sharding.from_optimizer(w - grad * jax.lax.rsqrt(moment), names)
