@@ -2,12 +2,13 @@
 
 import dataclasses
 
-# Logical axis -> mesh axes. Parameters: conv_in, conv_out, embed, mlp, heads, style, vocab, bank, kernel, layers, rgb.
-# Activations at block borders: batch, channels.
+# Logical axis -> mesh axes (docs/meshes.md). Parameters: conv_in, conv_out, embed, mlp, heads, style, vocab, bank, kernel,
+# layers, rgb. Activations at block borders: batch, channels. `optimizer` is no dimension: by it moments and averages are cut
+# further than their parameter.
 DEFAULT_RULES = {
     # In this order: with "data,fsdp" on a mesh of three axes XLA's partitioner (jaxlib 0.10.2) permutes the examples between
     # devices in a backward product and does not bring them back; tests/training/test_sharding_parity.py shows it.
-    "batch": "fsdp,data",
+    "batch": "fsdp,data,slice",
     "channels": "",
     "conv_in": "fsdp",
     "conv_out": "tensor",
@@ -20,6 +21,7 @@ DEFAULT_RULES = {
     "kernel": "",
     "layers": "",
     "rgb": "",
+    "optimizer": "data",
 }
 
 
@@ -27,9 +29,11 @@ DEFAULT_RULES = {
 class MeshConfig:
     """Devices along each mesh axis; -1 takes what the others leave. `--config.mesh.fsdp=8`."""
 
-    data: int = -1  # copies of the model: the batch is split over it
+    data: int = -1  # copies of the model within a slice: the batch is split over it
     fsdp: int = 1  # parameters and batch are split over it
     tensor: int = 1  # output channels, heads and feed-forward are split over it
+    slices: int = 1  # copies of all that, one a slice: between them only gradients cross the data-centre network
+    shard_optimizer: bool = True  # cut moments and averages by rules.optimizer too, where parameters are copies
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,23 +1,28 @@
 """Device mesh, logical-axis rules, shardings of parameters and activations. Everything here fails closed.
 
 A parameter carries one logical axis name per dimension; the rules of the config map names to mesh axes. An unknown name,
-a mesh axis used twice in one array, and a dimension that does not divide are errors, never silent replication.
+a mesh axis used twice in one array, and a dimension that does not divide are errors, never silent replication. Moments and
+averages are cut as their parameter is, and by the axes of `rules.optimizer` besides (ZeRO-1: Rajbhandari et al., 2020).
 """
 
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gigagan_jax.config import MeshConfig
 from gigagan_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("slice", "data", "fsdp", "tensor")  # slowest network first
+OPTIMIZER = "optimizer"  # the rule that names no dimension
+# Moments and averages of fewer elements stay whole: cutting one saves less than 64 kB, and costs a collective.
+LEAST_CUT = 2**14
 
 _current: contextvars.ContextVar[tuple[Any, Mapping[str, str]] | None] = contextvars.ContextVar("mesh", default=None)
 
@@ -30,14 +35,16 @@ def check_rules(rules: Mapping[str, str], known: Mapping[str, str]) -> None:
         _axes(name, rules, f"config.rules.{name}")
 
 
-def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """Devices along (data, fsdp, tensor), with -1 filled in.
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
+    """Devices along AXES, with -1 filled in.
 
     Raises:
       UserError: the mesh does not fit the number of devices.
     """
-    sizes = [getattr(config, a) for a in AXES]
-    shown = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+    sizes = [config.slices, config.data, config.fsdp, config.tensor]
+    names = ("slices", *AXES[1:])
+    # Slices are named where there are several.
+    shown = " x ".join(f"{a}={s}" for a, s in zip(names, sizes, strict=True) if a != "slices" or s != 1)
     if any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"config.mesh ({shown}): every axis is a positive number, or -1 for what the others leave")
     if sizes.count(-1) > 1:
@@ -55,10 +62,38 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of the config over `devices` (all of them by default)."""
+    """The mesh of the config over `devices` (all of them by default).
+
+    With several slices, each axis but the first stays within one. Devices that do not say which slice they are of (CPUs,
+    GPUs of one machine) are cut into groups in their order.
+
+    Raises:
+      UserError: the mesh does not fit the number of devices, or a slice would be cut.
+    """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    groups: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        groups.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+    slices, found = shape[0], len(groups)
+    # A TPU's slices have no other network between them; machines with GPUs may well be taken together.
+    exact = devices[0].platform == "tpu" and found > 1
+    even = len({len(g) for g in groups.values()}) == 1 and not (slices % found and found % slices)
+    if (exact and slices != found) or (slices > 1 and not even):
+        raise UserError(
+            f"config.mesh.slices={slices}: the {len(devices)} devices are of {found} slices, and a part of the mesh would "
+            f"lie across two; use --config.mesh.slices={found}"
+        )
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    ordered = [device for k in sorted(groups) for device in groups[k]]
+    each = len(ordered) // slices
+    parts = [
+        mesh_utils.create_device_mesh(shape[1:], ordered[i : i + each], allow_split_physical_axes=True)
+        for i in range(0, len(ordered), each)
+    ]
+    return Mesh(np.stack(parts), AXES, axis_types=types)
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
@@ -72,7 +107,13 @@ def batch_shards(mesh: Mesh | AbstractMesh, rules: Mapping[str, str]) -> int:
 
 
 def check_batch(batch: int, micro_batches: int, mesh: Mesh | AbstractMesh, rules: Mapping[str, str]) -> None:
-    """Raises UserError when a micro-batch does not divide over the devices that share the batch."""
+    """Raises UserError when a micro-batch does not divide over the devices that share the batch, or copies would do the same."""
+    idle = [a for a in AXES[:2] if mesh.shape[a] > 1 and a not in _axes("batch", rules, "batch")]
+    if idle:
+        raise UserError(
+            f"config.rules.batch={rules['batch']!r} leaves out the mesh axis {idle[0]!r}: its {mesh.shape[idle[0]]} copies of "
+            f"the model would all see the same images; use {','.join((rules['batch'], *idle)).strip(',')!r}"
+        )
     shards = batch_shards(mesh, rules)
     micro = batch // micro_batches
     if micro % shards:
@@ -110,8 +151,11 @@ def spec(
         axes = tuple(a for a in _axes(name, rules, where) if mesh.shape[a] > 1)
         size = math.prod(mesh.shape[a] for a in axes)
         if dim % size:
+            fits = math.gcd(dim, size)
+            mend = f"use config.mesh.{axes[0]}={fits}" if len(axes) == 1 and fits > 1 else "use a smaller mesh axis"
             raise UserError(
-                f"{where} {tuple(shape)}: dimension {name}={dim} does not divide over {'x'.join(axes)}={size}"
+                f"{where} {tuple(shape)}: dimension {name}={dim} does not divide over {'x'.join(axes)}={size}; "
+                f"{mend} and let another take the rest (config.mesh.data=-1), or change config.rules.{name}"
             )
         for a in axes:
             if a in used:
@@ -119,6 +163,31 @@ def spec(
             used.add(a)
         entries.append(axes[0] if len(axes) == 1 else axes or None)
     return PartitionSpec(*entries)
+
+
+def optimizer_spec(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Mapping[str, str], where: str
+) -> PartitionSpec:
+    """PartitionSpec of the moments and the average of a parameter: as the parameter, and cut by `rules.optimizer` too.
+
+    The cut goes through the dimension that is longest on a device of those that divide, the last of equals. An array without
+    one, and one with fewer than LEAST_CUT elements, stays as its parameter.
+
+    Raises:
+      UserError: as `spec`.
+    """
+    own = spec(names, shape, mesh, rules, where)
+    parts = [((e,) if isinstance(e, str) else tuple(e or ())) for e in own]
+    axes = tuple(a for a in _axes(OPTIMIZER, rules, where) if mesh.shape[a] > 1)
+    size = math.prod(mesh.shape[a] for a in axes)
+    if size == 1 or math.prod(shape) < LEAST_CUT or any(a in p for a in axes for p in parts):
+        return own
+    local = [d // math.prod(mesh.shape[a] for a in p) for d, p in zip(shape, parts, strict=True)]
+    best = max((i for i, d in enumerate(local) if d % size == 0), key=lambda i: (local[i], i), default=None)
+    if best is None:
+        return own
+    parts[best] += axes
+    return PartitionSpec(*(p[0] if len(p) == 1 else p or None for p in parts))
 
 
 def local_rows(where: NamedSharding, shape: Sequence[int]) -> list[int]:
@@ -155,3 +224,27 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return x
     mesh, rules = current
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh, rules, "activation")))
+
+
+def to_optimizer(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """A gradient, cut as the moments of its parameter are in the current mesh.
+
+    By way of the parameter's own sharding: else the partitioner works out each part of a gradient where it is wanted, and
+    brings the activations of the whole batch there.
+    """
+    return _constrain_twice(x, names, spec, optimizer_spec)
+
+
+def from_optimizer(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """A parameter that was worked out as its moments are cut, put together again: once, and not wherever it is used."""
+    return _constrain_twice(x, names, optimizer_spec, spec)
+
+
+def _constrain_twice(x: jax.Array, names: Sequence[str | None], *specs: Callable[..., PartitionSpec]) -> jax.Array:
+    current = _current.get()
+    if current is None:
+        return x
+    mesh, rules = current
+    for place in specs:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place(names, x.shape, mesh, rules, "parameter")))
+    return x

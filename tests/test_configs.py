@@ -7,13 +7,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import ablation
+from configs import ablation, scale
 from gigagan_jax.config import from_dict
 from gigagan_jax.errors import UserError
+from gigagan_jax.models.abstract import is_spec
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep, abstract_batch
 
-FILES = ("digits", "laion", "imagenet", "ablation")
+FILES = ("digits", "laion", "imagenet", "ablation", "scale")
 VARIANTS = [
     ("digits", ""),
     ("digits", "tiny"),
@@ -23,6 +24,7 @@ VARIANTS = [
     ("imagenet", ""),
     ("imagenet", "tiny"),
     *(("ablation", row) for row in ablation.ROWS),
+    *(("scale", size) for size in scale.SIZES),
 ]
 ids = lambda v: ":".join(filter(None, v))
 
@@ -78,7 +80,7 @@ def test_docstring_is_the_command(name):
     said = module(name).__doc__
     command = re.search(r"python -m gigagan_jax\.train .*", said)
     assert command, said
-    config = re.search(rf"--config=configs/{name}\.py(:[A-Za-z]+)?( |$)", command.group())
+    config = re.search(rf"--config=configs/{name}\.py(:[A-Za-z0-9-]+)?( |$)", command.group())
     assert config
     assert "--workdir=" in command.group()
     variant = (config.group(1) or ":")[1:]
@@ -92,7 +94,8 @@ def test_docstring_is_the_command(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_unknown_variant(name):
-    known = {"ablation": ", ".join(ablation.ROWS), "laion": "tiny, bytes"}.get(name, "tiny")
+    sizes = "1b, 3b, 10b, 1b-bytes, 3b-bytes, 10b-bytes"
+    known = {"ablation": ", ".join(ablation.ROWS), "laion": "tiny, bytes", "scale": sizes}.get(name, "tiny")
     with pytest.raises(
         (ValueError, UserError), match=rf"configs/{name}\.py has no (variant|row) 'tinny'; known: {known}$"
     ):
@@ -131,3 +134,18 @@ def test_sizes_are_the_papers(name, g, d):
     networks = Networks(from_dict(module(name).get_config()))
     assert networks.g.count() == pytest.approx(g, rel=0.05)
     assert networks.d.count() == pytest.approx(d, rel=0.05)
+
+
+@pytest.mark.parametrize("size, g", [("1b", 1e9), ("3b", 3e9), ("10b", 10e9)])
+def test_sizes_past_the_papers(size, g):
+    """G has what its name says and D the paper's share; widths fill matrix units, the learning rate falls with m."""
+    config = from_dict(scale.get_config(size))
+    networks = Networks(config)
+    assert networks.g.count() == pytest.approx(g, rel=0.05)
+    assert networks.d.count() / networks.g.count() == pytest.approx(381.4 / 652.5, rel=0.05)
+    for module_ in (networks.g, networks.d):
+        for s in jax.tree.leaves(module_.specs, is_leaf=is_spec):
+            assert all(n % 128 == 0 for n in s.shape if n > 128), s
+    assert config.g_optimizer.learning_rate * scale.SIZES[size] == pytest.approx(0.0025)
+    assert config.d_optimizer.learning_rate == config.g_optimizer.learning_rate
+    assert from_dict(scale.get_config(f"{size}-bytes")).generator == config.generator

@@ -22,6 +22,9 @@ FSDP = sharding.abstract_mesh(MeshConfig(data=1, fsdp=64, tensor=1), 64)
 MIXED = sharding.abstract_mesh(MeshConfig(data=8, fsdp=4, tensor=2), 64)
 
 
+DATA = sharding.abstract_mesh(MeshConfig(), 64)
+
+
 def complaint(function, *args):
     with pytest.raises(UserError) as error:
         function(*args)
@@ -44,7 +47,8 @@ def complaint(function, *args):
     ],
 )
 def test_mesh_shape_fills_in_what_is_left(sizes, devices, shape):
-    assert sharding.mesh_shape(MeshConfig(*sizes), devices) == shape
+    assert sharding.mesh_shape(MeshConfig(*sizes), devices) == (1, *shape)
+    assert sharding.mesh_shape(MeshConfig(*sizes, slices=3), 3 * devices) == (3, *shape)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,8 @@ def test_mesh_shape_fills_in_what_is_left(sizes, devices, shape):
         ((-1, 16, 1), "config.mesh (data=-1 x fsdp=16 x tensor=1): 16 does not divide the 8 devices here"),
         ((4, 4, 1), "needs 16 devices, there are 8; set one axis to -1 to fill up"),
         ((2, 2, 1), "needs 4 devices, there are 8; set one axis to -1 to fill up"),
+        ((-1, 2, 1, 3), "config.mesh (slices=3 x data=-1 x fsdp=2 x tensor=1): 6 does not divide the 8 devices here"),
+        ((-1, 1, 1, 0), "every axis is a positive number, or -1"),
         ((0, 8, 1), "every axis is a positive number, or -1"),
         ((8, -2, 1), "every axis is a positive number, or -1"),
     ],
@@ -66,10 +72,49 @@ def test_mesh_that_does_not_fit(sizes, said):
 
 def test_make_mesh_has_every_device_once():
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"slice": 1, "data": 2, "fsdp": 2, "tensor": 2}
     assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
     few = sharding.make_mesh(MeshConfig(), jax.devices()[:3])
-    assert dict(few.shape) == {"data": 3, "fsdp": 1, "tensor": 1}
+    assert dict(few.shape) == {"slice": 1, "data": 3, "fsdp": 1, "tensor": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What make_mesh reads of a device, for slices that are not here."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "none"
+    process_index: int = 0
+
+
+def test_each_slice_is_whole():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, slices=2))
+    assert dict(mesh.shape) == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1}
+    assert [{d.id for d in part.flat} for part in mesh.devices] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+    # Where the devices say which slice they are of, their order does not matter.
+    mixed = [Chip(i, i % 2, platform="gpu") for i in range(8)]
+    mesh = sharding.make_mesh(MeshConfig(slices=2), mixed)
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+
+
+@pytest.mark.parametrize(
+    "slices, chips",
+    [
+        (1, [Chip(i, i // 4) for i in range(8)]),  # nothing but the data-centre network between them
+        (4, [Chip(i, i // 4) for i in range(8)]),
+        (2, [Chip(i, i // 2, platform="gpu") for i in range(6)]),
+        (2, [Chip(i, i // 3, platform="gpu") for i in range(8)]),
+    ],
+)
+def test_a_slice_that_would_be_cut(slices, chips):
+    said = complaint(sharding.make_mesh, MeshConfig(slices=slices), chips)
+    found = len({c.slice_index for c in chips})
+    assert said == (
+        f"config.mesh.slices={slices}: the {len(chips)} devices are of {found} slices, and a part of the mesh would lie "
+        f"across two; use --config.mesh.slices={found}"
+    )
 
 
 # ---------------------------------------------------------------- specs
@@ -96,13 +141,20 @@ def test_spec_follows_the_rules():
         (("embed", "conv_in"), (8, 8), {}, "g/w: mesh axis 'fsdp' would be used twice (embed, conv_in)"),
         (("embed", None), (64, 8), {"embed": "fsdp,fsdp"}, "g/w: mesh axis 'fsdp' would be used twice"),
         (("batch", "mlp"), (32, 8), {"mlp": "data"}, "g/w: mesh axis 'data' would be used twice (batch, mlp)"),
-        (("embed", "mlp"), (6, 8), {}, "g/w (6, 8): dimension embed=6 does not divide over fsdp=4"),
+        (
+            ("embed", "mlp"),
+            (6, 8),
+            {},
+            "g/w (6, 8): dimension embed=6 does not divide over fsdp=4; use config.mesh.fsdp=2 and let another take the rest "
+            "(config.mesh.data=-1), or change config.rules.embed",
+        ),
+        (("embed",), (7,), {}, "does not divide over fsdp=4; use a smaller mesh axis and let"),
         (("batch",), (48,), {}, "g/w (48,): dimension batch=48 does not divide over fsdpxdata=32"),
         (
             ("embed",),
             (8,),
             {"embed": "fsdb"},
-            "config.rules.embed='fsdb': 'fsdb' is not a mesh axis (data, fsdp, tensor)",
+            "config.rules.embed='fsdb': 'fsdb' is not a mesh axis (slice, data, fsdp, tensor)",
         ),
     ],
 )
@@ -136,9 +188,16 @@ def test_check_batch():
     said = complaint(sharding.check_batch, 64, 4, MIXED, DEFAULT_RULES)
     assert said == (
         "config.batch_size=64 in 4 micro-batches is 16 images at a time, which does not divide over 32 devices "
-        "(fsdp,data); use a multiple of 128"
+        "(fsdp,data,slice); use a multiple of 128"
     )
     assert "multiple of 64" in complaint(sharding.check_batch, 96, 1, FSDP, DEFAULT_RULES)
+    slices = sharding.abstract_mesh(MeshConfig(fsdp=4, slices=2), 8)
+    assert sharding.batch_shards(slices, DEFAULT_RULES) == 8
+    said = complaint(sharding.check_batch, 8, 1, slices, DEFAULT_RULES | {"batch": "fsdp,data"})
+    assert said == (
+        "config.rules.batch='fsdp,data' leaves out the mesh axis 'slice': its 2 copies of the model would all see the same "
+        "images; use 'fsdp,data,slice'"
+    )
 
 
 def test_batch_is_shared_among_data_and_fsdp():
@@ -305,34 +364,65 @@ def test_share_of_one_device(paper, mesh, share):
     assert one / whole < share
 
 
-@pytest.mark.parametrize("beta1", [0.0, 0.5])
-def test_moments_and_averages_are_placed_like_their_parameter(tiny, beta1):
+@pytest.mark.parametrize(
+    "names, shape, mesh, expected",
+    [
+        # longest that divides by data, the last of equals
+        (("kernel", "kernel", "conv_in", "conv_out"), (3, 3, 256, 256), DATA, P(None, None, None, "data")),
+        (("kernel", "kernel", "conv_in", "conv_out"), (3, 3, 512, 256), DATA, P(None, None, "data", None)),
+        (("vocab", "embed"), (259, 768), DATA, P(None, "data")),
+        # what the parameter has stays; fsdp leaves the shorter half
+        (("conv_in", "conv_out"), (512, 256), MIXED, P("fsdp", ("tensor", "data"))),
+        (("conv_in", "conv_out"), (2048, 256), MIXED, P(("fsdp", "data"), "tensor")),
+        (("layers", "embed", "heads"), (2, 1024, 512), FSDP, P(None, "fsdp", None)),  # there is no data axis
+        # none divides; too small
+        (("conv_in", "conv_out"), (1600, 900), sharding.abstract_mesh(MeshConfig(), 512), P(None, None)),
+        (("conv_in", "conv_out"), (64, 64), DATA, P(None, None)),
+    ],
+)
+def test_optimizer_spec(names, shape, mesh, expected):
+    assert sharding.optimizer_spec(names, shape, mesh, DEFAULT_RULES, "w") == expected
+    off = sharding.optimizer_spec(names, shape, mesh, DEFAULT_RULES | {"optimizer": ""}, "w")
+    assert off == sharding.spec(names, shape, mesh, DEFAULT_RULES, "w")
+
+
+@pytest.mark.parametrize("beta1, cut", [(0.0, True), (0.5, True), (0.0, False)])
+def test_moments_and_averages_are_placed_by_their_parameter(tiny, beta1, cut, monkeypatch):
+    """As it, or cut further by data."""
+    monkeypatch.setattr(sharding, "LEAST_CUT", 64)
     config = dataclasses.replace(
-        tiny, **{o: dataclasses.replace(getattr(tiny, o), beta1=beta1) for o in ("g_optimizer", "d_optimizer")}
+        tiny,
+        mesh=MeshConfig(shard_optimizer=cut),
+        **{o: dataclasses.replace(getattr(tiny, o), beta1=beta1) for o in ("g_optimizer", "d_optimizer")},
     )
     networks = Networks(config)
     mesh = sharding.abstract_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)
     where, abstract = networks.shardings(mesh), networks.abstract()
     assert jax.tree.structure(where) == jax.tree.structure(abstract)
-    assert jax.tree.map(lambda s: s.spec, where.g_ema) == jax.tree.map(lambda s: s.spec, where.g.params)
-    for net, like in ((where.g, abstract.g), (where.d, abstract.d)):
-        placed, moments = leaves(net.params), 0
+    place = sharding.optimizer_spec if cut else sharding.spec
+    for module, net, like in ((networks.g, where.g, abstract.g), (networks.d, where.d, abstract.d)):
+        expected = leaves(module.shardings(mesh, config.rules, place))
+        differ = [k for k, s in leaves(net.params).items() if s.spec != expected[k].spec]
+        assert len(differ) > 50 if cut else not differ
+        moments = 0
         shapes = leaves(like.opt)
         for name, s in leaves(net.opt).items():
-            of = [p for p in placed if name.endswith("/" + p)]
+            of = [p for p in expected if name.endswith("/" + p)]
             if of:
-                assert s.spec == placed[max(of, key=len)].spec, name
+                assert s.spec == expected[max(of, key=len)].spec, name
                 moments += 1
             else:
                 assert s.spec == P(), name
                 assert shapes[name].shape == (), name
-        assert moments == (2 if beta1 else 1) * len(placed)
+        assert moments == (2 if beta1 else 1) * len(expected)
+    assert where.g_ema == networks.g.shardings(mesh, config.rules, place)
     for s in (where.step, where.images, where.w_avg):
         assert s.spec == P()
 
 
-def test_the_state_is_born_where_it_belongs(tiny):
+def test_the_state_is_born_where_it_belongs(tiny, monkeypatch):
     """And with the same values on any mesh."""
+    monkeypatch.setattr(sharding, "LEAST_CUT", 64)
     networks = Networks(tiny)
     states = {}
     for shape in ((1, 1, 1), (2, 2, 2)):

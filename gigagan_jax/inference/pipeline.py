@@ -121,6 +121,7 @@ class TextToImage:
             "seed": np.asarray(seeds, np.uint32),
         }
         psi = np.float32(truncation)
+        params = jax.device_put(params, self.shardings)  # a running average may be cut further than its parameters
         images, total = [], len(prompts)
         for start in range(0, total, self.batch):
             count = min(self.batch, total - start)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gigagan_jax import sharding
 
@@ -61,12 +61,12 @@ class Module:
         """Logical axis names of the parameters."""
         return jax.tree.map(lambda s: s.axes, self.specs, is_leaf=is_spec)
 
-    def shardings(self, mesh: Any, rules: Any) -> Params:
-        """NamedSharding of each parameter; raises UserError where the mesh does not fit."""
+    def shardings(self, mesh: Any, rules: Any, spec: Callable[..., PartitionSpec] = sharding.spec) -> Params:
+        """NamedSharding of each parameter, or by `spec` of what belongs to it; raises UserError where the mesh does not fit."""
 
         def one(path: tuple, s: Spec) -> NamedSharding:
             where = f"{self.name}/{path_name(path)}"
-            return NamedSharding(mesh, sharding.spec(s.axes, s.shape, mesh, rules, where))
+            return NamedSharding(mesh, spec(s.axes, s.shape, mesh, rules, where))
 
         return jax.tree_util.tree_map_with_path(one, self.specs, is_leaf=is_spec)
 

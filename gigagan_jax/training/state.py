@@ -9,6 +9,7 @@ import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gigagan_jax import sharding
 from gigagan_jax.config import Config
 from gigagan_jax.models.abstract import Module, Params
 from gigagan_jax.models.discriminator import Discriminator
@@ -82,33 +83,37 @@ class Networks:
         )
 
     def shardings(self, mesh: Any) -> GanState:
-        """Shardings of the state; optimizer moments and EMA follow their parameter."""
+        """Shardings of the state; moments and EMA follow their parameter, and are cut further by `rules.optimizer`."""
         everywhere = NamedSharding(mesh, PartitionSpec())
-        nets = {}
+        nets, cut = {}, {}
         for name, (module, tx) in self.trained().items():
             params = module.shardings(mesh, self.config.rules)
+            spec = sharding.optimizer_spec if self.config.mesh.shard_optimizer else sharding.spec
+            cut[name] = module.shardings(mesh, self.config.rules, spec)
             opt = optax.tree_map_params(
                 tx,
                 lambda _, where: where,
                 jax.eval_shape(tx.init, module.abstract()),
-                params,
+                cut[name],
                 transform_non_params=lambda _: everywhere,
             )
             nets[name] = Net(params, opt)
-        return GanState(everywhere, everywhere, g_ema=nets["g"].params, w_avg=everywhere, **nets)
+        return GanState(everywhere, everywhere, g_ema=cut["g"], w_avg=everywhere, **nets)
 
     def init(self, mesh: Any) -> GanState:
         """The initial state, born sharded."""
         where = self.shardings(mesh)
         trained = self.trained()
         params = {k: module.init(self.config.seed, getattr(where, k).params) for k, (module, _) in trained.items()}
-        start = lambda params: {k: tx.init(params[k]) for k, (_, tx) in trained.items()}
-        opts = jax.jit(start, out_shardings={k: getattr(where, k).opt for k in trained})(params)
+        copy = lambda tree: jax.tree.map(jnp.copy, tree)  # the state is donated: no two of its parts may be one array
+        start = lambda params: ({k: tx.init(params[k]) for k, (_, tx) in trained.items()}, copy(params["g"]))
+        opts = {k: getattr(where, k).opt for k in trained}
+        opts, g_ema = jax.jit(start, out_shardings=(opts, where.g_ema))(params)
         put = lambda value: jax.make_array_from_callback(value.shape, where.step, lambda index: value[index])
         return GanState(
             step=put(np.zeros((), np.int32)),
             images=put(np.zeros((), np.uint32)),
-            g_ema=jax.tree.map(jnp.copy, params["g"]),
+            g_ema=g_ema,
             w_avg=put(np.zeros((self.config.generator.w_dim,), np.float32)),
             **{k: Net(params[k], opts[k]) for k in trained},
         )

@@ -23,7 +23,7 @@ QUICK = {
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
 }
-MESHES = {"data4_fsdp2": (4, 2, 1), "data2_fsdp2_tensor2": (2, 2, 2)}
+MESHES = {"slice2_data2_fsdp2": (2, 2, 1, 2), "data2_fsdp2_tensor2": (2, 2, 2)}  # data, fsdp, tensor, slices
 TOLERANCE = 1e-5  # of the largest element of each parameter's gradient
 # The gradient of a choice among filters is a difference of nearly equal sums over all pixels.
 TOLERANCE_SELECT = 5e-5
@@ -163,11 +163,12 @@ def test_gradients_do_not_depend_on_the_mesh(gradients, mesh):
     assert found[0] == {}, "with every draw"
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 2, 2)], ids=str)
 @pytest.mark.parametrize("kernel", [0, 1, 3], ids=["product", "convolution1x1", "convolution3x3"])
-def test_products_under_the_default_rules_on_three_mesh_axes(kernel):
+def test_products_under_the_default_rules_on_three_mesh_axes(kernel, shape):
     """The backward product of a layer by its weights. With the batch over "data,fsdp", in this order, XLA's partitioner
     (jaxlib 0.10.2) permutes the examples among devices for the sake of the weights and does not bring them back."""
-    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    mesh = sharding.make_mesh(MeshConfig(*shape))
     rng = np.random.default_rng(0)
     shape = (32, 32) if kernel == 0 else (kernel, kernel, 32, 32)
     x, w = (rng.normal(size=s).astype(np.float32) for s in ((16, 4, 4, 32), shape))
