@@ -1,4 +1,4 @@
-"""What is done about the findings of health.py: said, written down, and if need be the run goes back to its last good checkpoint."""
+"""What is done about the findings of health.py: said, written down, and where it must be, back to the last good checkpoint."""
 
 import dataclasses
 import json
