@@ -227,7 +227,7 @@ class Run:
         def look(stop: int) -> int:
             """Judges the oldest pending step, waiting for it -> the signal to stop by, agreed on by all processes in it."""
             done, so_far, metrics, asked = pending.pop(0)
-            guard.look(done, so_far, metrics["health"], metrics)
+            guard.look(done, so_far, metrics)
             return stop if asked is None else max(stop, int(asked))
 
         while images < total:

@@ -53,22 +53,21 @@ class Guard:
         """What the last step that was looked at adds to a line of metrics."""
         return self.monitor.logged() | ({} if self._reading is None else self._reading.measures())
 
-    def look(self, step: int, images: int, vector: jax.Array, metrics: Mapping[str, jax.Array]) -> None:
+    def look(self, step: int, images: int, metrics: Mapping[str, jax.Array]) -> None:
         """Judges a step, waiting until it is done.
 
         Args:
           step, images: taken and seen with it
-          vector: its "health"
-          metrics: its other metrics
+          metrics: its own, with "health"
 
         Raises:
           UserError: the policy is to stop.
         """
         if self.rollback is not None:
             return  # of steps that will be taken back
-        self._reading = self.probe.read(vector)
+        self._reading = self.probe.read(metrics["health"])
         first = images - self.config.batch_size
-        losses = lambda: {k: float(v) for k, v in jax.device_get(dict(metrics)).items()}
+        losses = lambda: {k: float(v) for k, v in metrics.items() if k != "health"}
         found = self.monitor.observe(step, images, self._reading, losses, lambda row: self.data.name(first + row))
         for finding in found:
             said = f"step {step} ({finding.kimg:.1f} kimg), {finding.name}: {finding.text}"

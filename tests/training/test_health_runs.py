@@ -223,7 +223,7 @@ def test_back_to_before_a_run_went_wrong(compiled, tmp_path, refused):
 
 
 def test_a_stored_embedding_that_is_not_finite(clip_folder, tmp_path):
-    """Text features made ahead of time, one caption of each example NaN in the third part of them: named, and nothing learned."""
+    """Text features made ahead of time, those of one example NaN: it is named, and nothing is learned."""
     c = get_config("tiny")
     c.total_kimg = c.checkpoint_kimg = c.log_kimg = 0.016
     c.text.encoder, c.text.path, c.text.length = "clip", str(clip_folder), 16
