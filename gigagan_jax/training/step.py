@@ -417,7 +417,7 @@ class CompiledStep:
         *,
         with_r1: bool,
     ) -> tuple[GanState, Metrics]:
-        return self._jit(state, batch, key, frozen, self._scalar(lr_scale), with_r1)
+        return self._jit(state, batch, key, frozen, self.scalar(lr_scale), with_r1)
 
     def flops(self, *, with_r1: bool) -> int:
         """Floating-point operations of one step over all devices, from its trace; see flops.py."""
@@ -442,5 +442,6 @@ class CompiledStep:
         return jax.random.wrap_key_data(jax.make_array_from_callback(host.shape, self.key_sharding, lambda i: host[i]))
 
     @functools.cache  # noqa: B019  (a handful of values, for as long as the run)
-    def _scalar(self, value: float) -> jax.Array:
+    def scalar(self, value: float) -> jax.Array:
+        """A number as the step takes it: float32, on all devices."""
         return jax.make_array_from_callback((), self.key_sharding, lambda i: np.float32(value))
