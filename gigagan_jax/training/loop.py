@@ -213,7 +213,7 @@ class Run:
             _log.info("nothing to do: the run is at %.1f of %.1f kimg", images / 1000, config.total_kimg)
             return state
         progress = Progress(config.total_kimg, images)
-        key = self.step.key()
+        key, scale = self.step.key(), self.step.scalar(guard.monitor.lr_scale)
         latest: dict[str, Any] = {}
         pending: list[tuple[int, int, dict[str, jax.Array], jax.Array | None]] = []  # (step, images, metrics, asked)
         agreement = distributed.Agreement(self.mesh) if jax.process_count() > 1 else None
@@ -236,7 +236,6 @@ class Run:
             began = time.monotonic()
             if first_time:
                 _log.info("compiling the train step %s R1 (once)", "with" if with_r1 else "without")
-            scale = guard.monitor.lr_scale
             state, metrics = self.step(state, self._next(data), key, weights, scale, with_r1=with_r1)
             step += 1
             images += config.batch_size
@@ -258,7 +257,7 @@ class Run:
             if guard.rollback is not None:
                 init = functools.partial(self.networks.init, self.mesh)
                 state, step = guard.go_back(state, checkpoints, logger, self._abstract(), init)
-                images = int(state.images)
+                images, scale = int(state.images), self.step.scalar(guard.monitor.lr_scale)
                 pending.clear()
                 latest.clear()
                 continue

@@ -413,11 +413,11 @@ class CompiledStep:
         batch: Batch,
         key: jax.Array,
         frozen: Params = NOTHING,
-        lr_scale: float = 1.0,
+        lr_scale: jax.Array | None = None,
         *,
         with_r1: bool,
     ) -> tuple[GanState, Metrics]:
-        return self._jit(state, batch, key, frozen, self.scalar(lr_scale), with_r1)
+        return self._jit(state, batch, key, frozen, self._one if lr_scale is None else lr_scale, with_r1)
 
     def flops(self, *, with_r1: bool) -> int:
         """Floating-point operations of one step over all devices, from its trace; see flops.py."""
@@ -441,7 +441,10 @@ class CompiledStep:
         host = jax.device_get(data)
         return jax.random.wrap_key_data(jax.make_array_from_callback(host.shape, self.key_sharding, lambda i: host[i]))
 
-    @functools.cache  # noqa: B019  (a handful of values, for as long as the run)
+    @functools.cached_property
+    def _one(self) -> jax.Array:
+        return self.scalar(1.0)
+
     def scalar(self, value: float) -> jax.Array:
         """A number as the step takes it: float32, on all devices."""
         return jax.make_array_from_callback((), self.key_sharding, lambda i: np.float32(value))
