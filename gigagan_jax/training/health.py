@@ -206,7 +206,8 @@ class HealthMonitor:
         for net, (names, of) in modules.items():
             few = len(names) <= 3
             words.append("gradients of " + (", ".join(names) if few else f"{len(names)} of {of} modules of the {net}"))
-        where += [] if where else [name for names, _ in modules.values() for name in names] or bad
+        where = where or [name for names, _ in modules.values() for name in names] or bad or ["grad_norm"]
+        words = words or ["a norm of gradients, too large for float32"]
         action = "warn"
         if c.nonfinite != "warn":
             action = "skip" if self._in_a_row <= c.max_skips else self._beyond_skipping(c.nonfinite)

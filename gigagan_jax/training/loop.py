@@ -142,7 +142,7 @@ class Run:
         """Trains to `total_kimg`, from the newest checkpoint if there is one, and returns the final state.
 
         Raises:
-          UserError: bad data, a workdir of another run, a damaged checkpoint, a loss that is no longer finite.
+          UserError: bad data, a workdir of another run, a damaged checkpoint, a run that went wrong (docs/health.md).
           Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
         """
         config = self.config
@@ -240,6 +240,7 @@ class Run:
             step += 1
             images += config.batch_size
             latest |= {k: v for k, v in metrics.items() if k != "health"}
+            metrics["health"].copy_to_host_async()
             pending.append((step, images, metrics, agreement.ask(self._signal) if agreement else None))
             if first_time:
                 seen.add(with_r1)

@@ -218,6 +218,7 @@ def test_a_spike_of_the_penalty(networks):
             "the caption embedding (features) of digit 5, number 5 of the batch and of 1 more; loss/d; gradients of",
         ),
         ({"applied/g": 0}, {"loss/clip": math.nan}, "loss/clip", "not finite: loss/clip. G's half"),
+        ({"applied/g": 0}, {"loss/g": 1e38}, "grad_norm", "too large for float32. G's half"),
     ],
 )
 def test_what_is_not_finite_is_named(networks, values, losses, where, words):
