@@ -150,11 +150,11 @@ class HealthMonitor:
 
     def logged(self) -> dict[str, float]:
         """What a line of metrics says of it."""
-        return {
-            f"{MARK}skipped": self.skipped,
-            f"{MARK}rollbacks": self.rollbacks,
-            f"{MARK}lr_scale": self.lr_scale,
-        }
+        out = {"skipped": self.skipped, "rollbacks": self.rollbacks, "lr_scale": self.lr_scale}
+        *before, last = self._penalties or [math.nan]
+        if len(before) >= _PENALTIES_LEAST:
+            out["penalty"] = last / (statistics.median(before) or math.inf)
+        return {f"{MARK}{name}": value for name, value in out.items()}
 
     # -- judging
 

@@ -199,6 +199,7 @@ def test_a_spike_of_the_penalty(networks):
     assert (found.name, found.module, found.value) == ("penalty", "loss/r1", 100)
     assert found.threshold == pytest.approx(40)
     assert "50 times its median of 2" in found.text
+    assert judge.monitor.logged()["health/penalty"] == 50
     assert judge(1) == []
 
 
