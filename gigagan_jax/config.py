@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from gigagan_jax.config_check import validate
 from gigagan_jax.config_data import DataConfig
-from gigagan_jax.config_run import DEFAULT_RULES, CheckpointConfig, MeshConfig, SnapshotConfig
+from gigagan_jax.config_run import DEFAULT_RULES, CheckpointConfig, HealthConfig, MeshConfig, SnapshotConfig
 from gigagan_jax.errors import UserError
 
 
@@ -205,6 +205,7 @@ class Config:
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()  # noqa: RUF009  (frozen)
     snapshot: SnapshotConfig = SnapshotConfig()  # noqa: RUF009  (frozen)
+    health: HealthConfig = HealthConfig()  # noqa: RUF009  (frozen)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -347,6 +348,7 @@ FREE_FIELDS = (
     "generator.adaptive_form",
     "checkpoint",
     "snapshot",
+    "health",
 )
 
 

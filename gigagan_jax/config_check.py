@@ -149,6 +149,18 @@ def _check_data(data: Any) -> None:
         raise UserError("config.data.filters.max_caption is less than min_caption: nothing would be left")
 
 
+def _check_health(health: Any) -> None:
+    _one_of("health.nonfinite", health.nonfinite, ("warn", "skip", "rollback"))
+    for name in ("saturation", "penalty", "collapse", "levels", "updates"):
+        _one_of(f"health.{name}", getattr(health, name), ("off", "warn", "rollback"))
+    for name in ("max_skips", "max_rollbacks", "grace"):
+        if getattr(health, name) < 0:
+            raise UserError(f"config.health.{name}={getattr(health, name)}: must not be negative")
+    for name in ("rollback_lr", "window", "patience"):
+        if not 0 < getattr(health, name) < math.inf:
+            raise UserError(f"config.health.{name}={getattr(health, name)}: must be greater than 0")
+
+
 def validate(config: Any) -> None:
     """Raises UserError where the settings of a `Config` cannot work together."""
     r = config.resolution
@@ -195,6 +207,7 @@ def validate(config: Any) -> None:
             "config.discriminator.minibatch_std=1: a group of one has no deviation; use 0 (off) or at least 2"
         )
     _check_data(config.data)
+    _check_health(config.health)
     _one_of("condition", config.condition, ("text", "class", "none"))
     _one_of("dtype", config.dtype, ("bfloat16", "float32"))
     _one_of("discriminator.head", d.head, ("modulated", "projection"))

@@ -55,3 +55,32 @@ class SnapshotConfig:
     )
     seeds: int = 8  # columns: seeds 0, 1, ...
     truncations: tuple[float, ...] = (1.0, 0.7)  # one grid each
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthConfig:
+    """What is done when a GAN goes wrong (docs/health.md). Non-finite values never reach the parameters, whatever is set here.
+
+    Policies: "off" (not looked at), "warn", "rollback" (to the last good checkpoint); of `nonfinite` "warn", "skip", "rollback".
+    """
+
+    nonfinite: str = "rollback"  # after `max_skips` steps in a row; "skip": stop then; "warn": go on for ever
+    saturation: str = "warn"  # D is sure of everything
+    penalty: str = "warn"  # R1 far above its usual size
+    collapse: str = "warn"  # images that are too much alike
+    levels: str = "warn"  # a level of the pyramid, or an exit of D, that does nothing
+    updates: str = "warn"  # updates that vanish or explode
+    max_skips: int = 10  # steps in a row that may be left out
+    max_rollbacks: int = 3  # in a run; after them it stops
+    rollback_lr: float = 0.5  # factor of all learning rates with each rollback
+    grace: int = 1000  # steps from the start in which only non-finite values are looked for
+    window: int = 100  # steps of the running means that are judged
+    patience: int = 500  # steps in a row that a mean must be beyond its limit
+    max_gap: float = 0.98  # mean of sigmoid(D) on real images minus that on generated ones, 0 to 1
+    max_penalty: float = 20.0  # R1 over the median of its last 32 values
+    min_diversity: float = 0.2  # deviation over a batch of generated images, of that of real ones
+    min_diversity_z: float = 0.05  # the same between two images of one caption
+    min_level: float = 0.005  # share of a pyramid level in the sizes of what all levels add
+    min_exit: float = 1e-3  # deviation of an exit's logits over images
+    min_update: float = 0.01  # root mean square of an update at learning rate 1 (Adam's: about 1)
+    max_update: float = 0.1  # change of a network's parameters in a step, of their norm

@@ -92,7 +92,7 @@ def bench(config: Config, steps: int, repeats: int) -> dict[str, Any]:
 
         def run(compiled: Any = compiled) -> Any:
             nonlocal state
-            state, metrics = compiled(state, batch, key, weights)
+            state, metrics = compiled(state, batch, key, weights, step.scalar(1.0))
             return metrics
 
         timed = seconds(run, steps, repeats)

@@ -44,6 +44,35 @@ class Shuffled(Sequence[int]):
         return i
 
 
+class Reordered(Sequence[int]):
+    """An endless order whose positions from `start` on are shuffled anew, within each epoch: nothing is lost or seen twice by it.
+
+    Args:
+      order: what to shuffle.
+      size: positions in an epoch.
+      start: first position that is moved; those before it stay.
+      seed: of the new order.
+    """
+
+    def __init__(self, order: Sequence[int], size: int, start: int, seed: int):
+        self._order, self._start = order, start
+        self._size = min(size, _MAX)
+        self._rest = self._size - start % self._size  # of the epoch that `start` is in
+        self._shuffled, self._later = Shuffled(self._rest, seed), Shuffled(self._size, seed)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, k):
+        k = int(k)
+        i = k - self._start
+        if i < 0:
+            return self._order[k]
+        if i < self._rest:
+            return self._order[self._start + self._shuffled[i]]
+        return self._order[k - k % self._size + self._later[k]]
+
+
 class Mixed(Sequence[int]):
     """An endless mixture of several endless orders, in exact proportions.
 

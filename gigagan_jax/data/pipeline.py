@@ -25,6 +25,7 @@ from PIL import Image
 from gigagan_jax.data.captions import clean_all
 from gigagan_jax.data.decoding import decode_to_pil
 from gigagan_jax.data.embeddings import Embeddings
+from gigagan_jax.data.order import Reordered
 from gigagan_jax.data.quarantine import MIN_TRIED, Bad, Quarantine, describe
 from gigagan_jax.data.records import BadExample, Record, Source
 from gigagan_jax.data.tokenizers import Tokenizer
@@ -160,6 +161,11 @@ def build(
     )
 
 
+def reordered(state: Mapping[str, Any], salt: int) -> dict[str, Any]:
+    """The position `state` of a pipeline, with another order of the examples from there on; `salt` picks which."""
+    return {**state, "reorders": [*state.get("reorders", ()), [state["examples_seen"], salt]]}
+
+
 class Pipeline:
     """Endless iterator of this host's batches; made by `build`. To be used from one thread, and closed.
 
@@ -195,6 +201,7 @@ class Pipeline:
         self._threads, self._workers = num_threads, num_workers
         self._prefetch = prefetch_examples or 2 * len(rows)
         self._examples_seen = start_example
+        self._reorders: tuple[tuple[int, int], ...] = ()  # (position, seed) from which on the order is another one
         self._batches = self._start()
 
     def __iter__(self) -> "Pipeline":
@@ -213,12 +220,13 @@ class Pipeline:
         `examples_seen` is global, the position of the next example, and does not depend on the number of hosts.
         The counters under `quarantine` are those of this host.
         """
-        return {
+        state = {
             "examples_seen": self._examples_seen,
             "seed": self._seed,
             "source": self._identity,
             "quarantine": self.quarantine.state(),
         }
+        return state | ({"reorders": [list(one) for one in self._reorders]} if self._reorders else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues exactly where `state` was taken, whatever the batch size and the number of hosts were then.
@@ -229,6 +237,7 @@ class Pipeline:
         try:
             examples_seen, seed, identity = int(state["examples_seen"]), int(state["seed"]), str(state["source"])
             counters = {"tried": int(state["quarantine"]["tried"]), "causes": dict(state["quarantine"]["causes"])}
+            reorders = tuple((int(start), int(salt)) for start, salt in state.get("reorders", ()))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the data position in the checkpoint cannot be read: {error!r}") from error
         _check(examples_seen >= 0, f"the data position in the checkpoint is negative: {examples_seen}")
@@ -244,7 +253,20 @@ class Pipeline:
         self.close()
         self.quarantine.restore(counters)
         self._examples_seen = examples_seen
+        self._reorders = reorders
         self._batches = self._start()
+
+    def name(self, position: int) -> str:
+        """The source's name of the example that is first asked for at a position of the stream."""
+        return self._reader.source.name(self._order()[position])
+
+    def _order(self) -> Sequence[int]:
+        order = self._reader.source.shuffled(self._seed)
+        for start, salt in self._reorders:
+            # A stream of draws of its own, apart from those of other seeds.
+            seed = int(np.random.SeedSequence((self._seed, salt)).generate_state(1, np.uint64)[0]) >> 1
+            order = Reordered(order, len(self._reader.source), start, seed)
+        return order
 
     def close(self) -> None:
         """Stops the reading threads. The pipeline delivers nothing after it, until a `restore`."""
@@ -278,7 +300,7 @@ class Pipeline:
             batch, row = divmod(i, len(rows))
             return start + batch * batch_size + rows[row]
 
-        chunks = _Chunks(self._reader, self._reader.source.shuffled(self._seed), position, chunk)
+        chunks = _Chunks(self._reader, self._order(), position, chunk)
         ahead = max(-(-self._prefetch // chunk) // max(1, self._workers), self._threads) if self._threads else 0
         read = chunks.to_iter_dataset(grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead))
         if self._workers:

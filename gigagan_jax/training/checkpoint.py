@@ -178,6 +178,24 @@ class Checkpoints:
                     "--workdir"
                 )
 
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def position(self, step: int) -> dict[str, Any]:
+        """What a checkpoint holds as its position in the data."""
+        self._check(step)
+        return self._restore(step, data=ocp.args.JsonRestore())["data"]
+
+    def remove(self, step: int) -> None:
+        """Deletes a checkpoint that the run goes back behind."""
+        self._manager.delete(step)
+
+    def restore_newest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, data position) of the newest checkpoint; None when there is none."""
+        step = self.latest()
+        return None if step is None else (step, *self.restore(step, abstract))
+
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """(state, data position) of a checkpoint.
 

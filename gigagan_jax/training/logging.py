@@ -77,12 +77,13 @@ class MetricLogger:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             last_step = -1 if resume_step is None else resume_step
-            _cut_after(workdir / METRICS_FILE, last_step)
+            self._path = workdir / METRICS_FILE
+            _cut_after(self._path, last_step)
             events = workdir / TENSORBOARD_FOLDER
             went_before = events.is_dir() and any(events.iterdir())
             events.mkdir(exist_ok=True)
             # Line buffered: a line reaches the system as a whole.
-            self._file = open(workdir / METRICS_FILE, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             # Not SummaryWriter: its flush leaves behind what its thread has not taken up yet, and a second writer
             # within one second would empty the first one's file. The suffix keeps such files apart, in order.
             self._events = EventsWriter(str(events / "events"), filename_suffix=f".{time.time_ns()}")
@@ -133,6 +134,17 @@ class MetricLogger:
         height, width, colours = image.shape
         value = {"height": height, "width": width, "colorspace": colours, "encoded_image_string": png.getvalue()}
         self._summary(step, [{"tag": tag, "image": value}])
+
+    def rewind(self, step: int) -> None:
+        """Takes out what was logged for steps after this one: the run went back to it."""
+        if not self.enabled:
+            return
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        self._file.close()
+        _cut_after(self._path, step)
+        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def flush(self) -> None:
         """Sends everything to the disk; to be called with each checkpoint, so that both agree."""

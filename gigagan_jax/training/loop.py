@@ -26,6 +26,7 @@ from gigagan_jax.models.pretrained.frozen import clip_length, own_clip_tokens
 from gigagan_jax.models.pretrained.text_spec import tokenizer_options
 from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, with_shardings
 from gigagan_jax.training.logging import MetricLogger, Progress
+from gigagan_jax.training.recovery import Guard
 from gigagan_jax.training.state import GanState, Networks
 from gigagan_jax.training.step import CompiledStep, TrainStep
 
@@ -141,7 +142,7 @@ class Run:
         """Trains to `total_kimg`, from the newest checkpoint if there is one, and returns the final state.
 
         Raises:
-          UserError: bad data, a workdir of another run, a damaged checkpoint, a loss that is no longer finite.
+          UserError: bad data, a workdir of another run, a damaged checkpoint, a run that went wrong (docs/health.md).
           Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
         """
         config = self.config
@@ -153,11 +154,12 @@ class Run:
                 weights, identities = self.frozen
                 if data.embeddings is not None:
                     identities = identities | data.embeddings.identities
-                state, step = self._start(checkpoints, data, identities)
+                guard = Guard(config, self.step.step.probe, self.workdir, data)
+                state, step = self._start(checkpoints, data, identities, guard)
                 resumed = step if step else None
                 with MetricLogger(self.workdir, enabled=jax.process_index() == 0, resume_step=resumed) as logger:
                     with self._signals():
-                        state = self._loop(state, step, data, checkpoints, logger, weights, identities)
+                        state = self._loop(state, step, data, checkpoints, logger, weights, identities, guard)
                     checkpoints.wait()
                     kimg = int(state.images) / 1000
                     for hook in self.finish:
@@ -167,7 +169,7 @@ class Run:
         return state
 
     def _start(
-        self, checkpoints: Checkpoints, data: pipeline.Pipeline, identities: dict[str, str]
+        self, checkpoints: Checkpoints, data: pipeline.Pipeline, identities: dict[str, str], guard: Guard
     ) -> tuple[GanState, int]:
         latest = checkpoints.latest()
         if latest is None:
@@ -185,10 +187,13 @@ class Run:
                     name.upper(),
                     o.decay_kimg,
                 )
-        abstract = with_shardings(self.networks.abstract(), self.step.state_shardings)
-        state, position = checkpoints.restore(latest, abstract)
+        state, position = checkpoints.restore(latest, self._abstract())
         data.restore(position)
+        guard.monitor.restore(position.get("health"))
         return state, latest
+
+    def _abstract(self) -> GanState:
+        return with_shardings(self.networks.abstract(), self.step.state_shardings)
 
     def _loop(
         self,
@@ -199,6 +204,7 @@ class Run:
         logger: MetricLogger,
         weights: Params,
         identities: dict[str, str],
+        guard: Guard,
     ) -> GanState:
         config = self.config
         images = int(state.images)
@@ -207,17 +213,22 @@ class Run:
             _log.info("nothing to do: the run is at %.1f of %.1f kimg", images / 1000, config.total_kimg)
             return state
         progress = Progress(config.total_kimg, images)
-        key = self.step.key()
+        key, scale = self.step.key(), self.step.scalar(guard.monitor.lr_scale)
         latest: dict[str, Any] = {}
-        pending: list[tuple[jax.Array, jax.Array | None]] = []
+        pending: list[tuple[int, int, dict[str, jax.Array], jax.Array | None]] = []  # (step, images, metrics, asked)
         agreement = distributed.Agreement(self.mesh) if jax.process_count() > 1 else None
         seen: set[bool] = set()
-        saved = step if step else None
 
         # Durations are in images: something is due when a multiple of its period was crossed in this step.
         def due(kimg: float) -> bool:
             period = kimg * 1000
             return images // period > (images - config.batch_size) // period
+
+        def look(stop: int) -> int:
+            """Judges the oldest pending step, waiting for it -> the signal to stop by, agreed on by all processes in it."""
+            done, so_far, metrics, asked = pending.pop(0)
+            guard.look(done, so_far, metrics)
+            return stop if asked is None else max(stop, int(asked))
 
         while images < total:
             with_r1 = step % config.loss.r1_interval == 0
@@ -225,11 +236,12 @@ class Run:
             began = time.monotonic()
             if first_time:
                 _log.info("compiling the train step %s R1 (once)", "with" if with_r1 else "without")
-            state, metrics = self.step(state, self._next(data), key, weights, with_r1=with_r1)
+            state, metrics = self.step(state, self._next(data), key, weights, scale, with_r1=with_r1)
             step += 1
             images += config.batch_size
-            latest |= metrics
-            pending.append((metrics["loss/d"], agreement.ask(self._signal) if agreement else None))
+            latest |= {k: v for k, v in metrics.items() if k != "health"}
+            metrics["health"].copy_to_host_async()
+            pending.append((step, images, metrics, agreement.ask(self._signal) if agreement else None))
             if first_time:
                 seen.add(with_r1)
                 jax.block_until_ready(metrics)
@@ -239,14 +251,20 @@ class Run:
             # Two steps may be in flight: the host prepares the next one, and no queue grows.
             stop = 0 if agreement else self._signal
             if len(pending) > 2:
-                done, asked = pending.pop(0)
-                jax.block_until_ready(done)
-                if asked is not None:  # the same for all processes in the same step: they stop together
-                    stop = int(asked)
+                stop = look(stop)
+            # What is saved or logged is judged before: a checkpoint holds the judgement of its own step.
+            while pending and (due(config.log_kimg) or due(config.checkpoint_kimg) or images >= total or stop):
+                stop = look(stop)
+            if guard.rollback is not None:
+                init = functools.partial(self.networks.init, self.mesh)
+                state, step = guard.go_back(state, checkpoints, logger, self._abstract(), init)
+                images, scale = int(state.images), self.step.scalar(guard.monitor.lr_scale)
+                pending.clear()
+                latest.clear()
+                continue
             save = due(config.checkpoint_kimg) or images >= total or bool(stop)
-            # Numbers are looked at before they are saved, so that no checkpoint holds a diverged state.
             if due(config.log_kimg) or save:
-                values = {k: float(v) for k, v in jax.device_get(latest).items()}
+                values = {k: float(v) for k, v in jax.device_get(latest).items()} | guard.values()
                 line = progress.update(images, values, time.monotonic())
                 bad = data.quarantine.causes
                 if progress.rate:
@@ -256,11 +274,9 @@ class Run:
                 logger.scalars(step, images / 1000, values)
                 if jax.process_index() == 0:
                     print(line, flush=True)
-                self._check_finite(values, images, saved)
             began = time.monotonic()
             if save:
-                checkpoints.save(step, state, data.state(), config, identities)
-                saved = step
+                checkpoints.save(step, state, guard.position(), config, identities)
             if self.snapshot is not None and (due(config.snapshot_kimg) or images >= total):
                 self.snapshot(state, images / 1000, logger)
             progress.exclude(time.monotonic() - began)
@@ -276,16 +292,6 @@ class Run:
         return {
             k: sharding.from_rows(batch[k], self.rows, where, length) for k, where in self.step.batch_shardings.items()
         }
-
-    def _check_finite(self, values: dict[str, float], images: int, saved: int | None) -> None:
-        bad = [k for k, v in values.items() if not math.isfinite(v)]
-        if bad:
-            last = f"the last checkpoint is step {saved}" if saved is not None else "there is no checkpoint yet"
-            raise UserError(
-                f"training diverged at {images / 1000:.1f} kimg: {', '.join(bad)} is not finite; {last}. "
-                "A lower learning rate (config.g_optimizer.learning_rate, config.d_optimizer.learning_rate) or a larger "
-                "config.loss.r1_gamma is the usual cure"
-            )
 
     def _signals(self) -> "_Signals":
         return _Signals(self)

@@ -9,58 +9,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gigagan_jax import sharding
 from gigagan_jax.config import Config
 from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.layers.resample import pyramid
-from gigagan_jax.models.pretrained.frozen import clip_length, clip_width, own_clip_tokens
-from gigagan_jax.models.pretrained.text_spec import text_spec
-from gigagan_jax.training import losses
+from gigagan_jax.training import losses, probe
 from gigagan_jax.training.augment import augment
+from gigagan_jax.training.batch import Batch, abstract_batch, batch_axes, batch_shardings
 from gigagan_jax.training.flops import count_flops
 from gigagan_jax.training.mismatch import wrong_captions
 from gigagan_jax.training.optim import learning_rate
 from gigagan_jax.training.state import GanState, Net, Networks
 
 NOTHING: Params = {}  # the frozen networks of a config that asks for none
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-
-
-def batch_axes(name: str) -> tuple[str | None, ...]:
-    """Logical axes of one entry of a batch.
-
-    `image` uint8 [N, R, R, 3], `tokens` int32 [N, C], `label` int32 [N]; `clip_tokens` int32 [N, C'] where the contrastive
-    loss has other tokens; `features` [N, C, D] and `clip_text` [N, P] where text embeddings are stored with the data (else
-    the step makes them).
-    """
-    return ("batch", *(None,) * {"image": 3, "features": 2, "label": 0}.get(name, 1))
-
-
-def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """ShapeDtypeStructs of a global batch: the entries of the data's batch that the step takes."""
-    n, r = config.batch_size, config.resolution
-    entry = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((n, *shape), dtype)
-    batch = {"image": entry(r, r, 3, dtype=jnp.uint8), "label": entry()}
-    if config.condition != "text":
-        return batch
-    batch["tokens"] = entry(config.text.length)
-    if config.data.embeddings:
-        batch["features"] = entry(config.text.length, text_spec(config.text).width, dtype=jnp.dtype(config.dtype))
-        if config.uses_clip_loss:
-            batch["clip_text"] = entry(clip_width(config), dtype=jnp.float32)
-    elif own_clip_tokens(config):
-        batch["clip_tokens"] = entry(clip_length(config))
-    return batch
-
-
-def batch_shardings(config: Config, mesh: Any) -> dict[str, NamedSharding]:
-    """Shardings of a global batch."""
-    abstract = abstract_batch(config)
-    spec = lambda k: sharding.spec(batch_axes(k), abstract[k].shape, mesh, config.rules, f"batch {k}")
-    return {k: NamedSharding(mesh, spec(k)) for k in abstract}
 
 
 def high_to_low(images: list[jax.Array], config: Config) -> list[jax.Array]:
@@ -78,6 +43,7 @@ class TrainStep:
     def __init__(self, networks: Networks):
         self.networks = networks
         self.config = networks.config
+        self.probe = probe.Probe(networks)
         self.weights_gan, self.weights_match = losses.pair_weights(self.config)
         self.matches = self.config.condition == "text" and (
             self.config.loss.match_d > 0 or self.config.loss.match_g > 0
@@ -167,6 +133,7 @@ class TrainStep:
             loss += c.loss.match_d * metrics["loss/d_match"]
             metrics["logits/wrong"] = wrong_real[-len(reals)].mean()
         metrics |= {"logits/real": real_[-len(reals)].mean(), "logits/fake": fake[-len(reals)].mean()}
+        metrics |= probe.of_discriminator(c, real, fakes[0], real_, fake)
 
         if v_params is not None:
             with jax.named_scope("vision_aided"):
@@ -234,6 +201,7 @@ class TrainStep:
                 metrics["loss/g_v"] = losses.over_pairs(losses.gan_g, self.weights_vision, own_v)
             loss += c.loss.vision_aided * metrics["loss/g_v"]
         metrics["image/spread"] = jnp.std(out, axis=0).mean()
+        metrics |= probe.of_generator(c, images)
         return loss, metrics | {"loss/g": loss, "w": w.mean(0)}
 
     # -- the step
@@ -241,7 +209,10 @@ class TrainStep:
     def gradients(
         self, loss: Callable, params: Params, batch: Batch, key: jax.Array, *args: Any
     ) -> tuple[Params, Metrics]:
-        """Gradient and metrics of `loss(params, *args, batch, key)`, averaged over the micro-batches."""
+        """Gradient and metrics of `loss(params, *args, batch, key)`, averaged over the micro-batches.
+
+        The metric "thumbnails" is not averaged: it is stacked, one entry a micro-batch.
+        """
         parts = self.config.micro_batches
         grad = jax.grad(loss, has_aux=True)
         if parts == 1:
@@ -252,14 +223,20 @@ class TrainStep:
             x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
             return sharding.constrain(x, None, *batch_axes(name))
 
-        def body(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            out = grad(params, *args, part[0], jax.random.fold_in(key, part[1]))
-            return jax.tree.map(lambda a, b: a + b / parts, total, out), None
+        def one(part: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
+            grads, metrics = grad(params, *args, part[0], jax.random.fold_in(key, part[1]))
+            kept = {k: metrics.pop(k) for k in ("thumbnails",) if k in metrics}
+            return (grads, metrics), kept
+
+        def body(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
+            out, kept = one(part)
+            return jax.tree.map(lambda a, b: a + b / parts, total, out), kept
 
         stacked = {k: split(k, x) for k, x in batch.items()}
         first = {k: x[0] for k, x in stacked.items()}
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, params, *args, first, key))
-        return jax.lax.scan(body, zeros, (stacked, jnp.arange(parts)))[0]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, (first, jnp.int32(0)))[0])
+        (grads, metrics), kept = jax.lax.scan(body, zeros, (stacked, jnp.arange(parts)))
+        return grads, metrics | kept
 
     def progress(self, state: GanState) -> jax.Array:
         """Share of the run that is done, 0 to 1."""
@@ -290,41 +267,70 @@ class TrainStep:
 
         return self.gradients(loss, state.g.params, batch, key, self.critics(state))
 
-    def update(self, name: str, net: Net, grads: Params, rate: jax.Array) -> tuple[Net, jax.Array]:
-        """A network after one step of its optimizer, and the norm of its gradient.
+    def cut(self, name: str, grads: Params) -> Params:
+        """Gradients of a network, each device left with the part whose moments it has."""
+        if not self.config.mesh.shard_optimizer:
+            return grads
+        return jax.tree.map(sharding.to_optimizer, grads, self.networks.trained()[name][0].axes())
+
+    def update(
+        self, name: str, net: Net, grads: Params, rate: jax.Array, ok: jax.Array
+    ) -> tuple[Net, tuple[jax.Array, jax.Array]]:
+        """(the network after its step, or as it was where that is not `ok`; sizes of the update)
 
         Each device works out the part whose moments it has, and the new parameters are put together from the parts.
         """
         module, tx = self.networks.trained()[name]
-        cut = self.config.mesh.shard_optimizer
-        part, whole = (sharding.to_optimizer, sharding.from_optimizer) if cut else (lambda x, _: x,) * 2
-        grads = jax.tree.map(part, grads, module.axes())
         updates, opt = tx.update(grads, net.opt, net.params)
-        params = jax.tree.map(lambda p, u, names: whole(p - rate * u, names), net.params, updates, module.axes())
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)))
-        return Net(params, opt), norm
+        sizes = probe.update_sizes(updates, net.params, rate)
+        params = jax.tree.map(lambda p, u: p - rate * u, net.params, updates)
+        params, opt = probe.guarded(ok, (params, opt), (net.params, net.opt))
+        if self.config.mesh.shard_optimizer:
+            params = jax.tree.map(sharding.from_optimizer, params, module.axes())
+        return Net(params, opt), sizes
 
     def __call__(
-        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING, *, with_r1: bool
+        self,
+        state: GanState,
+        batch: Batch,
+        key: jax.Array,
+        frozen: Params = NOTHING,
+        lr_scale: jax.Array | float = 1.0,
+        *,
+        with_r1: bool,
     ) -> tuple[GanState, Metrics]:
-        """(state, global batch, the run's key, frozen networks) -> (state, metrics); `with_r1` is static."""
+        """(state, global batch, the run's key, frozen networks, factor of all learning rates) -> (state, metrics)
+
+        What is not finite changes nothing: where an input, the critics' loss or a gradient of theirs is not, only `step` and
+        `images` move on; where it is G's, D and V have made their half of the step, and G and its averages stay. The metric
+        "health" is the vector of `self.probe`. `with_r1` is static.
+        """
         c = self.config
         key_d, key_g = jax.random.split(jax.random.fold_in(key, state.step))
+        rate = lambda o, lazy=0: lr_scale * learning_rate(o, state.images, c.total_kimg, lazy_interval=lazy)
         batch = self.encode(batch, frozen)
+        seen = probe.bad_rows(batch)
 
         grads, metrics = self.d_gradients(state, batch, key_d, with_r1, frozen)
         d_grads, v_grads = self.split(grads)
-        rate = learning_rate(c.d_optimizer, state.images, c.total_kimg, lazy_interval=c.loss.r1_interval)
-        d, metrics["grad_norm/d"] = self.update("d", state.d, d_grads, rate)
-        v = state.v
+        d_grads, v_grads = self.cut("d", d_grads), None if v_grads is None else self.cut("v", v_grads)
+        squares = {"d": probe.squares(d_grads)} | ({} if v_grads is None else {"v": probe.squares(v_grads)})
+        metrics |= {f"grad_norm/{net}": jnp.sqrt(sum(each)) for net, each in squares.items()}
+        finite = jnp.isfinite(metrics["loss/d"] + sum(metrics[f"grad_norm/{net}"] for net in squares))
+        ok = seen["applied/d"] = finite & ~probe.any_bad(seen)
+        d, v, sizes = state.d, state.v, {}
+        d, sizes["d"] = self.update("d", d, d_grads, rate(c.d_optimizer, c.loss.r1_interval), ok)
         if v is not None:
-            rate = learning_rate(c.v_optimizer, state.images, c.total_kimg)
-            v, metrics["grad_norm/v"] = self.update("v", v, v_grads or {}, rate)
+            v, sizes["v"] = self.update("v", v, v_grads or {}, rate(c.v_optimizer), ok)
         state = state.replace(d=d, v=v)  # type: ignore[attr-defined]
 
         grads, g_metrics = self.g_gradients(state, batch, key_g, frozen)
-        rate = learning_rate(c.g_optimizer, state.images, c.total_kimg)
-        g, g_metrics["grad_norm/g"] = self.update("g", state.g, grads, rate)
+        grads = self.cut("g", grads)
+        squares["g"] = probe.squares(grads)
+        g_metrics["grad_norm/g"] = jnp.sqrt(sum(squares["g"]))
+        ok = seen["applied/g"] = ok & jnp.isfinite(g_metrics["loss/g"] + g_metrics["grad_norm/g"])
+        g, sizes["g"] = self.update("g", state.g, grads, rate(c.g_optimizer), ok)
+        seen["health/diversity_z"] = probe.within_captions(metrics, g_metrics)
         w = g_metrics.pop("w")
 
         images = state.images + jnp.uint32(c.batch_size)
@@ -332,7 +338,10 @@ class TrainStep:
         g_ema = jax.tree.map(lambda e, p: p + (e - p) * keep, state.g_ema, g.params)
         w_keep = c.generator.w_avg_decay
         w_avg = jnp.where(state.step == 0, w, w + (state.w_avg - w) * w_keep)
-        return GanState(state.step + 1, images, g, d, g_ema, w_avg, v), {**metrics, **g_metrics}
+        g_ema, w_avg = probe.guarded(ok, (g_ema, w_avg), (state.g_ema, state.w_avg))
+        metrics |= g_metrics
+        metrics["health"] = self.probe.pack(metrics, seen, squares, sizes)
+        return GanState(state.step + 1, images, g, d, g_ema, w_avg, v), metrics
 
 
 def ema_decay(config: Config, images: jax.Array) -> jax.Array:
@@ -365,21 +374,28 @@ class CompiledStep:
             self._run,
             static_argnames="with_r1",
             donate_argnums=0,
-            in_shardings=(self.state_shardings, self.batch_shardings, everywhere, self.frozen_shardings),
+            in_shardings=(self.state_shardings, self.batch_shardings, everywhere, self.frozen_shardings, everywhere),
             out_shardings=(self.state_shardings, everywhere),
         )
 
     def _run(
-        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params, with_r1: bool
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params, lr_scale: jax.Array, with_r1: bool
     ) -> tuple[GanState, Metrics]:
         self.traces.append(with_r1)
         with sharding.use(self.mesh, self.config.rules):
-            return self.step(state, batch, key, frozen, with_r1=with_r1)
+            return self.step(state, batch, key, frozen, lr_scale, with_r1=with_r1)
 
     def __call__(
-        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING, *, with_r1: bool
+        self,
+        state: GanState,
+        batch: Batch,
+        key: jax.Array,
+        frozen: Params = NOTHING,
+        lr_scale: jax.Array | None = None,
+        *,
+        with_r1: bool,
     ) -> tuple[GanState, Metrics]:
-        return self._jit(state, batch, key, frozen, with_r1)
+        return self._jit(state, batch, key, frozen, self._one if lr_scale is None else lr_scale, with_r1)
 
     def flops(self, *, with_r1: bool) -> int:
         """Floating-point operations of one step over all devices, from its trace; see flops.py."""
@@ -392,10 +408,21 @@ class CompiledStep:
         """The step lowered for abstract arguments: to look at, or to compile for a device that is not here."""
         key = jax.eval_shape(functools.partial(jax.random.key, 0))
         nets = self.step.networks
-        return self._jit.lower(nets.abstract(), abstract_batch(self.config), key, nets.frozen.abstract(), with_r1)
+        scale = jax.ShapeDtypeStruct((), jnp.float32)
+        return self._jit.lower(
+            nets.abstract(), abstract_batch(self.config), key, nets.frozen.abstract(), scale, with_r1
+        )
 
     def key(self) -> jax.Array:
         """The run's key, the same on all hosts."""
         data = jax.random.key_data(jax.random.key(self.config.seed))
         host = jax.device_get(data)
         return jax.random.wrap_key_data(jax.make_array_from_callback(host.shape, self.key_sharding, lambda i: host[i]))
+
+    @functools.cached_property
+    def _one(self) -> jax.Array:
+        return self.scalar(1.0)
+
+    def scalar(self, value: float) -> jax.Array:
+        """A number as the step takes it: float32, on all devices."""
+        return jax.make_array_from_callback((), self.key_sharding, lambda i: np.float32(value))

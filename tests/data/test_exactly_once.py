@@ -183,3 +183,35 @@ def test_mixtures_keep_their_weights_and_see_each_example_once_an_epoch(source, 
     assert mixed.read(24 + 7).captions == DigitsSource().read(7).captions
     with pytest.raises(UserError, match="less than one example"):
         MixedSource([(1, source), (1e-6, source)]).shuffled(0)
+
+
+@pytest.mark.parametrize("starts", [(0,), (8,), (20,), (24,), (40,), (8, 12), (20, 32)])
+def test_another_order_from_a_position_on_is_still_every_example_once(source, starts):
+    """24 examples, three epochs; the order changes at each of `starts`; resumed on two hosts, with another batch size."""
+    (whole,), _ = all_hosts(source, 1, 18, batch_size=4)
+    state, seen = None, []
+    for salt, start in enumerate(starts, 1):
+        (some,), state = all_hosts(source, 1, (start - len(seen)) // 4, state, batch_size=4)
+        seen += some
+        state = pipeline.reordered(state, salt)
+    (rest,), _ = all_hosts(source, 1, (72 - len(seen)) // 4, state, batch_size=4)
+    seen += rest
+    assert seen[: starts[0]] == whole[: starts[0]]
+    assert seen[starts[0] :] != whole[starts[0] :]
+    for epoch in range(3):
+        assert sorted(seen[24 * epoch : 24 * epoch + 24]) == list(range(24))
+    hosts, after = all_hosts(source, 2, (72 - starts[-1]) // 4, state, batch_size=4)
+    rows = [np.reshape(host, (-1, 2)) for host in hosts]
+    assert np.concatenate(rows, axis=1).reshape(-1).tolist() == seen[starts[-1] :]
+    assert after["reorders"] == [[start, salt] for salt, start in enumerate(starts, 1)]
+    (other,), _ = all_hosts(source, 1, 6, pipeline.reordered(state, 9), batch_size=4)
+    assert other != seen[starts[-1] : starts[-1] + 24]
+
+
+def test_the_name_of_what_is_at_a_position(source):
+    with stream(source) as data:
+        names = [source.name(int(i)) for i in next(data)["index"]]
+        assert [data.name(k) for k in range(8)] == names
+        data.restore(pipeline.reordered(data.state(), 1))
+        names = [source.name(int(i)) for i in next(data)["index"]]
+        assert [data.name(k) for k in range(8, 16)] == names

@@ -104,8 +104,18 @@ def test_metrics(run, config):
     common = {"loss/d", "loss/d_gan", "loss/d_match", "logits/real", "logits/fake", "logits/wrong", "grad_norm/d"}
     common |= {"loss/g", "loss/g_gan", "loss/g_match", "image/spread", "grad_norm/g"}
     for with_r1, metrics in zip(WITH_R1, run.metrics, strict=True):
-        assert metrics.keys() == common | ({"loss/r1"} if with_r1 else set())
+        assert metrics.keys() == common | {"health"} | ({"loss/r1"} if with_r1 else set())
+        reading = run.compiled.step.probe.read(metrics["health"])
+        assert reading.applied
+        assert reading.bad_inputs() == reading.bad_modules() == {}
+        assert all(map(math.isfinite, reading.measures().values()))
+        assert math.isfinite(reading.values["loss/r1"]) == with_r1
+        for net, modules in run.compiled.step.probe.modules.items():
+            norm = math.sqrt(sum(reading.values[name] for name in modules))
+            assert norm == pytest.approx(float(metrics[f"grad_norm/{net}"]), rel=1e-5)
         for name, value in metrics.items():
+            if name == "health":
+                continue
             assert value.shape == (), name
             assert value.dtype == jnp.float32, name
             assert np.isfinite(value), name
