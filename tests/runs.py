@@ -13,7 +13,7 @@ from gigagan_jax.config import MeshConfig, from_dict
 from gigagan_jax.training.checkpoint import Checkpoints, with_shardings
 from gigagan_jax.training.state import Networks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 # For child processes: one device, compiled fast.
 QUICK = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"

@@ -150,10 +150,14 @@ class Run:
           UserError: bad data, a workdir of another run, a damaged checkpoint, a loss that is no longer finite.
           Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
         """
+        with self._signals:
+            return self._train()
+
+    def _train(self) -> GanState:
         config = self.config
         open_workdir(self.workdir, config)
         _log.info("data: %s %s", config.data.source, config.data.path)
-        with self._signals, make_pipeline(config, self.workdir, self.rows) as data:
+        with make_pipeline(config, self.workdir, self.rows) as data:
             checkpoints = Checkpoints(self.workdir, config)
             try:
                 weights, identities = self.frozen

@@ -121,7 +121,8 @@ def test_notices_and_signals_save_and_the_next_start_compiles_nothing(tmp_path):
     def until(steps):
         limit = time.monotonic() + 300
         while not (metrics.exists() and len(metrics.read_text().splitlines()) >= steps):
-            assert process.poll() is None and time.monotonic() < limit, log(workdir)
+            assert process.poll() is None, log(workdir)
+            assert time.monotonic() < limit, log(workdir)
             time.sleep(0.01)
 
     def programs():
@@ -137,7 +138,8 @@ def test_notices_and_signals_save_and_the_next_start_compiles_nothing(tmp_path):
     assert "preempted is TRUE" in log(workdir)
     first = finished(workdir / "checkpoints")
     compiled = programs()
-    assert 20 <= first < 4000 and len(compiled) == 2
+    assert 20 <= first < 4000
+    assert len(compiled) == 2
     process = child(workdir, *long, **own_cache)
     until(first + 20)
     process.send_signal(signal.SIGTERM)
@@ -155,7 +157,8 @@ def test_sigterm_before_the_first_step(tmp_path):
     process = child(tmp_path / "early")
     limit = time.monotonic() + 300
     while "data: digits" not in log(tmp_path / "early"):
-        assert process.poll() is None and time.monotonic() < limit
+        assert process.poll() is None
+        assert time.monotonic() < limit
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75, log(tmp_path / "early")
