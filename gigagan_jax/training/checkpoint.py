@@ -216,8 +216,8 @@ class Checkpoints:
             if self._settings is None:
                 _log.warning("checkpoint %s is damaged (%s): using %d, the one before", here, what, good)
                 continue
-            names = (f"{step}.damaged{suffix}" for suffix in ("", *(f".{i}" for i in itertools.count(2))))
-            aside = next(self.folder / n for n in names if not (self.folder / n).exists())
+            places = (self.folder / f"{step}.damaged{f'.{i}' if i > 1 else ''}" for i in itertools.count(1))
+            aside = next(place for place in places if not place.exists())
             here.rename(aside)
             _log.error(
                 "checkpoint %s is DAMAGED (%s): moved to %s; going on from step %d, the one before",
