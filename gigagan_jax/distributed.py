@@ -27,6 +27,7 @@ from gigagan_jax.errors import UserError
 _log = logging.getLogger(__name__)
 _ERROR, _ALIVE = "gigagan_jax/error", "gigagan_jax/alive/"
 _watch: list["_Watch"] = []  # of this process, once it is joined to others
+_READ_SECONDS = 5  # for the others to read why process 0 ends
 _place: list[int | None] = [
     None,
     None,
@@ -129,6 +130,8 @@ def _own_last_words() -> Iterator[None]:
 @ctypes.CFUNCTYPE(None)
 def _terminated() -> None:
     who = _watch[0].said(0) if _watch else "process 0"
+    if _watch and _watch[0].me == 0:
+        _end("this process lost its connection to the others: see what they say", 1)
     _end(f"{who} has closed its connection: it was killed, or its machine is lost", 1)
 
 
@@ -153,8 +156,19 @@ def fail(message: str, code: int) -> None:
         client.key_value_set(_ERROR, f"{code} {jax.process_index()} {message}")
     except Exception:  # somebody was first; what they said is what all say
         return
-    if jax.process_index() == 0:
-        time.sleep(2)  # the store lives here: the others must have read it
+    if jax.process_index() == 0:  # the store lives here: the others must have read it
+        end = time.monotonic() + _READ_SECONDS
+        while time.monotonic() < end and not _told(client):
+            time.sleep(0.1)
+
+
+def _told(client: Any) -> bool:
+    """Have all other processes taken leave?"""
+    try:
+        said = {k.rpartition("/")[2]: json.loads(v)["count"] for k, v in client.key_value_dir_get(_ALIVE)}
+    except Exception:
+        return False
+    return sum(count == "done" for process, count in said.items() if process != "0") == jax.process_count() - 1
 
 
 def unexpected(error: Exception) -> None:
@@ -192,7 +206,7 @@ class _Watch:
     """
 
     def __init__(self, limit: float, stall: float = 0):
-        self._client, self._me, self.limit, self._stall = _client(), jax.process_index(), limit, stall
+        self._client, self.me, self.limit, self._stall = _client(), jax.process_index(), limit, stall
         self._host = socket.gethostname()
         self._over = threading.Event()
         self._seen: dict[
@@ -215,7 +229,7 @@ class _Watch:
         step, example = _place
         line = {"count": count, "host": self._host, "step": step, "example": example}
         with contextlib.suppress(Exception):  # the store is gone: _listen sees that
-            self._client.key_value_set(f"{_ALIVE}{self._me}", json.dumps(line), True)
+            self._client.key_value_set(f"{_ALIVE}{self.me}", json.dumps(line), True)
 
     def said(self, process: int) -> str:
         """`process 3 (host x, last at step 120, example 1920)`, of what it said last."""
@@ -238,7 +252,8 @@ class _Watch:
                 failed = ""
             if failed:
                 code, process, message = failed.split(" ", 2)
-                if int(process) != self._me:
+                if int(process) != self.me:
+                    self._count("done")
                     _end(f"process {process} failed, and with it this one: {message}", int(code))
                 return
             with contextlib.suppress(Exception):
@@ -247,16 +262,16 @@ class _Watch:
 
     def _look(self) -> None:
         now = time.monotonic()
-        said = self._client.key_value_dir_get(_ALIVE) if self._me == 0 else self._zero()
+        said = self._client.key_value_dir_get(_ALIVE) if self.me == 0 else self._zero()
         for key, value in said:
             process, last = int(key.rpartition("/")[2]), json.loads(value)
             before, since = self._seen.get(process, ({}, now))
             self._seen[process] = (last, since if before.get("count") == last["count"] else now)
-            if self._me == 0 and last["count"] != "done" and now - self._seen[process][1] > self.limit:
+            if self.me == 0 and last["count"] != "done" and now - self._seen[process][1] > self.limit:
                 lost = f"{self.said(process)} has not answered for {self.limit:g} s: its machine is lost, or it was stopped"
                 fail(lost, 1)
                 _end(lost, 1)
-        if self._me == 0 and self._stall:
+        if self.me == 0 and self._stall:
             self._look_at_steps(now)
 
     def _zero(self) -> list[tuple[str, str]]:

@@ -18,6 +18,8 @@ INTERVAL = 4  # steps between checkpoints
 STEPS = 3 * INTERVAL * KILLS
 FLAGS = (f"--config.total_kimg={STEPS * 0.016}", f"--config.checkpoint_kimg={INTERVAL * 0.016}")
 
+BEGUN = "compiling the train step"
+
 
 def last_step(workdir):
     """Of metrics.jsonl, whose last line may be cut; 0 where there is none yet."""
@@ -39,12 +41,13 @@ def test_killed_at_random_times_is_bit_exact(tmp_path, capsys):
     during_a_save, repeated = 0, {True: [], False: []}
     for kill in range(KILLS):
         waits = kill % 2 == 1
-        start = finished(folder)
+        start, lives = finished(folder), log(cut).count(BEGUN) if kill else 0
         process = child(cut, *FLAGS, f"--config.checkpoint.wait={waits}")
         goal = start + rng.randint(1, 2 * INTERVAL - 1)
         in_save = kill % 3 == 0  # otherwise it is left to chance
         limit = time.monotonic() + 300
-        while last_step(cut) < goal or (in_save and not saving(folder)):
+        # Until it has begun metrics.jsonl holds the steps of the life before.
+        while log(cut).count(BEGUN) <= lives or last_step(cut) < goal or (in_save and not saving(folder)):
             assert process.poll() is None, log(cut)
             assert time.monotonic() < limit, log(cut)
             time.sleep(0.003)
