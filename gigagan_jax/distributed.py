@@ -282,11 +282,9 @@ class _Watch:
         if steps != self._moved[0] or None in steps.values():  # compiling, evaluating and the like are not timed
             self._moved = (steps, now)
         elif now - self._moved[1] > self._stall:
-            behind = min(steps, key=lambda p: steps[p])
-            stalled = (
-                f"no process has finished a step for {self._stall:g} s: {self.said(behind)} is behind, the others are at step "
-                f"{max(steps.values())}"
-            )
+            slow = [p for p in steps if steps[p] < max(steps.values())]
+            whom = f"behind the others is {', '.join(map(self.said, slow))}" if slow else "all are at the same step"
+            stalled = f"no process has finished a step for {self._stall:g} s after step {max(steps.values())}: {whom}"
             fail(stalled, 1)
             _end(stalled, 1)
 

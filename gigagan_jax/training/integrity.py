@@ -12,7 +12,7 @@ METADATA = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it
 COMMITTED = "commit_success.txt"  # likewise; it has a name, and no content that is ever read
 # What every checkpoint has, of those that were written without checksums too.
 _PARTS = (METADATA, "state/_METADATA", "state/manifest.ocdbt", "data/metadata", "config/metadata")
-_THREADS = 8
+_THREADS = 16
 _CHUNK = 1 << 22
 
 

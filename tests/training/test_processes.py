@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from gigagan_jax.training.checkpoint import same
 from tests.runs import read, small
@@ -220,6 +221,27 @@ def test_a_lost_process_ends_the_others(count, lost, number, tmp_path):
         told = "" if i == 0 or lost == 0 else "process 0 failed, and with it this one: "
         assert re.fullmatch(f"error: {told}{gone}{silent}", line)
         assert "Check failure stack trace" not in run.said(i)
+
+
+def test_processes_that_answer_but_get_no_step_done_are_ended(tmp_path):
+    """Reading the data hangs, as on a disk over a network that is gone: pipes that nobody writes to."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4 * BATCH):
+        Image.new("RGB", (8, 8), (4 * i, 0, 0)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text("a picture")
+    data = ("--config.data.source=folder", f"--config.data.path={images}", "--config.data.threads=0")
+    run = Processes(tmp_path / "run", 2, 1, *data, "--stall_seconds=4", steps=100_000)
+    run.until_step(2)
+    for file in images.glob("*.png"):
+        os.mkfifo(tmp_path / "pipe")
+        os.replace(tmp_path / "pipe", file)
+    assert run.wait(60) == [1, 1]
+    (line,) = re.findall(r"^error: .*", run.said(), re.MULTILINE)
+    assert re.match(
+        r"error: no process has finished a step for 4 s after step \d+: (behind the others is|all are at)", line
+    )
+    assert line.removeprefix("error: ") in run.said(1)
 
 
 NOBODY = ("--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=1")
