@@ -47,6 +47,7 @@ class Processes:
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+            "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",  # compiled by one of them
         }
         name = f"{workdir}.{steps}.{count}x{devices}"
         self.logs = [Path(f"{name}.{i}.log") for i in range(count)]
@@ -109,7 +110,7 @@ def assert_close(a, b):
 def alone(tmp_path_factory):
     """(workdir, examples) of a run by one process."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    run = Processes(workdir, 1, 8)
+    run = Processes(workdir, 1, 4)
     assert run.wait() == [0], run.said()
     return workdir, run.examples()
 
