@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from gigagan_jax.errors import UserError
 _log = logging.getLogger(__name__)
 _ERROR, _ALIVE = "gigagan_jax/error", "gigagan_jax/alive/"
 _watch: list["_Watch"] = []  # of this process, once it is joined to others
+_said = itertools.count()
 _READ_SECONDS = 5  # for the others to read why process 0 ends
 _place: list[int | None] = [
     None,
@@ -138,6 +140,24 @@ def _terminated() -> None:
 def report(step: int | None, example: int | None = None) -> None:
     """Notes how far this process is, for the others to say should it be lost; None where it is in no loop of steps."""
     _place[:] = step, example
+
+
+def from_zero(mine: str, seconds: float) -> str:
+    """What process 0 calls this with, on all processes. All call it equally often, and go on together.
+
+    Args:
+      mine: used on process 0 only
+      seconds: limit of the wait, for the slowest
+    """
+    client = _client()
+    if client is None or jax.process_count() == 1:
+        return mine
+    # Over the store and not by a collective: those of CPUs wait for half a minute only.
+    key, milliseconds = f"gigagan_jax/said/{next(_said)}", round(1000 * seconds)
+    if jax.process_index() == 0:
+        client.key_value_set(key, mine)
+    client.wait_at_barrier(f"{key}/heard", milliseconds)
+    return client.blocking_key_value_get(key, milliseconds)
 
 
 def _client() -> Any:

@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from gigagan_jax import distributed
 from gigagan_jax.config import Config, differences, from_dict, to_dict
 from gigagan_jax.errors import UserError
 from gigagan_jax.training.integrity import CHECKSUMS, damage, write_checksums
@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
+_CHECK_SECONDS = 3600  # for process 0 to compare all files of a checkpoint with their checksums
 _ITEMS = ("state", "data", "config", "frozen", "measured")
 
 
@@ -179,12 +180,9 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and all are damaged; none is moved then.
         """
-        if jax.process_count() == 1:
-            step = self._newest()
-        else:
-            found = self._newest() if jax.process_index() == 0 else None
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
-            step = None if step < 0 else step
+        found = self._newest() if jax.process_index() == 0 else None
+        said = distributed.from_zero("" if found is None else str(found), _CHECK_SECONDS)
+        step = int(said) if said else None
         if step is not None:
             self._whole.add(step)
         return step
