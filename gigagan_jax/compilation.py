@@ -3,10 +3,13 @@
 import argparse
 import os
 import secrets
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-from jax._src import compilation_cache, lru_cache
+from jax._src import compilation_cache, compiler, lru_cache
 
 from gigagan_jax.errors import UserError
 
@@ -40,6 +43,20 @@ class _AtomicCache(lru_cache.LRUCache):
             raise
 
 
+_write_by_process_0 = compiler._cache_write
+
+
+def _write(key: str, seconds: float, name: str, backend: Any, executable: Any, callbacks: Sequence[Any]) -> None:
+    """JAX lets process 0 write for all. Processes on CPUs have programs of their own, which the others would never find."""
+    if backend.platform != "cpu" or jax.process_index() == 0:
+        _write_by_process_0(key, seconds, name, backend, executable, callbacks)
+    elif not callbacks and seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]:
+        try:
+            compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
+        except Exception as e:  # as JAX does: a full disk is no reason not to train
+            warnings.warn(f"cannot keep the compiled program {name}: {e}")
+
+
 def _open(path: str) -> tuple[lru_cache.LRUCache, str]:
     return _AtomicCache(path, max_size=jax.config.values["jax_compilation_cache_max_size"]), path
 
@@ -47,7 +64,7 @@ def _open(path: str) -> tuple[lru_cache.LRUCache, str]:
 def keep_programs(where: str, workdir: Path) -> Path | None:
     """Keeps compiled programs; comes before the first is compiled. Returns the folder; None for none on this machine.
 
-    JAX's process 0 writes, and all read: give all processes the same folder.
+    Give all processes the same folder.
 
     Args:
       where: the flag: a folder, "off", or "" for the environment's or the workdir's.
@@ -75,6 +92,6 @@ def keep_programs(where: str, workdir: Path) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
-    compilation_cache.get_file_cache = _open
+    compilation_cache.get_file_cache, compiler._cache_write = _open, _write
     compilation_cache.reset_cache()
     return folder
