@@ -46,15 +46,23 @@ class _AtomicCache(lru_cache.LRUCache):
 _write_by_process_0 = compiler._cache_write
 
 
-def _write(key: str, seconds: float, name: str, backend: Any, executable: Any, callbacks: Sequence[Any]) -> None:
-    """JAX lets process 0 write for all. Processes on CPUs have programs of their own, which the others would never find."""
+def _write(
+    cache_key: str,
+    compile_time_secs: float,
+    module_name: str,
+    backend: Any,
+    executable: Any,
+    host_callbacks: Sequence[Any],
+) -> None:
+    """JAX lets process 0 write for all. Processes on CPUs have programs of their own, which it would never write."""
     if backend.platform != "cpu" or jax.process_index() == 0:
-        _write_by_process_0(key, seconds, name, backend, executable, callbacks)
-    elif not callbacks and seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]:
+        _write_by_process_0(cache_key, compile_time_secs, module_name, backend, executable, host_callbacks)
+    elif not host_callbacks and compile_time_secs >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]:
+        seconds = int(compile_time_secs)
         try:
-            compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
+            compilation_cache.put_executable_and_time(cache_key, module_name, executable, backend, seconds)
         except Exception as e:  # as JAX does: a full disk is no reason not to train
-            warnings.warn(f"cannot keep the compiled program {name}: {e}")
+            warnings.warn(f"cannot keep the compiled program {module_name}: {e}")
 
 
 def _open(path: str) -> tuple[lru_cache.LRUCache, str]:
