@@ -13,7 +13,7 @@ import time
 from gigagan_jax.training.checkpoint import same
 from tests.runs import child, finished, log, read, saving, small
 
-KILLS = int(os.environ.get("GIGAGAN_KILLS", "6"))
+KILLS = int(os.environ.get("GIGAGAN_KILLS", "5"))
 INTERVAL = 4  # steps between checkpoints
 STEPS = 3 * INTERVAL * KILLS
 FLAGS = (f"--config.total_kimg={STEPS * 0.016}", f"--config.checkpoint_kimg={INTERVAL * 0.016}")

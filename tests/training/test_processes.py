@@ -31,7 +31,8 @@ XLA_FLAGS = (
 )
 
 
-# The same meshes all through the file: what one test has compiled the next one finds.
+# The same meshes and lengths all through the file: what one test has compiled the next one finds.
+LONG = 100_000
 SHARDED = ("--config.mesh.fsdp=2",)
 CONFIG = small(batch_size=BATCH)
 
@@ -39,7 +40,7 @@ CONFIG = small(batch_size=BATCH)
 class Processes:
     """A run by `count` processes with so many devices each. Their output is in files, and the examples they read."""
 
-    def __init__(self, workdir, count, devices, *flags, steps=STEPS):
+    def __init__(self, workdir, count, devices, *flags, steps=STEPS, name=""):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -49,7 +50,7 @@ class Processes:
             "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         }
-        name = f"{workdir}.{steps}.{count}x{devices}"
+        name = f"{workdir}.{name}.{count}x{devices}"
         self.logs = [Path(f"{name}.{i}.log") for i in range(count)]
         self.records = [Path(f"{name}.{i}.examples") for i in range(count)]
         self.children = []
@@ -81,7 +82,7 @@ class Processes:
         while len(re.findall(r"^kimg", self.said(), re.MULTILINE)) < step:
             assert time.monotonic() < end, self.said()
             assert all(c.poll() is None for c in self.children), [self.said(i) for i in range(len(self.logs))]
-            time.sleep(0.2)
+            time.sleep(0.05)
 
     def wait(self, seconds=300):
         """Exit codes."""
@@ -141,24 +142,24 @@ def test_a_checkpoint_of_four_resumes_on_two_on_one_and_on_four_parity(alone, fo
     """Each goes on from what the one before has left; in the end every example was used once, in the same order."""
     workdir = tmp_path / "run"
     shutil.copytree(four[0], workdir)
-    for step in (4, 6, 8):
-        shutil.rmtree(workdir / "checkpoints" / str(step))
     examples = {step: four[1][step] for step in (1, 2)}
-    for (count, devices), steps in (((2, 2), 4), ((1, 2), 6), ((4, 2), 8)):
-        run = Processes(workdir, count, devices, *SHARDED, steps=steps)
+    for start, count in ((2, 2), (4, 1), (6, 4)):
+        for step in range(start + 2, STEPS + 1, 2):  # as if it had been stopped before
+            shutil.rmtree(workdir / "checkpoints" / str(step))
+        run = Processes(workdir, count, 2, *SHARDED, name=f"{start}")
         assert run.wait() == [0] * count, run.said(count - 1)
-        assert f"resume: restoring checkpoint {steps - 2}" in run.said()
-        more = {step: batch for step, batch in run.examples().items() if step <= steps}
-        assert list(more) == [steps - 1, steps]
-        examples |= more
+        assert f"resume: restoring checkpoint {start}" in run.said()
+        read_again = run.examples()
+        assert list(read_again) == list(range(start + 1, STEPS + 1))
+        examples |= {step: read_again[step] for step in (start + 1, start + 2)}
     assert examples == alone[1]
     assert_close(losses(workdir), losses(alone[0]))
 
 
 def test_sigterm_to_one_of_four_stops_all_in_the_same_step_and_the_run_goes_on(four, tmp_path):
     workdir = tmp_path / "run"
-    run = Processes(workdir, 4, 2, *SHARDED, steps=1000)
-    run.until_step(1)  # the other program is being compiled now: the signal comes early
+    run = Processes(workdir, 4, 2, *SHARDED, name="stopped")
+    run.until_step(1)
     run.children[2].send_signal(signal.SIGTERM)
     assert run.wait() == [75] * 4, [run.said(i) for i in range(4)]
     step = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
@@ -197,12 +198,12 @@ def test_what_one_has_to_say_ends_all(tmp_path):
 
 @pytest.mark.parametrize(
     "count, lost, number",
-    [(4, 3, signal.SIGSTOP), (4, 2, signal.SIGKILL), (2, 0, signal.SIGSTOP), (2, 0, signal.SIGKILL)],
+    [(4, 3, signal.SIGSTOP), (4, 0, signal.SIGKILL), (2, 0, signal.SIGSTOP), (2, 1, signal.SIGKILL)],
 )
 def test_a_lost_process_ends_the_others(count, lost, number, tmp_path):
     """All others end, not with code 0, within the limit and some seconds, each with one line that says who was lost."""
     limit = 8
-    run = Processes(tmp_path / "run", count, 2, *SHARDED, f"--heartbeat_seconds={limit}", steps=100_000)
+    run = Processes(tmp_path / "run", count, 1, f"--heartbeat_seconds={limit}", steps=LONG)
     run.until_step(2)
     time.sleep(2)  # for the heartbeats to tell
     run.children[lost].send_signal(number)
@@ -232,7 +233,7 @@ def test_processes_that_answer_but_get_no_step_done_are_ended(tmp_path):
         Image.new("RGB", (8, 8), (4 * i, 0, 0)).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text("a picture")
     data = ("--config.data.source=folder", f"--config.data.path={images}", "--config.data.threads=0")
-    run = Processes(tmp_path / "run", 2, 2, *SHARDED, *data, "--stall_seconds=4", steps=100_000)
+    run = Processes(tmp_path / "run", 2, 1, *data, "--stall_seconds=4", steps=LONG)
     run.until_step(2)
     for file in images.glob("*.png"):
         os.mkfifo(tmp_path / "pipe")
