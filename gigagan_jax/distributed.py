@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _ERROR, _ALIVE = "gigagan_jax/error", "gigagan_jax/alive/"
 _watch: list["_Watch"] = []  # of this process, once it is joined to others
 _said = itertools.count()
-_READ_SECONDS = 5  # for the others to read why process 0 ends
+_READ_SECONDS = 5  # for the others to read why all end
 _place: list[int | None] = [
     None,
     None,
@@ -172,33 +172,19 @@ def fail(message: str, code: int) -> None:
     client = _client()
     if client is None or jax.process_count() == 1:
         return
-    try:
+    with contextlib.suppress(Exception):  # somebody was first: what they said is what all say
         client.key_value_set(_ERROR, f"{code} {jax.process_index()} {message}")
-    except Exception:  # somebody was first; what they said is what all say
-        return
-    if jax.process_index() == 0:  # the store lives here: the others must have read it
-        end = time.monotonic() + _READ_SECONDS
-        while time.monotonic() < end and not _told(client):
-            time.sleep(0.1)
-
-
-def _told(client: Any) -> bool:
-    """Have all other processes taken leave?"""
-    try:
-        said = {k.rpartition("/")[2]: json.loads(v)["count"] for k, v in client.key_value_dir_get(_ALIVE)}
-    except Exception:
-        return False
-    return sum(count == "done" for process, count in said.items() if process != "0") == jax.process_count() - 1
+    for watch in _watch:
+        watch.take_leave()
 
 
 def unexpected(error: Exception) -> None:
     """What a verb cannot explain ends all processes; returns for a process alone."""
     if _client() is None or jax.process_count() == 1:
         return
-    causes, cause = [], error  # type: list[BaseException], BaseException | None
-    while cause is not None and cause not in causes:
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
     if any(isinstance(c, jax.errors.JaxRuntimeError) for c in causes) and _watch:
         # A collective that breaks says little; which process was lost is known as soon as it has been silent long enough.
         time.sleep(_watch[0].limit + 5)
@@ -229,9 +215,8 @@ class _Watch:
         self._client, self.me, self.limit, self._stall = _client(), jax.process_index(), limit, stall
         self._host = socket.gethostname()
         self._over = threading.Event()
-        self._seen: dict[
-            int, tuple[dict[str, Any], float]
-        ] = {}  # process -> (what it says, when its count last changed)
+        # Process -> (what it says, when its count last changed).
+        self._seen: dict[int, tuple[dict[str, Any], float]] = {}
         self._moved: tuple[Any, float] = (None, time.monotonic())  # (steps of all processes, when they last changed)
         self._heard = time.monotonic()
         threads = [threading.Thread(target=f, daemon=True, name="watch") for f in (self._talk, self._listen)]
@@ -245,7 +230,24 @@ class _Watch:
         self._threads[0].join(5)
         self._count("done")
 
+    def take_leave(self) -> None:
+        """Before this process ends by itself. The store lives in process 0: it waits until all others took theirs, too."""
+        self._over.set()
+        self._count("done")
+        end = time.monotonic() + _READ_SECONDS
+        while self.me == 0 and time.monotonic() < end and not self._all_done():
+            time.sleep(0.1)
+
+    def _all_done(self) -> bool:
+        try:
+            said = [json.loads(value)["count"] for _, value in self._client.key_value_dir_get(_ALIVE)]
+        except Exception:
+            return False
+        return said.count("done") == jax.process_count()
+
     def _count(self, count: int | str) -> None:
+        if self._over.is_set() and count != "done":
+            return
         step, example = _place
         line = {"count": count, "host": self._host, "step": step, "example": example}
         with contextlib.suppress(Exception):  # the store is gone: _listen sees that
@@ -273,7 +275,7 @@ class _Watch:
             if failed:
                 code, process, message = failed.split(" ", 2)
                 if int(process) != self.me:
-                    self._count("done")
+                    self.take_leave()
                     _end(f"process {process} failed, and with it this one: {message}", int(code))
                 return
             with contextlib.suppress(Exception):
