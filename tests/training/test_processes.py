@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -223,6 +224,18 @@ def test_a_lost_process_ends_the_others(count, lost, number, tmp_path):
         told = "" if i == 0 or lost == 0 else "process 0 failed, and with it this one: "
         assert re.fullmatch(f"error: {told}{gone}{silent}", line)
         assert "Check failure stack trace" not in run.said(i)
+
+
+def test_a_save_that_fails_in_one_process_ends_all(tmp_path):
+    """The others wait for its part of the checkpoint; what it has to say does not wait for them."""
+    run = Processes(tmp_path / "run", 2, 2, *SHARDED)
+    run.until_step(1)
+    resource.prlimit(run.children[1].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert run.wait(120) == [2, 2], [run.said(i) for i in (0, 1)]
+    errors = [re.findall(r"^error: (.*)", run.said(i), re.MULTILINE) for i in (0, 1)]
+    assert re.match(r"cannot write a checkpoint to .*File too large", errors[1][0])
+    assert errors[0] == [f"process 1 failed, and with it this one: {errors[1][0]}"]
+    assert all("Traceback" not in run.said(i) for i in (0, 1))
 
 
 def test_processes_that_answer_but_get_no_step_done_are_ended(tmp_path):
