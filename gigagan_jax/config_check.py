@@ -20,6 +20,7 @@ _NETS = ("generator", "discriminator")
 _POSITIVE = (
     *("batch_size", "micro_batches", "total_kimg", "checkpoint_kimg", "snapshot_kimg", "log_kimg", "text.width"),
     *("loss.r1_interval", "checkpoint.keep", "ema.half_life_kimg", "snapshot.seeds", "discriminator.head_depth"),
+    "checkpoint.timeout_seconds",
     *(
         "generator.z_dim",
         "generator.w_dim",
@@ -44,7 +45,7 @@ _NOT_NEGATIVE = (
         "discriminator.minibatch_std",
         "discriminator.class_mapping_depth",
     ),
-    *("ema.rampup", "generator.w_avg_decay"),
+    *("ema.rampup", "generator.w_avg_decay", "checkpoint.keep_every_kimg", "checkpoint.keep_best"),
     *("loss.match_d", "loss.match_g", "loss.intermediate_gan", "loss.intermediate_match"),
     *(f"{net}.text.depth" for net in (*_NETS, "vision_aided")),
     "loss.vision_aided",
@@ -70,6 +71,9 @@ def _check_numbers(config: Any) -> None:
             raise UserError(f"config.{name}={_get(config, name)}: must not be negative")
     if config.text.length < 3:
         raise UserError(f"config.text.length={config.text.length}: must be at least 3 (a byte between begin and end)")
+    _one_of("checkpoint.best_mode", config.checkpoint.best_mode, ("min", "max"))
+    if config.checkpoint.keep_best and not config.checkpoint.best_metric:
+        raise UserError("config.checkpoint.keep_best needs config.checkpoint.best_metric, a name of metrics.jsonl")
     if config.seed >= 2**32:
         raise UserError(f"config.seed={config.seed}: must be below {2**32}")
     for name in (f"{o}_optimizer.{beta}" for o in "gdv" for beta in ("beta1", "beta2")):

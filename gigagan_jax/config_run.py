@@ -38,9 +38,17 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Which checkpoints are kept."""
+    """Which checkpoints are kept; each of these rules keeps its own, besides the others'."""
 
     keep: int = 3  # newest
+    keep_every_kimg: float = 0.0  # for ever: the first after each multiple of so many thousand images; 0 keeps none
+    keep_best: int = 0  # so many with the best `best_metric`
+    best_metric: str = ""  # a name of metrics.jsonl, as it stands at the step that is saved
+    best_mode: str = "min"  # or "max"
+    wait: bool = (
+        False  # training waits for each save; otherwise a kill during one repeats the steps made meanwhile, too
+    )
+    timeout_seconds: int = 3600  # a save that takes longer has failed
 
 
 @dataclasses.dataclass(frozen=True)

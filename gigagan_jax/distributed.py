@@ -3,17 +3,24 @@
 import argparse
 import atexit
 import contextlib
+import ctypes
+import functools
+import itertools
+import json
 import logging
 import os
+import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.lib import _jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gigagan_jax.errors import UserError
@@ -21,7 +28,12 @@ from gigagan_jax.errors import UserError
 _log = logging.getLogger(__name__)
 _ERROR, _ALIVE = "gigagan_jax/error", "gigagan_jax/alive/"
 _watch: list["_Watch"] = []  # of this process, once it is joined to others
-JOIN_SECONDS = 300  # for all processes to come
+_said = itertools.count()
+_READ_SECONDS = 5  # for the others to read why all end
+_place: list[int | None] = [
+    None,
+    None,
+]  # of this process: steps done, and position in the data; None outside of the loop
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +50,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heartbeat_seconds", type=int, default=100, help="a process that does not answer for so long ends all (100)"
     )
+    parser.add_argument(
+        "--join_seconds", type=int, default=300, help="so long all processes may take to come together (300)"
+    )
+    parser.add_argument(
+        "--stall_seconds",
+        type=int,
+        default=3600,
+        help="processes that all answer but finish no step for so long are ended; 0: never (3600)",
+    )
     parser.add_argument("--process_id", type=int, help="number of this one, from 0; with --coordinator")
 
 
@@ -48,6 +69,11 @@ def join(args: argparse.Namespace) -> None:
       UserError: flags that do not fit, processes that do not come, or no cluster that could be found.
     """
     by_hand = (args.num_processes, args.process_id)
+    for name in ("heartbeat_seconds", "join_seconds"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)}: must be at least 1")
+    if args.stall_seconds < 0:
+        raise UserError(f"--stall_seconds={args.stall_seconds}: must not be negative")
     if args.coordinator:
         host, _, port = args.coordinator.rpartition(":")
         if not host or not port.isdecimal():
@@ -60,14 +86,17 @@ def join(args: argparse.Namespace) -> None:
         raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT")
     elif not args.distributed:
         return
+    jax.config.update("jax_enable_preemption_service", False)  # signals are agreed on below
     try:
-        jax.distributed.initialize(
-            args.coordinator or None,
-            args.num_processes,
-            args.process_id,
-            initialization_timeout=JOIN_SECONDS,
-            heartbeat_timeout_seconds=30 + 2 * args.heartbeat_seconds,  # should the threads below be lost
-        )
+        with _own_last_words():
+            jax.distributed.initialize(
+                args.coordinator or None,
+                args.num_processes,
+                args.process_id,
+                initialization_timeout=args.join_seconds,
+                heartbeat_timeout_seconds=30 + 2 * args.heartbeat_seconds,  # should the threads below be lost
+                shutdown_timeout_seconds=3 * args.heartbeat_seconds,
+            )
     except (RuntimeError, ValueError) as e:
         where = args.coordinator or "found by --distributed"
         first = (str(e).splitlines() or [type(e).__name__])[0]
@@ -77,7 +106,58 @@ def join(args: argparse.Namespace) -> None:
         ) from None
     _log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
     if jax.process_count() > 1:
-        _watch.append(_Watch(args.heartbeat_seconds))
+        _watch.append(_Watch(args.heartbeat_seconds, args.stall_seconds))
+
+
+@contextlib.contextmanager
+def _own_last_words() -> Iterator[None]:
+    """Where process 0 is gone JAX's client ends the process at once, by SIGABRT and a page of text; this makes it one line.
+
+    The client calls what it is given, but cannot convert the argument: std::terminate is what comes of it, and is ours.
+    """
+    make = _jax.get_distributed_runtime_client
+    try:
+        library = ctypes.CDLL("libstdc++.so.6")
+        library._ZSt13set_terminatePFvvE(_terminated)
+    except (OSError, AttributeError):  # another C++ library: JAX's words, then
+        yield
+        return
+    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=lambda status: None)
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = make
+
+
+@ctypes.CFUNCTYPE(None)
+def _terminated() -> None:
+    who = _watch[0].said(0) if _watch else "process 0"
+    if _watch and _watch[0].me == 0:
+        _end("this process lost its connection to the others: see what they say", 1)
+    _end(f"{who} has closed its connection: it was killed, or its machine is lost", 1)
+
+
+def report(step: int | None, example: int | None = None) -> None:
+    """Notes how far this process is, for the others to say should it be lost; None where it is in no loop of steps."""
+    _place[:] = step, example
+
+
+def from_zero(mine: str, seconds: float) -> str:
+    """What process 0 calls this with, on all processes. All call it equally often, and go on together.
+
+    Args:
+      mine: used on process 0 only
+      seconds: limit of the wait, for the slowest
+    """
+    client = _client()
+    if client is None or jax.process_count() == 1:
+        return mine
+    # Over the store and not by a collective: those of CPUs wait for half a minute only.
+    key, milliseconds = f"gigagan_jax/said/{next(_said)}", round(1000 * seconds)
+    if jax.process_index() == 0:
+        client.key_value_set(key, mine)
+    client.wait_at_barrier(f"{key}/heard", milliseconds)
+    return client.blocking_key_value_get(key, milliseconds)
 
 
 def _client() -> Any:
@@ -92,19 +172,20 @@ def fail(message: str, code: int) -> None:
     client = _client()
     if client is None or jax.process_count() == 1:
         return
-    try:
+    with contextlib.suppress(Exception):  # somebody was first: what they said is what all say
         client.key_value_set(_ERROR, f"{code} {jax.process_index()} {message}")
-    except Exception:  # somebody was first; what they said is what all say
-        return
-    if jax.process_index() == 0:
-        time.sleep(2)  # the store lives here: the others must have read it
+    for watch in _watch:
+        watch.take_leave()
 
 
 def unexpected(error: Exception) -> None:
     """What a verb cannot explain ends all processes; returns for a process alone."""
     if _client() is None or jax.process_count() == 1:
         return
-    if isinstance(error, jax.errors.JaxRuntimeError) and _watch:
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    if any(isinstance(c, jax.errors.JaxRuntimeError) for c in causes) and _watch:
         # A collective that breaks says little; which process was lost is known as soon as it has been silent long enough.
         time.sleep(_watch[0].limit + 5)
     traceback.print_exception(error)
@@ -123,16 +204,20 @@ def leave(code: int) -> None:
 class _Watch:
     """Ends this process when another one has failed or is lost: it may be waiting for it in a collective, forever.
 
-    Each process counts up in the store once a second. Process 0 looks at all counts, the others at its.
+    Each process counts up in the store once a second, and says where it is. Process 0 looks at all, the others at it.
 
     Args:
       limit: seconds after which a process that no longer counts is lost.
+      stall: seconds after which processes that count are stopped all the same, if none has finished a step; 0 for never.
     """
 
-    def __init__(self, limit: float):
-        self._client, self._me, self.limit = _client(), jax.process_index(), limit
+    def __init__(self, limit: float, stall: float = 0):
+        self._client, self.me, self.limit, self._stall = _client(), jax.process_index(), limit, stall
+        self._host = socket.gethostname()
         self._over = threading.Event()
-        self._seen: dict[str, tuple[str, float]] = {}  # process -> (its count, when it last changed)
+        # Process -> (what it says, when its count last changed).
+        self._seen: dict[int, tuple[dict[str, Any], float]] = {}
+        self._moved: tuple[Any, float] = (None, time.monotonic())  # (steps of all processes, when they last changed)
         self._heard = time.monotonic()
         threads = [threading.Thread(target=f, daemon=True, name="watch") for f in (self._talk, self._listen)]
         for thread in threads:
@@ -145,15 +230,42 @@ class _Watch:
         self._threads[0].join(5)
         self._count("done")
 
-    def _count(self, value: str) -> None:
+    def take_leave(self) -> None:
+        """Before this process ends by itself. The store lives in process 0: it waits until all others took theirs, too."""
+        self._over.set()
+        self._count("done")
+        end = time.monotonic() + _READ_SECONDS
+        while self.me == 0 and time.monotonic() < end and not self._all_done():
+            time.sleep(0.1)
+
+    def _all_done(self) -> bool:
+        try:
+            said = [json.loads(value)["count"] for _, value in self._client.key_value_dir_get(_ALIVE)]
+        except Exception:
+            return False
+        return said.count("done") == jax.process_count()
+
+    def _count(self, count: int | str) -> None:
+        if self._over.is_set() and count != "done":
+            return
+        step, example = _place
+        line = {"count": count, "host": self._host, "step": step, "example": example}
         with contextlib.suppress(Exception):  # the store is gone: _listen sees that
-            self._client.key_value_set(f"{_ALIVE}{self._me}", value, True)
+            self._client.key_value_set(f"{_ALIVE}{self.me}", json.dumps(line), True)
+
+    def said(self, process: int) -> str:
+        """`process 3 (host x, last at step 120, example 1920)`, of what it said last."""
+        last, _ = self._seen.get(process, ({}, 0.0))
+        parts = [f"host {last['host']}"] if last else []
+        if last.get("step") is not None:
+            parts.append(f"last at step {last['step']}, example {last['example']}")
+        return f"process {process}" + (f" ({', '.join(parts)})" if parts else "")
 
     def _talk(self) -> None:
         count = 0
         while not self._over.wait(1):
             count += 1
-            self._count(str(count))
+            self._count(count)
             try:
                 failed = self._client.key_value_try_get(_ERROR)
             except Exception as e:
@@ -162,7 +274,8 @@ class _Watch:
                 failed = ""
             if failed:
                 code, process, message = failed.split(" ", 2)
-                if int(process) != self._me:
+                if int(process) != self.me:
+                    self.take_leave()
                     _end(f"process {process} failed, and with it this one: {message}", int(code))
                 return
             with contextlib.suppress(Exception):
@@ -171,22 +284,37 @@ class _Watch:
 
     def _look(self) -> None:
         now = time.monotonic()
-        for key, value in self._client.key_value_dir_get(_ALIVE) if self._me == 0 else ():
-            process = key.rpartition("/")[2]
-            if self._seen.get(process, ("", 0.0))[0] != value:
-                self._seen[process] = (value, now)
-            elif value != "done" and now - self._seen[process][1] > self.limit:
-                lost = (
-                    f"process {process} has not answered for {self.limit:g} s: its machine is lost, or it was stopped"
-                )
+        said = self._client.key_value_dir_get(_ALIVE) if self.me == 0 else self._zero()
+        for key, value in said:
+            process, last = int(key.rpartition("/")[2]), json.loads(value)
+            before, since = self._seen.get(process, ({}, now))
+            self._seen[process] = (last, since if before.get("count") == last["count"] else now)
+            if self.me == 0 and last["count"] != "done" and now - self._seen[process][1] > self.limit:
+                lost = f"{self.said(process)} has not answered for {self.limit:g} s: its machine is lost, or it was stopped"
                 fail(lost, 1)
                 _end(lost, 1)
+        if self.me == 0 and self._stall:
+            self._look_at_steps(now)
+
+    def _zero(self) -> list[tuple[str, str]]:
+        return [(f"{_ALIVE}0", self._client.key_value_try_get(f"{_ALIVE}0"))]
+
+    def _look_at_steps(self, now: float) -> None:
+        steps = {process: last["step"] for process, (last, _) in self._seen.items()}
+        if steps != self._moved[0] or None in steps.values():  # compiling, evaluating and the like are not timed
+            self._moved = (steps, now)
+        elif now - self._moved[1] > self._stall:
+            slow = [p for p in steps if steps[p] < max(steps.values())]
+            whom = f"behind the others is {', '.join(map(self.said, slow))}" if slow else "all are at the same step"
+            stalled = f"no process has finished a step for {self._stall:g} s after step {max(steps.values())}: {whom}"
+            fail(stalled, 1)
+            _end(stalled, 1)
 
     def _listen(self) -> None:
         """A thread of its own: asking a process 0 that was stopped never returns."""
         while not self._over.wait(1):
             if time.monotonic() - self._heard > self.limit:
-                _end(f"process 0 has not answered for {self.limit:g} s: its machine is lost, or it was stopped", 1)
+                _end(f"{self.said(0)} has not answered for {self.limit:g} s: its machine is lost, or it was stopped", 1)
 
 
 def _end(message: str, code: int) -> None:

@@ -49,7 +49,7 @@ def verb(argv: Sequence[str]) -> int:
         raise cli.UserError(f"--out={args.out} is a file and no .png: name a .png for a grid, or a folder")
 
     checkpoints = Checkpoints(args.workdir)
-    step = checkpoints.latest()
+    step = checkpoints.newest()
     if step is None:
         raise cli.UserError(f"{args.workdir} has no finished checkpoint yet: wait for the run's first one")
     config = checkpoints.config(step)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gigagan_jax import cli, distributed
+from gigagan_jax import cli, compilation, distributed, maintenance
 from gigagan_jax.config import Config
 from gigagan_jax.data.sources.digits import digit_captions
 from gigagan_jax.data.transforms import resize_and_crop
@@ -78,7 +78,8 @@ def verb(argv: Sequence[str]) -> int:
         "--dry_run", "--dry-run", action="store_true", help="build abstractly, print sizes and shardings"
     )
     parser.add_argument("--devices", type=int, help="with --dry_run: plan for so many devices instead of those here")
-    distributed.add_flags(parser)
+    for flags in (distributed, maintenance, compilation):
+        flags.add_flags(parser)
     args, unknown = parser.parse_known_args(argv)
     if args.devices is not None and args.devices < 1:
         raise cli.UserError(f"--devices={args.devices}: must be at least 1")
@@ -92,6 +93,7 @@ def verb(argv: Sequence[str]) -> int:
         raise cli.UserError("--workdir=DIR is needed: the run's checkpoints, metrics and images go there")
     if args.devices:
         raise cli.UserError("--devices goes with --dry_run")
+    compilation.keep_programs(args.compilation_cache, args.workdir)
     run = Run(config, args.workdir)
     sampler = TextToImage(config, run.mesh, frozen=lambda: run.frozen[0])
     run.snapshot = snapshot_hook(config, sampler, args.workdir)
@@ -99,10 +101,15 @@ def verb(argv: Sequence[str]) -> int:
     if jax.process_index() == 0:
         print(dry_run.summary(run.networks, run.mesh), flush=True)
     try:
-        run.train()
+        with maintenance.watch(args.maintenance_url):
+            run.train()
     except Interrupted as e:
         _log.info("%s; run the same command again to go on", e)
-        return cli.RESTART if e.number == signal.SIGTERM else cli.INTERRUPTED
+        code = cli.RESTART if e.number == signal.SIGTERM else cli.INTERRUPTED
+        if not e.agreed:
+            distributed.fail(f"{e} while it was not training", code)
+            distributed.leave(code)
+        return code
     return 0
 
 

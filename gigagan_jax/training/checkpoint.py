@@ -1,11 +1,17 @@
 """Checkpoints of a run: Orbax, asynchronous, atomic; each holds the state, the position in the data, the config, and the
 identities of the frozen networks (not their weights).
 
-A workdir holds `config.json`, `checkpoints/<step>/{state,data,config,frozen}`, metrics and snapshots.
+A workdir holds `config.json`, `checkpoints/<step>/{state,data,config,frozen,measured}`, metrics and snapshots. Each checkpoint
+holds the checksums of its files, and is compared with them before a run goes on from it.
 """
 
+import asyncio
+import contextlib
+import functools
+import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -17,15 +23,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gigagan_jax import distributed
 from gigagan_jax.config import Config, differences, from_dict, to_dict
 from gigagan_jax.errors import UserError
+from gigagan_jax.training.integrity import CHECKSUMS, damage, write_checksums
+from gigagan_jax.training.retention import Retention
 
 _log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
-# What a finished checkpoint has at least; Orbax renames a folder into place only when all of it is written.
-_PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "data/metadata", "config/metadata")
+_CHECK_SECONDS = 3600  # for process 0 to compare all files of a checkpoint with their checksums
+_ITEMS = ("state", "data", "config", "frozen", "measured")
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
@@ -74,8 +83,31 @@ def _stored(file: Path, folder: Path, steps: Sequence[int]) -> Any:
         return None
     if file.exists():
         return json.loads(file.read_text())
-    newest = folder / str(steps[-1]) / "config" / "metadata"
-    return json.loads(newest.read_text()) if newest.exists() else None
+    for step in reversed(steps):
+        with contextlib.suppress(OSError, ValueError):  # damaged: the one before says the same
+            return json.loads((folder / str(step) / "config" / "metadata").read_text())
+    return None
+
+
+class _Path(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A folder of Orbax that gets its checksums just before it is renamed into place: by process 0, while training goes on."""
+
+    async def finalize(self) -> None:
+        if self.get_final().name.isdecimal():  # the items have folders like this of their own
+            await asyncio.to_thread(write_checksums, Path(self.get()))
+        await super().finalize()
+
+
+class _Heard(logging.Filter):
+    """Keeps what Orbax's threads log when they fail: with several processes they hand it over only when all have ended."""
+
+    error: BaseException | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info is None or "orbax" not in record.pathname:
+            return True
+        self.error = self.error or (record.exc_info[1] if isinstance(record.exc_info, tuple) else None)
+        return False  # it is raised too, as one line
 
 
 class Checkpoints:
@@ -88,20 +120,37 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, config: Config | None = None):
         self.folder = workdir.resolve() / FOLDER
-        if config is None and not self.folder.is_dir():
-            raise UserError(
-                f"{workdir} has no checkpoints (no folder {FOLDER}): is it the --workdir of a training run?"
-            )
-        options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-        if config is not None:
+        self._settings = None if config is None else config.checkpoint
+        self._whole: set[int] = set()  # steps that were checked
+        self._saving: int | None = None
+        self._failed = False
+        self._heard = _Heard()
+        if config is None:
+            if not self.folder.is_dir():
+                raise UserError(
+                    f"{workdir} has no checkpoints (no folder {FOLDER}): is it the --workdir of a training run?"
+                )
+        else:
             self._clean()
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=config.checkpoint.keep,
-                enable_async_checkpointing=True,
-            )
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_names=("state", "data", "config", "frozen")
+            self._retention = Retention(self.folder, config.checkpoint)
+        logging.getLogger("absl").addFilter(self._heard)
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Made when it is first needed: a damaged checkpoint may be moved away before."""
+        # What is known of older checkpoints is read by their retention: Orbax would stop at a damaged one.
+        options = ocp.CheckpointManagerOptions(
+            read_only=True, save_interval_steps=0, create=False, lightweight_initialize=True
         )
+        if self._settings is not None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self._retention,
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(timeout_secs=self._settings.timeout_seconds),
+                temporary_path_class=_Path,
+                lightweight_initialize=True,
+            )
+        return ocp.CheckpointManager(self.folder, options=options, item_names=_ITEMS)
 
     def _clean(self) -> None:
         """Removes what a killed run had half written: folders that were never renamed into place."""
@@ -112,56 +161,164 @@ class Checkpoints:
                 _log.warning("removing the unfinished checkpoint %s of a run that was stopped while saving", entry.name)
                 shutil.rmtree(entry, ignore_errors=True)
 
+    def steps(self) -> list[int]:
+        """Steps of all finished checkpoints, damaged ones too, in rising order."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
+
     def latest(self) -> int | None:
-        """Step of the newest checkpoint; None when there is none."""
-        return self._manager.latest_step()
+        """Step of the newest checkpoint, whole or not; None when there is none."""
+        return max(self.steps(), default=None)
+
+    def newest(self) -> int | None:
+        """Step of the newest checkpoint that is whole; None where there is no checkpoint at all.
+
+        Every file is compared with its checksum. A damaged checkpoint is named in the log, and in a run that trains moved
+        aside, to `<step>.damaged`. Process 0 looks, and all processes get its answer.
+
+        Raises:
+          UserError: there are checkpoints, and all are damaged; none is moved then.
+        """
+        found = self._newest() if jax.process_index() == 0 else None
+        said = distributed.from_zero("" if found is None else str(found), _CHECK_SECONDS)
+        step = int(said) if said else None
+        if step is not None:
+            self._whole.add(step)
+        return step
+
+    def _newest(self) -> int | None:
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            what = None if step in self._whole else damage(self.folder / str(step))
+            if what is None:
+                self._put_aside(damaged, step)
+                return step
+            damaged[step] = what
+        if damaged:
+            all_of_them = "; ".join(f"{step}: {what}" for step, what in damaged.items())
+            raise UserError(
+                f"every checkpoint in {self.folder} is damaged ({all_of_them}): nothing was changed; restore one from a copy, or "
+                "use another --workdir to start afresh"
+            )
+        if self._settings is not None and self.folder.is_dir() and any(self.folder.glob("*.damaged*")):
+            raise UserError(
+                f"{self.folder} holds only checkpoints that were put aside as damaged: restore one from a copy, or use another "
+                "--workdir to start afresh"
+            )
+        return None
+
+    def _put_aside(self, damaged: Mapping[int, str], good: int) -> None:
+        for step, what in damaged.items():
+            here = self.folder / str(step)
+            if self._settings is None:
+                _log.warning("checkpoint %s is damaged (%s): using %d, the one before", here, what, good)
+                continue
+            places = (self.folder / f"{step}.damaged{f'.{i}' if i > 1 else ''}" for i in itertools.count(1))
+            aside = next(place for place in places if not place.exists())
+            here.rename(aside)
+            _log.error(
+                "checkpoint %s is DAMAGED (%s): moved to %s; going on from step %d, the one before",
+                here,
+                what,
+                aside,
+                good,
+            )
+
+    def restore_newest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, data position) of the newest checkpoint that is whole; None where there is no checkpoint at all.
+
+        May be called in the middle of a run; waits until what is being saved is on disk. See `newest` and `restore`.
+        """
+        if self._saving is not None:
+            self.wait()
+        step = self.newest()
+        if step is None:
+            return None
+        if "_manager" in self.__dict__:
+            self._manager.reload()  # of steps that were put aside
+        return (step, *self.restore(step, abstract))
 
     def save(
-        self, step: int, state: Any, data: Mapping[str, Any], config: Config, frozen: Mapping[str, str] | None = None
+        self,
+        step: int,
+        state: Any,
+        data: Mapping[str, Any],
+        config: Config,
+        frozen: Mapping[str, str] | None = None,
+        *,
+        images: int = 0,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts to write a checkpoint and returns when the state is copied; an error of the one before is raised here."""
+        """Starts to write a checkpoint and returns when the state is copied; an error of the one before is raised here.
+
+        Args:
+          images: real images seen, for `checkpoint.keep_every_kimg`
+          metrics: of this step, for `checkpoint.best_metric`
+        """
+        numbers = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
+        measured = {"images": int(images), "metrics": numbers}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(dict(data)),
             config=ocp.args.JsonSave(to_dict(config)),
             frozen=ocp.args.JsonSave(dict(frozen or {})),
+            measured=ocp.args.JsonSave(measured),
         )
-        self._writing(lambda: self._manager.save(step, args=items, force=True))
+        self._retention.note(step, measured)
+        mark = {"checksums": CHECKSUMS}
+        self._writing(lambda: self._manager.save(step, args=items, force=True, custom_metadata=mark))
+        self._saving = step
+        if config.checkpoint.wait:
+            self.wait()
+
+    def check_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Raises UserError where the metric that the best checkpoints are kept by is not among those of the run."""
+        self._retention.check(metrics)
+
+    def poll(self) -> None:
+        """Raises what went wrong with a save that was started; returns at once."""
+        if self._saving is None:
+            return
+        if self._heard.error is not None:
+            raise self._unwritten(self._heard.error) from self._heard.error
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Until everything is on disk."""
         self._writing(self._manager.wait_until_finished)
+        self._saving = None
 
     def _writing(self, act: Callable[[], object]) -> None:
         try:
             act()
         except (OSError, ValueError) as e:
-            # A full disk or a quota; TensorStore reports them as ValueError.
-            raise UserError(
-                f"cannot write a checkpoint to {self.folder}: {_first_line(e)}; free some space or mend the folder, "
-                "and run the same command again"
-            ) from e
+            raise self._unwritten(e) from e
+
+    def _unwritten(self, error: BaseException) -> UserError:
+        # A full disk or a quota; TensorStore reports them as ValueError.
+        self._failed = True
+        return UserError(
+            f"cannot write a checkpoint to {self.folder}: {_first_line(error)}; free some space or mend the folder, "
+            "and run the same command again"
+        )
 
     def close(self) -> None:
-        """Waits and lets go."""
-        self._manager.close()
-
-    def _check(self, step: int) -> None:
-        here = self.folder / str(step)
-        missing = [p for p in _PARTS if not (here / p).exists()]
-        if missing:
-            raise self._broken(step, f"{', '.join(missing)} missing")
+        """Waits for a save that is not finished, and lets go. After a save that failed there is nothing to wait for."""
+        try:
+            if "_manager" in self.__dict__ and not self._failed:
+                self._writing(self._manager.close)
+        finally:
+            logging.getLogger("absl").removeFilter(self._heard)
 
     def _broken(self, step: int, why: str) -> UserError:
-        others = [s for s in self._manager.all_steps() if s != step]
-        mend = (
-            f"remove that folder to go on from step {max(others)}" if others else "there is no other one; start afresh"
-        )
-        return UserError(f"checkpoint {self.folder / str(step)} is incomplete ({why}): {mend}")
+        others = [s for s in self.steps() if s < step]
+        mend = f"move that folder away to go on from step {max(others)}" if others else "there is none before it"
+        return UserError(f"checkpoint {self.folder / str(step)} cannot be read ({why}): {mend}")
 
     def config(self, step: int) -> Config:
         """The config that a checkpoint was written with."""
-        self._check(step)
         restored = self._restore(step, config=ocp.args.JsonRestore())
         return from_dict(restored["config"])
 
@@ -178,23 +335,14 @@ class Checkpoints:
                     "--workdir"
                 )
 
-    def steps(self) -> list[int]:
-        """Steps of all checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
-
     def position(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds as its position in the data."""
-        self._check(step)
         return self._restore(step, data=ocp.args.JsonRestore())["data"]
 
     def remove(self, step: int) -> None:
         """Deletes a checkpoint that the run goes back behind."""
         self._manager.delete(step)
-
-    def restore_newest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, state, data position) of the newest checkpoint; None when there is none."""
-        step = self.latest()
-        return None if step is None else (step, *self.restore(step, abstract))
+        self._whole.discard(step)  # it may be written again
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """(state, data position) of a checkpoint.
@@ -204,15 +352,13 @@ class Checkpoints:
           abstract: the state as ShapeDtypeStructs with the shardings it shall have; any mesh will do
 
         Raises:
-          UserError: the checkpoint is incomplete or damaged.
+          UserError: the checkpoint cannot be read.
         """
-        self._check(step)
         restored = self._restore(step, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         return restored["state"], restored["data"]
 
     def restore_partial(self, step: int, abstract: Any) -> Any:
         """Only the parts of the state that are in `abstract`, a dict; e.g. {"g_ema": ..., "w_avg": ...}."""
-        self._check(step)
         arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), abstract)
         item = ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
         return self._restore(step, state=item)["state"]
@@ -236,7 +382,7 @@ class Checkpoints:
             raise self._broken(step, f"{type(e).__name__}: {_first_line(e)[:300]}") from e
 
 
-def _first_line(e: Exception) -> str:
+def _first_line(e: BaseException) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 

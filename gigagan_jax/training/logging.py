@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import json
 import logging
@@ -11,7 +12,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,9 @@ class MetricLogger:
         now = self._clock()
         line: dict[str, Any] = {"step": int(step), "kimg": float(kimg), "time": round(now, 3)}
         line |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._summary(step, [{"tag": name, "simple_value": number} for name, number in numbers.items()])
+        with self._writing():
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._summary(step, [{"tag": name, "simple_value": number} for name, number in numbers.items()])
 
     def image(self, tag: str, step: int, image: np.ndarray) -> None:
         """Puts an image, uint8 `[H, W, 3]`, into the TensorBoard events.
@@ -133,7 +135,8 @@ class MetricLogger:
         Image.fromarray(image).save(png, format="PNG")
         height, width, colours = image.shape
         value = {"height": height, "width": width, "colorspace": colours, "encoded_image_string": png.getvalue()}
-        self._summary(step, [{"tag": tag, "image": value}])
+        with self._writing():
+            self._summary(step, [{"tag": tag, "image": value}])
 
     def rewind(self, step: int) -> None:
         """Takes out what was logged for steps after this one: the run went back to it."""
@@ -149,17 +152,32 @@ class MetricLogger:
     def flush(self) -> None:
         """Sends everything to the disk; to be called with each checkpoint, so that both agree."""
         if self.enabled:
-            self._file.flush()
-            self._events.flush()
+            with self._writing():
+                self._file.flush()
+                self._events.flush()
             self._flushed = self._clock()
 
     def close(self) -> None:
-        """Flushes and closes; harmless when called again."""
-        if self.enabled:
-            self.flush()
-            self._file.close()
-            self._events.close()
-            self.enabled = False
+        """Flushes and closes; harmless when called again, and after what could not be written."""
+        if not self.enabled:
+            return
+        self.enabled = False
+        with self._writing():
+            try:
+                self._events.flush()
+            finally:
+                self._file.close()
+                self._events.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise UserError(
+                f"cannot write metrics to {self._file.name}: {e.strerror or e}; free some space or mend the folder, "
+                "and run the same command again"
+            ) from None
 
     def _summary(self, step: int, values: list[dict[str, Any]]) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
@@ -177,7 +195,9 @@ class MetricLogger:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
+        # What ended the run is said, not that its last metrics could not be written either.
+        with contextlib.suppress(UserError) if exc[0] is not None else contextlib.nullcontext():
+            self.close()
 
 
 def _cut_after(path: Path, step: int) -> None:

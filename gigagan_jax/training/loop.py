@@ -1,5 +1,6 @@
 """The training loop: data in, steps, metrics, checkpoints, and the callers' hooks at snapshots and at the end."""
 
+import contextlib
 import functools
 import logging
 import math
@@ -37,11 +38,16 @@ Hook = Callable[[GanState, float, MetricLogger], None]
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
+    """A signal asked the run to stop; its state is saved.
 
-    def __init__(self, number: int):
+    Attributes:
+      number: of the signal.
+      agreed: all processes of the run stop with it; False before the first step and after the last one.
+    """
+
+    def __init__(self, number: int, agreed: bool):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
+        self.number, self.agreed = number, agreed
 
 
 def data_source(config: Config, workdir: Path | None = None) -> Source:
@@ -128,7 +134,7 @@ class Run:
         self.step = CompiledStep(TrainStep(self.networks), self.mesh)
         image = self.step.batch_shardings["image"]
         self.rows = sharding.local_rows(image, (config.batch_size, config.resolution, config.resolution, 3))
-        self._signal = 0
+        self._signals = _Signals()
 
     @functools.cached_property
     def frozen(self) -> tuple[Params, dict[str, str]]:
@@ -145,6 +151,10 @@ class Run:
           UserError: bad data, a workdir of another run, a damaged checkpoint, a run that went wrong (docs/health.md).
           Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
         """
+        with self._signals:
+            return self._train()
+
+    def _train(self) -> GanState:
         config = self.config
         open_workdir(self.workdir, config)
         _log.info("data: %s %s", config.data.source, config.data.path)
@@ -158,8 +168,9 @@ class Run:
                 state, step = self._start(checkpoints, data, identities, guard)
                 resumed = step if step else None
                 with MetricLogger(self.workdir, enabled=jax.process_index() == 0, resume_step=resumed) as logger:
-                    with self._signals():
+                    with self._signals.held():
                         state = self._loop(state, step, data, checkpoints, logger, weights, identities, guard)
+                    distributed.report(None)
                     checkpoints.wait()
                     kimg = int(state.images) / 1000
                     for hook in self.finish:
@@ -171,7 +182,7 @@ class Run:
     def _start(
         self, checkpoints: Checkpoints, data: pipeline.Pipeline, identities: dict[str, str], guard: Guard
     ) -> tuple[GanState, int]:
-        latest = checkpoints.latest()
+        latest = checkpoints.newest()
         if latest is None:
             _log.info("start: initialising G and D")
             return self.networks.init(self.mesh), 0
@@ -239,9 +250,10 @@ class Run:
             state, metrics = self.step(state, self._next(data), key, weights, scale, with_r1=with_r1)
             step += 1
             images += config.batch_size
+            distributed.report(step, data.state()["examples_seen"])
             latest |= {k: v for k, v in metrics.items() if k != "health"}
             metrics["health"].copy_to_host_async()
-            pending.append((step, images, metrics, agreement.ask(self._signal) if agreement else None))
+            pending.append((step, images, metrics, agreement.ask(self._signals.number) if agreement else None))
             if first_time:
                 seen.add(with_r1)
                 jax.block_until_ready(metrics)
@@ -249,7 +261,7 @@ class Run:
                 if len(seen) > 1:
                     progress.exclude(time.monotonic() - began)
             # Two steps may be in flight: the host prepares the next one, and no queue grows.
-            stop = 0 if agreement else self._signal
+            stop = 0 if agreement else self._signals.number
             if len(pending) > 2:
                 stop = look(stop)
             # What is saved or logged is judged before: a checkpoint holds the judgement of its own step.
@@ -274,16 +286,18 @@ class Run:
                 logger.scalars(step, images / 1000, values)
                 if jax.process_index() == 0:
                     print(line, flush=True)
+                checkpoints.check_metrics(values)
+            checkpoints.poll()
             began = time.monotonic()
             if save:
-                checkpoints.save(step, state, guard.position(), config, identities)
+                checkpoints.save(step, state, guard.position(), config, identities, images=images, metrics=values)
             if self.snapshot is not None and (due(config.snapshot_kimg) or images >= total):
                 self.snapshot(state, images / 1000, logger)
             progress.exclude(time.monotonic() - began)
             if stop:
                 _log.info("stopping at step %d: writing the checkpoint", step)
                 checkpoints.wait()
-                raise Interrupted(stop)
+                raise Interrupted(stop, agreed=True)
         _log.info("traced %d programs: %s", len(self.step.traces), self.step.traces)
         return state
 
@@ -293,26 +307,43 @@ class Run:
             k: sharding.from_rows(batch[k], self.rows, where, length) for k, where in self.step.batch_shardings.items()
         }
 
-    def _signals(self) -> "_Signals":
-        return _Signals(self)
-
 
 class _Signals:
-    """While it is open, SIGTERM and SIGINT ask the loop to save and stop; a second one acts at once."""
+    """While it is open, SIGTERM and SIGINT stop the run; while it is held, once the loop looks at `number`.
 
-    def __init__(self, run: Run):
-        self.run = run
-        self.before: dict[int, Any] = {}
+    Outside of the loop nothing is to be saved, and a signal stops the run where it is. A second SIGINT acts at once too, for a
+    user who does not want to wait; a second SIGTERM does not: a machine's shutdown comes after its notice.
+    """
 
-    def __enter__(self) -> None:
+    def __init__(self) -> None:
+        self.number = 0
+        self._held = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        self.number = 0
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self._handle)
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What comes in it waits for the loop."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def _handle(self, number: int, frame: Any) -> None:
-        self.run._signal = number
-        signal.signal(number, self.before[number] or signal.SIG_DFL)
+        if self._held and number == self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = max(self.number, number)
+        if not self._held:
+            raise Interrupted(number, agreed=False)
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
+        self._before.clear()

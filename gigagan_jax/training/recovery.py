@@ -104,6 +104,7 @@ class Guard:
         finding = self.rollback
         assert finding is not None
         checkpoints.wait()
+        checkpoints.newest()  # puts damaged ones aside
         steps, later = checkpoints.steps(), []
         # What is not finite never reaches a checkpoint: for that, each of them is good.
         while finding.name != "nonfinite" and steps:

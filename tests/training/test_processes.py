@@ -1,9 +1,9 @@
 """Real processes joined over loopback: one run, whatever their number; one that stops or is lost ends all of them."""
 
-import collections
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -13,40 +13,66 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from gigagan_jax.training.checkpoint import same
+from tests.runs import read, small
 
 ROOT = Path(__file__).parents[2]
+RECORDED = Path(__file__).with_name("recorded_run.py")
 STEPS, BATCH = 8, 16
-COMMAND = (
-    *("-m", "gigagan_jax.train", "--config=configs/digits.py:tiny", f"--config.batch_size={BATCH}"),
-    *("--config.dtype=float32", f"--config.log_kimg={BATCH / 1000}", "--config.evaluators=()"),
-    *(f"--config.checkpoint_kimg={4 * BATCH / 1000}", "--config.snapshot.seeds=1", "--config.checkpoint.keep=9"),
-)
 FLAGS = (
+    *("--config=configs/digits.py:tiny", f"--config.batch_size={BATCH}"),
+    *("--config.dtype=float32", f"--config.log_kimg={BATCH / 1000}", "--config.evaluators=()"),
+    *(f"--config.checkpoint_kimg={2 * BATCH / 1000}", "--config.snapshot.seeds=1", "--config.checkpoint.keep=9"),
+)
+COMMAND = ("-m", "gigagan_jax.train", *FLAGS)
+XLA_FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
 
 
-class Processes:
-    """A run by `count` processes with so many devices each. Their output is in files."""
+# The same meshes and lengths all through the file: what one test has compiled the next one finds.
+LONG = 100_000
+SHARDED = ("--config.mesh.fsdp=2",)
+CONFIG = small(batch_size=BATCH)
 
-    def __init__(self, workdir, count, devices, *flags, steps=STEPS):
+
+class Processes:
+    """A run by `count` processes with so many devices each. Their output is in files, and the examples they read."""
+
+    def __init__(self, workdir, count, devices, *flags, steps=STEPS, name=""):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        flags = (*flags, f"--workdir={workdir}", f"--config.total_kimg={steps * BATCH / 1000}")
+        flags = (*FLAGS, *flags, f"--workdir={workdir}", f"--config.total_kimg={steps * BATCH / 1000}")
         environment = os.environ | {
-            "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         }
-        self.logs = [workdir.with_suffix(f".{count}x{devices}.{i}.log") for i in range(count)]
+        name = f"{workdir}.{name}.{count}x{devices}"
+        self.logs = [Path(f"{name}.{i}.log") for i in range(count)]
+        self.records = [Path(f"{name}.{i}.examples") for i in range(count)]
         self.children = []
         for i, log in enumerate(self.logs):
             joined = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}")
-            command = [sys.executable, *COMMAND, *flags, *(joined if count > 1 else ())]
+            command = [sys.executable, RECORDED, self.records[i], *flags, *(joined if count > 1 else ())]
             with open(log, "w") as out:
                 self.children.append(
                     subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
                 )
+
+    def examples(self):
+        """Step -> the indices of its batch, from all processes; no row read twice."""
+        batches = {}
+        for record in self.records:
+            for seen, rows, indices in map(json.loads, record.read_text().splitlines()):
+                batch = batches.setdefault(seen // BATCH, {})
+                assert not batch.keys() & set(rows)
+                batch.update(zip(rows, indices, strict=True))
+        assert all(sorted(batch) == list(range(BATCH)) for batch in batches.values())
+        return {step: [batch[row] for row in range(BATCH)] for step, batch in batches.items()}
 
     def said(self, i=0):
         return self.logs[i].read_text()
@@ -57,7 +83,7 @@ class Processes:
         while len(re.findall(r"^kimg", self.said(), re.MULTILINE)) < step:
             assert time.monotonic() < end, self.said()
             assert all(c.poll() is None for c in self.children), [self.said(i) for i in range(len(self.logs))]
-            time.sleep(0.1)
+            time.sleep(0.05)
 
     def wait(self, seconds=300):
         """Exit codes."""
@@ -84,51 +110,69 @@ def assert_close(a, b):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Workdir of a run by one process."""
+    """(workdir, examples) of a run by one process."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     run = Processes(workdir, 1, 4)
     assert run.wait() == [0], run.said()
-    return workdir
+    return workdir, run.examples()
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The same by two, parameters sharded over them."""
-    workdir = tmp_path_factory.mktemp("two") / "run"
-    run = Processes(workdir, 2, 2, "--config.mesh.fsdp=2")
-    assert run.wait() == [0, 0], run.said(1)
-    return workdir
+def four(tmp_path_factory):
+    """The same by four, parameters sharded over two of them."""
+    workdir = tmp_path_factory.mktemp("four") / "run"
+    run = Processes(workdir, 4, 2, *SHARDED)
+    assert run.wait() == [0] * 4, run.said(3)
+    return workdir, run.examples()
 
 
-def test_two_processes_parity_with_one(alone, two):
-    assert len(losses(alone)) == STEPS
-    assert_close(losses(alone), losses(two))
-    assert (two / "snapshots").is_dir()
+def test_two_and_four_processes_parity_with_one(alone, four, tmp_path):
+    two = Processes(tmp_path / "two", 2, 2, *SHARDED)
+    assert two.wait() == [0, 0], two.said(1)
+    workdir, examples = alone
+    assert len(losses(workdir)) == STEPS
+    assert_close(losses(workdir), losses(four[0]))
+    assert_close(losses(workdir), losses(tmp_path / "two"))
+    assert list(examples) == list(range(1, STEPS + 1))
+    assert four[1] == two.examples() == examples
+    once = [index for step in examples.values() for index in step]
+    assert len(set(once)) == len(once) == STEPS * BATCH  # within the first epoch none comes again
 
 
-def test_a_checkpoint_of_two_resumes_on_one_and_on_four_parity(alone, two, tmp_path):
-    for count, devices in ((1, 2), (4, 1)):
-        workdir = tmp_path / f"{count}"
-        shutil.copytree(two, workdir)
-        shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-        run = Processes(workdir, count, devices)
-        assert run.wait() == [0] * count, run.said(count - 1)
-        assert "resume: restoring checkpoint 4" in run.said()
-        assert_close(losses(workdir), losses(alone))
-
-
-def test_sigterm_to_one_stops_all_in_the_same_step_and_the_run_goes_on(two, tmp_path):
+def test_a_checkpoint_of_four_resumes_on_two_on_one_and_on_four_parity(alone, four, tmp_path):
+    """Each goes on from what the one before has left; in the end every example was used once, in the same order."""
     workdir = tmp_path / "run"
-    run = Processes(workdir, 2, 2, "--config.mesh.fsdp=2", steps=1000)
-    run.until_step(1)  # the other program is being compiled now: the signal comes early
-    run.children[1].send_signal(signal.SIGTERM)
-    assert run.wait() == [75, 75], run.said(1)
+    shutil.copytree(four[0], workdir)
+    examples = {step: four[1][step] for step in (1, 2)}
+    for start, count in ((2, 2), (4, 1), (6, 4)):
+        for step in range(start + 2, STEPS + 1, 2):  # as if it had been stopped before
+            shutil.rmtree(workdir / "checkpoints" / str(step))
+        run = Processes(workdir, count, 2, *SHARDED, name=f"{start}")
+        assert run.wait() == [0] * count, run.said(count - 1)
+        assert f"resume: restoring checkpoint {start}" in run.said()
+        read_again = run.examples()
+        assert list(read_again) == list(range(start + 1, STEPS + 1))
+        examples |= {step: read_again[step] for step in (start + 1, start + 2)}
+    assert examples == alone[1]
+    assert_close(losses(workdir), losses(alone[0]))
+
+
+def test_sigterm_to_one_of_four_stops_all_in_the_same_step_and_the_run_goes_on(four, tmp_path):
+    workdir = tmp_path / "run"
+    run = Processes(workdir, 4, 2, *SHARDED, name="stopped")
+    run.until_step(1)
+    run.children[2].send_signal(signal.SIGTERM)
+    assert run.wait() == [75] * 4, [run.said(i) for i in range(4)]
     step = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
     if step >= STEPS:
         pytest.fail(f"stopped at step {step} only")
-    run = Processes(workdir, 2, 2, "--config.mesh.fsdp=2")
-    assert run.wait() == [0, 0], run.said(1)
-    assert losses(workdir) == losses(two)  # to the last bit
+    run = Processes(workdir, 4, 2, *SHARDED)
+    assert run.wait() == [0] * 4, run.said(3)
+    assert f"resume: restoring checkpoint {step}" in run.said()
+    assert losses(workdir) == losses(four[0])  # to the last bit
+    (a, data_a), (b, data_b) = read(workdir, CONFIG), read(four[0], CONFIG)
+    assert same(a, b)
+    assert data_a == data_b
 
 
 def test_what_one_has_to_say_ends_all(tmp_path):
@@ -153,19 +197,69 @@ def test_what_one_has_to_say_ends_all(tmp_path):
     assert errors[0] == [f"error: process 1 failed, and with it this one: {errors[1][0].removeprefix('error: ')}"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_process_ends_the_others(number, tmp_path):
-    run = Processes(tmp_path / "run", 2, 1, "--heartbeat_seconds=8", steps=100_000)
+@pytest.mark.parametrize(
+    "count, lost, number",
+    [(4, 3, signal.SIGSTOP), (4, 0, signal.SIGKILL), (2, 0, signal.SIGSTOP), (2, 1, signal.SIGKILL)],
+)
+def test_a_lost_process_ends_the_others(count, lost, number, tmp_path):
+    """All others end, not with code 0, within the limit and some seconds, each with one line that says who was lost."""
+    limit = 8
+    run = Processes(tmp_path / "run", count, 1, f"--heartbeat_seconds={limit}", steps=LONG)
     run.until_step(2)
-    run.children[1].send_signal(number)
+    time.sleep(2)  # for the heartbeats to tell
+    run.children[lost].send_signal(number)
     began = time.monotonic()
-    code = run.children[0].wait(60)
-    assert code != 0
-    assert time.monotonic() - began < 30
-    run.children[1].kill()
+    others = [i for i in range(count) if i != lost]
+    codes = [run.children[i].wait(60) for i in others]
+    assert time.monotonic() - began < limit + 20
+    run.children[lost].kill()
     run.wait()
-    counted = collections.Counter(re.findall(r"^error: .*", run.said(), re.MULTILINE))
-    assert counted == {"error: process 1 has not answered for 8 s: its machine is lost, or it was stopped": 1}
+    assert codes == [1] * len(others)
+    gone = rf"process {lost} \(host \S+, last at step \d+, example \d+\) "
+    silent = rf"has not answered for {limit} s: its machine is lost, or it was stopped"
+    if lost == 0 and number == signal.SIGKILL:
+        silent = "has closed its connection: it was killed, or its machine is lost"
+    for i in others:
+        (line,) = re.findall(r"^error: .*", run.said(i), re.MULTILINE)
+        told = "" if i == 0 or lost == 0 else "process 0 failed, and with it this one: "
+        assert re.fullmatch(f"error: {told}{gone}{silent}", line)
+        assert "Check failure stack trace" not in run.said(i)
+
+
+def test_a_save_that_fails_in_one_process_ends_all(tmp_path):
+    """The others wait for its part of the checkpoint; what it has to say does not wait for them."""
+    run = Processes(tmp_path / "run", 2, 2, *SHARDED)
+    run.until_step(1)
+    resource.prlimit(run.children[1].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert run.wait(120) == [2, 2], [run.said(i) for i in (0, 1)]
+    errors = [re.findall(r"^error: (.*)", run.said(i), re.MULTILINE) for i in (0, 1)]
+    assert re.match(r"cannot write a checkpoint to .*File too large", errors[1][0])
+    assert errors[0] == [f"process 1 failed, and with it this one: {errors[1][0]}"]
+    assert all("Traceback" not in run.said(i) for i in (0, 1))
+
+
+def test_processes_that_answer_but_get_no_step_done_are_ended(tmp_path):
+    """Reading the data hangs, as on a disk over a network that is gone: pipes that nobody writes to."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4 * BATCH):
+        Image.new("RGB", (8, 8), (4 * i, 0, 0)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text("a picture")
+    data = ("--config.data.source=folder", f"--config.data.path={images}", "--config.data.threads=0")
+    run = Processes(tmp_path / "run", 2, 1, *data, "--stall_seconds=4", steps=LONG)
+    run.until_step(2)
+    for file in images.glob("*.png"):
+        os.mkfifo(tmp_path / "pipe")
+        os.replace(tmp_path / "pipe", file)
+    assert run.wait(60) == [1, 1]
+    (line,) = re.findall(r"^error: .*", run.said(), re.MULTILINE)
+    assert re.match(
+        r"error: no process has finished a step for 4 s after step \d+: (behind the others is|all are at)", line
+    )
+    assert line.removeprefix("error: ") in run.said(1)
+
+
+NOBODY = ("--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=1")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +270,8 @@ def test_a_lost_process_ends_the_others(number, tmp_path):
         (["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "must be 0 to 1"),
         (["--process_id=1"], "need --coordinator"),
         (["--distributed"], "could not be joined"),
+        ([*NOBODY, "--join_seconds=0"], "--join_seconds=0: must be at least 1"),
+        ([*NOBODY, "--join_seconds=3"], "could not be joined"),
     ],
 )
 def test_flags_that_do_not_fit(flags, words, tmp_path):

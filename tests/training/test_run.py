@@ -1,115 +1,23 @@
-"""Whole runs: resume after kill -9 bit for bit, on other numbers of devices, two traces, and what a run leaves behind."""
+"""Whole runs: on other numbers of devices, two traces, signals and notices, and what a run leaves behind."""
 
+import http.server
 import json
-import os
-import random
-import re
 import shutil
 import signal
 import subprocess
-import sys
+import threading
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from configs.digits import get_config
 from gigagan_jax import sharding
-from gigagan_jax.config import MeshConfig, from_dict
+from gigagan_jax.config import MeshConfig
 from gigagan_jax.errors import UserError
-from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, same, with_shardings
+from gigagan_jax.training.checkpoint import open_workdir, same
 from gigagan_jax.training.loop import Run
-from gigagan_jax.training.state import Networks
-
-ROOT = Path(__file__).parents[2]
-# For child processes: one device, compiled fast.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
-
-
-def small(**fields):
-    c = get_config("tiny")
-    c.total_kimg, c.checkpoint_kimg, c.snapshot_kimg = 0.32, 0.064, 10.0
-    for name, value in fields.items():
-        group, _, key = name.rpartition("__")
-        setattr(c[group] if group else c, key, value)
-    return from_dict(c)
-
-
-def read(workdir: Path, config, devices=1):
-    """(state, data position) of the newest checkpoint, on the first `devices` devices."""
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
-    networks = Networks(config)
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest()
-    try:
-        return checkpoints.restore(step, with_shardings(networks.abstract(), networks.shardings(mesh)))
-    finally:
-        checkpoints.close()
-
-
-def child(workdir: Path, *extra: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "gigagan_jax.train", "--config=configs/digits.py:tiny", f"--workdir={workdir}"]
-    fields = ["--config.total_kimg=0.64", "--config.checkpoint_kimg=0.032", "--config.snapshot_kimg=10", *extra]
-    # Compiled once, by the first child: what is tested here is the state, not the compiler.
-    environment = os.environ | {"XLA_FLAGS": QUICK}
-    with open(workdir.parent / f"{workdir.name}.log", "a") as out:
-        return subprocess.Popen(command + fields, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
-
-
-def log(workdir: Path) -> str:
-    return (workdir.parent / f"{workdir.name}.log").read_text()
-
-
-def test_resume_after_kill_is_bit_exact(tmp_path):
-    """Killed in the middle of saves and between them; parameters, both optimizers, EMA, w_avg and data position."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert child(whole).wait(600) == 0, log(whole)
-    rng = random.Random(0)
-    killed_while_saving = 0
-    for attempt in range(4):
-        process = child(cut)
-        folder = cut / "checkpoints"
-        before = _finished(folder)
-        limit = time.monotonic() + 300
-        while time.monotonic() < limit and process.poll() is None:
-            if attempt % 2 == 0 and _finished(folder) > before and (_saving(folder) or time.monotonic() > limit - 1):
-                break
-            if attempt % 2 == 1 and _finished(folder) > before:
-                time.sleep(rng.uniform(0.0, 0.05))
-                break
-            time.sleep(0.0005)
-        killed_while_saving += _saving(folder)
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
-        assert process.returncode in (-signal.SIGKILL, 0), log(cut)
-    assert killed_while_saving >= 1
-    assert child(cut).wait(600) == 0, log(cut)
-    config = small()
-    (a, data_a), (b, data_b) = read(whole, config), read(cut, config)
-    assert int(a.step) == int(b.step) == 40
-    assert same(a, b)
-    assert {k: data_a[k] for k in ("examples_seen", "seed", "source")} == {
-        k: data_b[k] for k in ("examples_seen", "seed", "source")
-    }
-    # The metrics file shows each step once, with the numbers of the uninterrupted run.
-    losses = [
-        {m["step"]: m["loss/g"] for m in map(json.loads, (w / "metrics.jsonl").read_text().splitlines())}
-        for w in (whole, cut)
-    ]
-    assert losses[0] == losses[1]
-    assert len((cut / "metrics.jsonl").read_text().splitlines()) == len(losses[1]) == 40
-
-
-def _finished(folder: Path) -> int:
-    return max((int(p.name) for p in folder.glob("*") if p.name.isdecimal()), default=0)
-
-
-def _saving(folder: Path) -> bool:
-    return any(".orbax-checkpoint-tmp" in p.name for p in folder.glob("*"))
+from tests.runs import child, finished, log, read, small
 
 
 @pytest.fixture(scope="module")
@@ -185,39 +93,74 @@ def test_workdirs_that_cannot_hold_checkpoints(tmp_path, refused):
     refused(lambda: open_workdir(tmp_path, small()), tmp_path / "checkpoints", "no folder that can be written")
 
 
-@pytest.mark.parametrize("victim", ["state/manifest.ocdbt", "_CHECKPOINT_METADATA", "state/d"])
-def test_incomplete_checkpoint(eight, tmp_path, victim):
-    """A part missing, or its arrays cut short: one line, exit code 2, nothing removed. In a process of its own."""
-    workdir, *_ = eight
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", workdir, copy], check=True)
-    broken = copy / "checkpoints" / "10" / victim
-    if broken.is_dir():
-        files = sorted(p for p in broken.rglob("*") if p.is_file())
-        assert files
-        for f in files:
-            f.write_bytes(f.read_bytes()[: f.stat().st_size // 2])
-    else:
-        broken.unlink()
-    assert child(copy, "--config.total_kimg=0.192").wait(300) == 2
-    (line,) = [line for line in log(copy).splitlines() if line.startswith("error: ")]
-    assert re.search(r"checkpoint .*10 is incomplete .*remove that folder to go on from step 8", line)
-    assert "Traceback" not in log(copy)
-    assert (copy / "checkpoints" / "10").is_dir()
+class _Notice(http.server.BaseHTTPRequestHandler):
+    """Answers like Google's metadata server on a machine that is to be preempted, once `due` is set."""
+
+    due = False
+
+    def do_GET(self):
+        assert self.headers["Metadata-Flavor"] == "Google"
+        known = {"/instance/preempted": b"TRUE" if self.due else b"FALSE", "/instance/maintenance-event": b"NONE"}
+        self.send_response(200 if self.path in known else 404)
+        self.end_headers()
+        self.wfile.write(known.get(self.path, b""))
+
+    def log_message(self, *args):
+        pass
 
 
-def test_sigterm_saves_and_resumes(tmp_path):
-    """SIGTERM: exit code 75, a checkpoint of the step it came in, and the same command goes on."""
+def test_notices_and_signals_save_and_the_next_start_compiles_nothing(tmp_path):
+    """A notice of preemption, then SIGTERM: code 75, a checkpoint of the step it came in; the same command goes on."""
     workdir = tmp_path / "term"
-    process = child(workdir, "--config.total_kimg=6.4", "--config.checkpoint_kimg=100")
-    limit = time.monotonic() + 300
     metrics = workdir / "metrics.jsonl"
-    while time.monotonic() < limit and not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-        assert process.poll() is None, log(workdir)
-        time.sleep(0.01)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Notice)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"--maintenance_url=http://127.0.0.1:{server.server_address[1]}/instance"
+    own_cache = {"JAX_COMPILATION_CACHE_DIR": None}
+
+    def until(steps):
+        limit = time.monotonic() + 300
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= steps):
+            assert process.poll() is None, log(workdir)
+            assert time.monotonic() < limit, log(workdir)
+            time.sleep(0.01)
+
+    def programs():
+        return {p.name for p in (workdir / "compilation_cache").iterdir() if p.name.startswith("jit__run-")}
+
+    long = ("--config.total_kimg=64", "--config.checkpoint_kimg=100")
+    process = child(workdir, *long, url, **own_cache)
+    until(20)
+    _Notice.due = True
+    assert process.wait(120) == 75, log(workdir)
+    server.shutdown()
+    server.server_close()
+    assert "preempted is TRUE" in log(workdir)
+    first = finished(workdir / "checkpoints")
+    compiled = programs()
+    assert 20 <= first < 4000
+    assert len(compiled) == 2
+    process = child(workdir, *long, **own_cache)
+    until(first + 20)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 75, log(workdir)
-    step = _finished(workdir / "checkpoints")
-    assert 3 < step < 400
-    assert child(workdir, f"--config.total_kimg={(step + 2) * 0.016}", "--config.checkpoint_kimg=100").wait(300) == 0
-    assert _finished(workdir / "checkpoints") == step + 2
+    second = finished(workdir / "checkpoints")
+    assert second >= first + 20
+    total = f"--config.total_kimg={(second + 2) * 0.016}"
+    assert child(workdir, total, "--config.checkpoint_kimg=100", **own_cache).wait(300) == 0
+    assert finished(workdir / "checkpoints") == second + 2
+    assert programs() == compiled
+
+
+def test_sigterm_before_the_first_step(tmp_path):
+    """Nothing to save: the run ends at once, for a launcher to start it again."""
+    process = child(tmp_path / "early")
+    limit = time.monotonic() + 300
+    while "data: digits" not in log(tmp_path / "early"):
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75, log(tmp_path / "early")
+    assert finished(tmp_path / "early" / "checkpoints") == 0
+    assert "Traceback" not in log(tmp_path / "early")

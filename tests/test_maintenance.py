@@ -1,0 +1,88 @@
+"""Notices of maintenance, from a real server on this machine."""
+
+import http.server
+import signal
+import threading
+import time
+
+import pytest
+
+from gigagan_jax import maintenance
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """server.answers: path -> text; what is not there is a 404."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            text = made.answers.get(self.path) if self.headers["Metadata-Flavor"] == "Google" else None
+            self.send_response(404 if text is None else 200)
+            self.end_headers()
+            self.wfile.write((text or "").encode())
+            made.asked += 1
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(maintenance, "_EVERY_SECONDS", 0.02)
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.answers, made.asked = {}, 0
+    made.url = f"http://127.0.0.1:{made.server_address[1]}"
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def came():
+    """Signals that came to this process."""
+    numbers = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: numbers.append(number))
+    yield numbers
+    signal.signal(signal.SIGTERM, before)
+
+
+def wait(condition):
+    limit = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("key, text", [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE\n")])
+def test_a_notice_is_a_sigterm(server, came, key, text):
+    server.answers = {
+        "/preempted": "FALSE",
+        "/maintenance-event": "MIGRATE_ON_HOST_MAINTENANCE",
+    }  # only moved: no notice
+    with maintenance.watch(server.url):
+        wait(lambda: server.asked > 6)
+        assert not came
+        server.answers[f"/{key}"] = text
+        wait(lambda: came)
+    assert came == [signal.SIGTERM]  # once
+
+
+def test_a_server_that_knows_nothing_is_left_alone(server, came, caplog):
+    with maintenance.watch(server.url):
+        wait(lambda: caplog.records)
+        asked = server.asked
+        time.sleep(0.2)
+    assert server.asked == asked
+    assert "does not answer" in caplog.text
+    assert not came
+
+
+def test_flag_values(refused):
+    with maintenance.watch("off"):
+        pass
+
+    def wrong():
+        with maintenance.watch("metadata.google.internal"):
+            pass
+
+    refused(wrong, "--maintenance_url=metadata.google.internal", "http://")

@@ -1,0 +1,78 @@
+"""One run, killed with `kill -9` at random times: bit for bit the uninterrupted one, and little is done twice.
+
+GIGAGAN_KILLS says how often; 30 take about ten minutes on two cores.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import time
+
+from gigagan_jax.training.checkpoint import same
+from tests.runs import child, finished, log, read, saving, small
+
+KILLS = int(os.environ.get("GIGAGAN_KILLS", "5"))
+INTERVAL = 4  # steps between checkpoints
+STEPS = 3 * INTERVAL * KILLS
+FLAGS = (f"--config.total_kimg={STEPS * 0.016}", f"--config.checkpoint_kimg={INTERVAL * 0.016}")
+
+BEGUN = "compiling the train step"
+
+
+def last_step(workdir):
+    """Of metrics.jsonl, whose last line may be cut; 0 where there is none yet."""
+    file = workdir / "metrics.jsonl"
+    if not file.exists():
+        return 0
+    with open(file, "rb") as lines:
+        lines.seek(max(0, file.stat().st_size - 5000))
+        steps = re.findall(rb'^\{"step": (\d+),.*\}$', lines.read(), re.MULTILINE)
+    return int(steps[-1]) if steps else 0
+
+
+def test_killed_at_random_times_is_bit_exact(tmp_path, capsys):
+    """Parameters, both optimizers, EMA, w_avg and data position. Every other life waits for its saves."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert child(whole, *FLAGS).wait(900) == 0, log(whole)
+    rng = random.Random(0)
+    folder = cut / "checkpoints"
+    during_a_save, repeated = 0, {True: [], False: []}
+    for kill in range(KILLS):
+        waits = kill % 2 == 1
+        start, lives = finished(folder), log(cut).count(BEGUN) if kill else 0
+        process = child(cut, *FLAGS, f"--config.checkpoint.wait={waits}")
+        goal = start + rng.randint(1, 2 * INTERVAL - 1)
+        in_save = kill % 3 == 0  # otherwise it is left to chance
+        limit = time.monotonic() + 300
+        # Until it has begun metrics.jsonl holds the steps of the life before.
+        while log(cut).count(BEGUN) <= lives or last_step(cut) < goal or (in_save and not saving(folder)):
+            assert process.poll() is None, log(cut)
+            assert time.monotonic() < limit, log(cut)
+            time.sleep(0.003)
+        time.sleep(rng.uniform(0.0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL, log(cut)
+        during_a_save += saving(folder)
+        done, kept = last_step(cut), finished(folder)
+        repeated[waits].append(done - kept)  # by the next life
+        # While a checkpoint is written training goes on, unless it was told to wait; not beyond the next one.
+        assert done - kept <= (2 * INTERVAL if saving(folder) and not waits else INTERVAL)
+    assert during_a_save
+    assert child(cut, *FLAGS).wait(900) == 0, log(cut)
+    assert log(cut).count("resume: restoring") + log(cut).count("start: initialising") == KILLS + 1
+    (a, data_a), (b, data_b) = read(whole, small()), read(cut, small())
+    assert int(a.step) == int(b.step) == STEPS
+    assert same(a, b)
+    assert all(data_a[k] == data_b[k] for k in ("examples_seen", "seed", "source"))
+    # The metrics file shows each step once, with the numbers of the uninterrupted run.
+    losses = [
+        [(m["step"], m["loss/g"]) for m in map(json.loads, (w / "metrics.jsonl").read_text().splitlines())]
+        for w in (whole, cut)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS
+    with capsys.disabled():
+        most = {("waiting" if k else "not waiting"): max(v, default=0) for k, v in repeated.items()}
+        print(f"\n{KILLS} kills, {during_a_save} during a save; steps repeated at most: {most}, interval {INTERVAL}")
