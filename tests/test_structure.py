@@ -14,7 +14,7 @@ LONGEST = 450
 
 # Higher may import lower; groups of one row do not know each other.
 ROWS = (
-    ("errors", "memory"),
+    ("errors", "hardware", "memory", "page"),
     ("config_check", "config_data", "config_run"),
     ("config",),
     ("sharding", "distributed"),

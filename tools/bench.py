@@ -23,21 +23,11 @@ import numpy as np
 from gigagan_jax import cli, sharding
 from gigagan_jax.config import Config
 from gigagan_jax.errors import UserError
+from gigagan_jax.hardware import peak_flops
 from gigagan_jax.inference.pipeline import TextToImage
 from gigagan_jax.training.logging import configure
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import CompiledStep, TrainStep, abstract_batch
-
-# Dense bf16 peak FLOP/s of one device, by a part of its name (the makers' data sheets).
-PEAKS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "v5p": 459e12,
-    "v5 lite": 197e12,
-    "v6 lite": 918e12,
-    "v4": 275e12,
-}
 
 
 def synthetic_batch(config: Config, shardings: dict[str, Any]) -> dict[str, jax.Array]:
@@ -68,12 +58,6 @@ def seconds(run: Callable[[], Any], steps: int, repeats: int) -> float:
         jax.block_until_ready(out)
         times.append((time.perf_counter() - start) / steps)
     return statistics.median(times)
-
-
-def peak() -> float | None:
-    """bf16 FLOP/s of all devices, where it is known."""
-    kind = jax.devices()[0].device_kind
-    return next((v * jax.device_count() for name, v in PEAKS.items() if name in kind), None)
 
 
 def figures(
@@ -113,7 +97,7 @@ def bench(config: Config, steps: int, repeats: int) -> dict[str, Any]:
 
         timed = seconds(run, steps, repeats)
         flops = step.flops(with_r1=with_r1)
-        best = peak() if config.dtype == "bfloat16" else None
+        best = peak_flops(jax.devices()) if config.dtype == "bfloat16" else None
         rows[name] = figures(flops, best, timed, config.batch_size, took, compiled.memory_analysis())
     interval = config.loss.r1_interval
     mean = (rows["step"]["seconds"] * (interval - 1) + rows["step_with_r1"]["seconds"]) / interval
