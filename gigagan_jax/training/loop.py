@@ -25,7 +25,10 @@ from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.pretrained.frozen import clip_length, own_clip_tokens
 from gigagan_jax.models.pretrained.text_spec import tokenizer_options
 from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, with_shardings
+from gigagan_jax.training.goodput import Goodput
 from gigagan_jax.training.logging import MetricLogger, Progress
+from gigagan_jax.training.profiling import Profiler
+from gigagan_jax.training.speed import Speed, facts
 from gigagan_jax.training.state import GanState, Networks
 from gigagan_jax.training.step import CompiledStep, TrainStep
 
@@ -109,6 +112,10 @@ class Run:
       snapshot: hook, called every `snapshot_kimg`.
       finish: hooks, called once at the end.
       mesh: devices to train on; None for the config's mesh over all of them.
+
+    Attributes:
+      began: when this process was started, in seconds since the epoch; what is lost before training counts from there.
+      profile_steps: (first, last) steps to take a trace of, last not included.
     """
 
     def __init__(
@@ -128,6 +135,8 @@ class Run:
         image = self.step.batch_shardings["image"]
         self.rows = sharding.local_rows(image, (config.batch_size, config.resolution, config.resolution, 3))
         self._signal = 0
+        self.began = time.time()
+        self.profile_steps: tuple[int, int] | None = None
 
     @functools.cached_property
     def frozen(self) -> tuple[Params, dict[str, str]]:
@@ -144,24 +153,42 @@ class Run:
           UserError: bad data, a workdir of another run, a damaged checkpoint, a loss that is no longer finite.
           Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
         """
+        open_workdir(self.workdir, self.config)
+        first = jax.process_index() == 0
+        about = facts(self.config, self.networks, self.mesh)
+        with (
+            Goodput(self.workdir, about, enabled=first, began=self.began, stops=(Interrupted,)) as goodput,
+            Profiler(self.workdir, self.profile_steps, lambda: goodput("profile")) as profiler,
+        ):
+            state = self._train(goodput, profiler)
+        if first:
+            _log.info("wall time:\n%s", goodput.account.table())
+        return state
+
+    def _train(self, goodput: Goodput, profiler: Profiler) -> GanState:
         config = self.config
-        open_workdir(self.workdir, config)
         _log.info("data: %s %s", config.data.source, config.data.path)
         with make_pipeline(config, self.workdir, self.rows) as data:
+            goodput.about({"data": data.about()})
             checkpoints = Checkpoints(self.workdir, config)
             try:
                 weights, identities = self.frozen
                 if data.embeddings is not None:
                     identities = identities | data.embeddings.identities
                 state, step = self._start(checkpoints, data, identities)
+                goodput.resumed(step)
                 resumed = step if step else None
                 with MetricLogger(self.workdir, enabled=jax.process_index() == 0, resume_step=resumed) as logger:
-                    with self._signals():
-                        state = self._loop(state, step, data, checkpoints, logger, weights, identities)
-                    checkpoints.wait()
+                    with self._signals(), goodput("step"):
+                        state = self._loop(
+                            state, step, data, checkpoints, logger, weights, identities, goodput, profiler
+                        )
+                    with goodput("checkpoint"):
+                        checkpoints.wait()
                     kimg = int(state.images) / 1000
                     for hook in self.finish:
-                        hook(state, kimg, logger)
+                        with goodput("evaluation"):
+                            hook(state, kimg, logger)
             finally:
                 checkpoints.close()
         return state
@@ -199,6 +226,8 @@ class Run:
         logger: MetricLogger,
         weights: Params,
         identities: dict[str, str],
+        goodput: Goodput,
+        profiler: Profiler,
     ) -> GanState:
         config = self.config
         images = int(state.images)
@@ -207,6 +236,7 @@ class Run:
             _log.info("nothing to do: the run is at %.1f of %.1f kimg", images / 1000, config.total_kimg)
             return state
         progress = Progress(config.total_kimg, images)
+        speed = Speed(config, self.mesh.devices.reshape(-1).tolist(), goodput)
         key = self.step.key()
         latest: dict[str, Any] = {}
         pending: list[tuple[jax.Array, jax.Array | None]] = []
@@ -225,17 +255,22 @@ class Run:
             began = time.monotonic()
             if first_time:
                 _log.info("compiling the train step %s R1 (once)", "with" if with_r1 else "without")
-            state, metrics = self.step(state, self._next(data), key, weights, with_r1=with_r1)
+            last = pending[-1][0] if pending else None
+            with goodput("data", behind=last):
+                batch = self._next(data)
+            with profiler(step, compiles=first_time, done=last), goodput("compile" if first_time else "step"):
+                state, metrics = self.step(state, batch, key, weights, with_r1=with_r1)
+                if first_time:
+                    jax.block_until_ready(metrics)
             step += 1
+            goodput.step = step
             images += config.batch_size
             latest |= metrics
             pending.append((metrics["loss/d"], agreement.ask(self._signal) if agreement else None))
             if first_time:
                 seen.add(with_r1)
-                jax.block_until_ready(metrics)
                 _log.info("compiled in %.0f s", time.monotonic() - began)
-                if len(seen) > 1:
-                    progress.exclude(time.monotonic() - began)
+                speed.learn()
             # Two steps may be in flight: the host prepares the next one, and no queue grows.
             stop = 0 if agreement else self._signal
             if len(pending) > 2:
@@ -247,26 +282,30 @@ class Run:
             # Numbers are looked at before they are saved, so that no checkpoint holds a diverged state.
             if due(config.log_kimg) or save:
                 values = {k: float(v) for k, v in jax.device_get(latest).items()}
-                line = progress.update(images, values, time.monotonic())
+                # By the clock of training, which stands still while something else is done.
+                progress.advance(images, goodput.training_seconds)
+                values |= speed.figures(progress.rate)
+                if goodput.share is not None:
+                    values["goodput"] = goodput.share
+                line = progress.line(values)
                 bad = data.quarantine.causes
-                if progress.rate:
-                    values["images_per_second"] = progress.rate
                 if bad:
                     values["data/bad"] = sum(bad.values())
                 logger.scalars(step, images / 1000, values)
                 if jax.process_index() == 0:
                     print(line, flush=True)
                 self._check_finite(values, images, saved)
-            began = time.monotonic()
             if save:
-                checkpoints.save(step, state, data.state(), config, identities)
+                with goodput("checkpoint"):
+                    checkpoints.save(step, state, data.state(), config, identities)
                 saved = step
             if self.snapshot is not None and (due(config.snapshot_kimg) or images >= total):
-                self.snapshot(state, images / 1000, logger)
-            progress.exclude(time.monotonic() - began)
+                with goodput("evaluation"):
+                    self.snapshot(state, images / 1000, logger)
             if stop:
                 _log.info("stopping at step %d: writing the checkpoint", step)
-                checkpoints.wait()
+                with goodput("checkpoint"):
+                    checkpoints.wait()
                 raise Interrupted(stop)
         _log.info("traced %d programs: %s", len(self.step.traces), self.step.traces)
         return state
