@@ -275,7 +275,8 @@ def _goodput(run: Run) -> list[str]:
         if s > 0
     )
     causes = "".join(
-        f'<div><i class="k-{c}"></i><span>{html.escape(CAUSES[c])}</span><b>{100 * s / total:.1f} %</b><em>{duration(s)}</em></div>'
+        f'<div><i class="k-{c}"></i><span>{html.escape(CAUSES[c])}</span><b>{100 * s / total:.1f} %</b>'
+        f"<em>{duration(s)}</em></div>"
         for c, s in rows
     )
     body = f'<div class="stack">{stack}</div><div class="causes">{causes}</div>'
