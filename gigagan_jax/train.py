@@ -18,7 +18,7 @@ from gigagan_jax.data.transforms import resize_and_crop
 from gigagan_jax.evaluation.digits import IMAGES_PER_DIGIT, DigitsJudge
 from gigagan_jax.inference.images import grid, save_png, side_by_side
 from gigagan_jax.inference.pipeline import TextToImage, rows_and_seeds
-from gigagan_jax.training import dry_run
+from gigagan_jax.training import dry_run, report
 from gigagan_jax.training.goodput import process_began
 from gigagan_jax.training.logging import MetricLogger, configure
 from gigagan_jax.training.loop import Hook, Interrupted, Run
@@ -104,7 +104,8 @@ def verb(argv: Sequence[str]) -> int:
     if jax.process_index() == 0:
         print(dry_run.summary(run.networks, run.mesh), flush=True)
     try:
-        run.train()
+        with report.at_the_end(args.workdir, enabled=jax.process_index() == 0):
+            run.train()
     except Interrupted as e:
         _log.info("%s; run the same command again to go on", e)
         return cli.RESTART if e.number == signal.SIGTERM else cli.INTERRUPTED
