@@ -18,9 +18,11 @@ from gigagan_jax.data.transforms import resize_and_crop
 from gigagan_jax.evaluation.digits import IMAGES_PER_DIGIT, DigitsJudge
 from gigagan_jax.inference.images import grid, save_png, side_by_side
 from gigagan_jax.inference.pipeline import TextToImage, rows_and_seeds
-from gigagan_jax.training import dry_run
+from gigagan_jax.training import dry_run, report
+from gigagan_jax.training.goodput import process_began
 from gigagan_jax.training.logging import MetricLogger, configure
 from gigagan_jax.training.loop import Hook, Interrupted, Run
+from gigagan_jax.training.profiling import parse_steps
 from gigagan_jax.training.state import GanState
 
 _log = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ def verb(argv: Sequence[str]) -> int:
         "--dry_run", "--dry-run", action="store_true", help="build abstractly, print sizes and shardings"
     )
     parser.add_argument("--devices", type=int, help="with --dry_run: plan for so many devices instead of those here")
+    parser.add_argument("--profile_steps", default="", help="FIRST:LAST steps to take a trace of; see docs/seeing.md")
     for flags in (distributed, maintenance, compilation):
         flags.add_flags(parser)
     args, unknown = parser.parse_known_args(argv)
@@ -95,13 +98,18 @@ def verb(argv: Sequence[str]) -> int:
         raise cli.UserError("--devices goes with --dry_run")
     compilation.keep_programs(args.compilation_cache, args.workdir)
     run = Run(config, args.workdir)
+    run.began = process_began()
+    run.profile_steps = parse_steps(args.profile_steps) if args.profile_steps else None
     sampler = TextToImage(config, run.mesh, frozen=lambda: run.frozen[0])
     run.snapshot = snapshot_hook(config, sampler, args.workdir)
     run.finish = [EVALUATORS[name](config, sampler, args.workdir) for name in config.evaluators]
     if jax.process_index() == 0:
         print(dry_run.summary(run.networks, run.mesh), flush=True)
     try:
-        with maintenance.watch(args.maintenance_url):
+        with (
+            report.at_the_end(args.workdir, enabled=jax.process_index() == 0),
+            maintenance.watch(args.maintenance_url),
+        ):
             run.train()
     except Interrupted as e:
         _log.info("%s; run the same command again to go on", e)

@@ -214,6 +214,12 @@ class Pipeline:
             self.quarantine.record(index, faults)
         return batch
 
+    def about(self) -> dict[str, Any]:
+        """Of the data set: its examples, and what its filters left, ready for JSON."""
+        source = self._reader.source
+        funnel = getattr(source, "funnel", None)
+        return {"examples": len(source), "filters": funnel["steps"] if funnel else []}
+
     def state(self) -> dict[str, Any]:
         """Where the stream stands, ready for JSON; prefetched batches that nobody took are not counted.
 

@@ -31,6 +31,7 @@ _RESERVED = ("step", "kimg", "time")
 # Of the progress line: groups of (text before the number, key in the metrics, format). What a run lacks is left out.
 Layout = Sequence[Sequence[tuple[str, str, str]]]
 PROGRESS_LAYOUT: Layout = (
+    (("MFU", "mfu", ".1%"), ("goodput", "goodput", ".0%")),
     (("D real", "logits/real", "+.2f"), ("fake", "logits/fake", "+.2f"), ("G", "loss/g", ".2f")),
     (("r1", "loss/r1", ".2g"),),
     (("gnorm G", "grad_norm/g", ".2g"), ("D", "grad_norm/d", ".2g")),
@@ -235,8 +236,8 @@ class Progress:
     """The line that says how far a run is. It holds no clock and writes nothing: print what `update` returns.
 
     The line is plain text without control characters, so that a terminal, a file and a cluster's log all take it.
-    The rate is that of the last `window` seconds. The time before the first `update` (tracing, compiling, filling the
-    input pipeline) never counts, nor does time given to `exclude`; until there is a rate the line says "compiling".
+    The rate is that of the last `window` seconds of the caller's clock, which best stands still while something else than
+    training is done. The time before the first `update` never counts; until there is a rate the line says "compiling".
 
     Args:
       total_kimg: length of the run, in thousands of images.
@@ -255,13 +256,8 @@ class Progress:
         self.total_images = total_kimg * 1000
         self.window = window
         self.layout = layout
-        self._start = start_images
-        self._excluded = 0.0
-        self._points: collections.deque[tuple[float, int]] = collections.deque()  # (seconds that count, images)
-
-    def exclude(self, seconds: float) -> None:
-        """Takes time since the last `update` out of the rate: a second compilation, an evaluation, a checkpoint."""
-        self._excluded += seconds
+        self._start = self._images = start_images
+        self._points: collections.deque[tuple[float, int]] = collections.deque()  # (seconds, images)
 
     @property
     def rate(self) -> float | None:
@@ -272,22 +268,29 @@ class Progress:
         return (n1 - n0) / (t1 - t0) if t1 > t0 else None
 
     def update(self, images_seen: int, metrics: Mapping[str, Any], now: float) -> str:
-        """Takes note of the images seen so far, this run's and those before a resume; returns the line to print.
+        """`advance` and `line` in one."""
+        self.advance(images_seen, now)
+        return self.line(metrics)
+
+    def advance(self, images_seen: int, now: float) -> None:
+        """Takes note of the images seen so far, this run's and those before a resume.
 
         Args:
           images_seen: images since the very start of training.
-          metrics: numbers by name.
           now: seconds on any clock that does not go back.
         """
-        counted = now - self._excluded
-        if self._points and (images_seen < self._points[-1][1] or counted < self._points[-1][0]):
+        if self._points and (images_seen < self._points[-1][1] or now < self._points[-1][0]):
             self._points.clear()  # the run went back to a checkpoint, or the clock did: start afresh
         # The first point ends the first step, so that its compilation lies before everything that is measured.
         if images_seen > self._start or self._points:
-            self._points.append((counted, images_seen))
-        while len(self._points) > 2 and self._points[1][0] <= counted - self.window:
+            self._points.append((now, images_seen))
+        while len(self._points) > 2 and self._points[1][0] <= now - self.window:
             self._points.popleft()
+        self._images = images_seen
 
+    def line(self, metrics: Mapping[str, Any]) -> str:
+        """The line to print, with these numbers by name."""
+        images_seen = self._images
         share = 100 * images_seen / self.total_images if self.total_images > 0 else 100.0
         done = f"kimg {images_seen / 1000:.1f}/{self.total_images / 1000:.1f}  {share:.1f} %"
         rate = self.rate
@@ -295,7 +298,8 @@ class Progress:
             speed = "images/s --  ETA --" if self._points else "compiling"
         else:
             eta = _duration((self.total_images - images_seen) / rate) if rate > 0 else "--"
-            speed = f"images/s {_short(rate)}  ETA {eta}"
+            chip = metrics.get("images_per_second_per_chip", rate)
+            speed = f"images/s {_short(rate)}{f' ({_short(chip)} a chip)' if chip < rate else ''}  ETA {eta}"
         groups = []
         for group in self.layout:
             shown = [f"{label} {float(metrics[key]):{spec}}" for label, key, spec in group if key in metrics]

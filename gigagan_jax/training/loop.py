@@ -26,8 +26,11 @@ from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.pretrained.frozen import clip_length, own_clip_tokens
 from gigagan_jax.models.pretrained.text_spec import tokenizer_options
 from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, with_shardings
+from gigagan_jax.training.goodput import Goodput
 from gigagan_jax.training.logging import MetricLogger, Progress
+from gigagan_jax.training.profiling import Profiler
 from gigagan_jax.training.recovery import Guard
+from gigagan_jax.training.speed import Speed, facts
 from gigagan_jax.training.state import GanState, Networks
 from gigagan_jax.training.step import CompiledStep, TrainStep
 
@@ -116,6 +119,10 @@ class Run:
       snapshot: hook, called every `snapshot_kimg`.
       finish: hooks, called once at the end.
       mesh: devices to train on; None for the config's mesh over all of them.
+
+    Attributes:
+      began: when this process was started, in seconds since the epoch; what is lost before training counts from there.
+      profile_steps: (first, last) steps to take a trace of, last not included.
     """
 
     def __init__(
@@ -135,6 +142,8 @@ class Run:
         image = self.step.batch_shardings["image"]
         self.rows = sharding.local_rows(image, (config.batch_size, config.resolution, config.resolution, 3))
         self._signals = _Signals()
+        self.began = time.time()
+        self.profile_steps: tuple[int, int] | None = None
 
     @functools.cached_property
     def frozen(self) -> tuple[Params, dict[str, str]]:
@@ -151,14 +160,24 @@ class Run:
           UserError: bad data, a workdir of another run, a damaged checkpoint, a run that went wrong (docs/health.md).
           Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
         """
-        with self._signals:
-            return self._train()
+        open_workdir(self.workdir, self.config)
+        first = jax.process_index() == 0
+        about = facts(self.config, self.networks, self.mesh)
+        with (
+            Goodput(self.workdir, about, enabled=first, began=self.began, stops=(Interrupted,)) as goodput,
+            Profiler(self.workdir, self.profile_steps, lambda: goodput("profile")) as profiler,
+            self._signals,
+        ):
+            state = self._train(goodput, profiler)
+        if first:
+            _log.info("wall time:\n%s", goodput.account.table())
+        return state
 
-    def _train(self) -> GanState:
+    def _train(self, goodput: Goodput, profiler: Profiler) -> GanState:
         config = self.config
-        open_workdir(self.workdir, config)
         _log.info("data: %s %s", config.data.source, config.data.path)
         with make_pipeline(config, self.workdir, self.rows) as data:
+            goodput.about({"data": data.about()})
             checkpoints = Checkpoints(self.workdir, config)
             try:
                 weights, identities = self.frozen
@@ -166,15 +185,20 @@ class Run:
                     identities = identities | data.embeddings.identities
                 guard = Guard(config, self.step.step.probe, self.workdir, data)
                 state, step = self._start(checkpoints, data, identities, guard)
+                goodput.resumed(step)
                 resumed = step if step else None
                 with MetricLogger(self.workdir, enabled=jax.process_index() == 0, resume_step=resumed) as logger:
-                    with self._signals.held():
-                        state = self._loop(state, step, data, checkpoints, logger, weights, identities, guard)
+                    with self._signals.held(), goodput("step"):
+                        state = self._loop(
+                            state, step, data, checkpoints, logger, weights, identities, guard, goodput, profiler
+                        )
                     distributed.report(None)
-                    checkpoints.wait()
+                    with goodput("checkpoint"):
+                        checkpoints.wait()
                     kimg = int(state.images) / 1000
                     for hook in self.finish:
-                        hook(state, kimg, logger)
+                        with goodput("evaluation"):
+                            hook(state, kimg, logger)
             finally:
                 checkpoints.close()
         return state
@@ -216,6 +240,8 @@ class Run:
         weights: Params,
         identities: dict[str, str],
         guard: Guard,
+        goodput: Goodput,
+        profiler: Profiler,
     ) -> GanState:
         config = self.config
         images = int(state.images)
@@ -225,6 +251,7 @@ class Run:
             return state
         progress = Progress(config.total_kimg, images)
         key, scale = self.step.key(), self.step.scalar(guard.monitor.lr_scale)
+        speed = Speed(config, self.mesh.devices.reshape(-1).tolist(), goodput)
         latest: dict[str, Any] = {}
         pending: list[tuple[int, int, dict[str, jax.Array], jax.Array | None]] = []  # (step, images, metrics, asked)
         agreement = distributed.Agreement(self.mesh) if jax.process_count() > 1 else None
@@ -238,7 +265,10 @@ class Run:
         def look(stop: int) -> int:
             """Judges the oldest pending step, waiting for it -> the signal to stop by, agreed on by all processes in it."""
             done, so_far, metrics, asked = pending.pop(0)
+            before = guard.monitor.skipped
             guard.look(done, so_far, metrics)
+            if guard.monitor.skipped > before:
+                goodput.skipped(guard.monitor.skipped - before)
             return stop if asked is None else max(stop, int(asked))
 
         while images < total:
@@ -247,8 +277,15 @@ class Run:
             began = time.monotonic()
             if first_time:
                 _log.info("compiling the train step %s R1 (once)", "with" if with_r1 else "without")
-            state, metrics = self.step(state, self._next(data), key, weights, scale, with_r1=with_r1)
+            last = pending[-1][2]["health"] if pending else None
+            with goodput("data", behind=last):
+                batch = self._next(data)
+            with profiler(step, compiles=first_time, done=last), goodput("compile" if first_time else "step"):
+                state, metrics = self.step(state, batch, key, weights, scale, with_r1=with_r1)
+                if first_time:
+                    jax.block_until_ready(metrics)
             step += 1
+            goodput.step = step
             images += config.batch_size
             distributed.report(step, data.state()["examples_seen"])
             latest |= {k: v for k, v in metrics.items() if k != "health"}
@@ -256,10 +293,8 @@ class Run:
             pending.append((step, images, metrics, agreement.ask(self._signals.number) if agreement else None))
             if first_time:
                 seen.add(with_r1)
-                jax.block_until_ready(metrics)
                 _log.info("compiled in %.0f s", time.monotonic() - began)
-                if len(seen) > 1:
-                    progress.exclude(time.monotonic() - began)
+                speed.learn()
             # Two steps may be in flight: the host prepares the next one, and no queue grows.
             stop = 0 if agreement else self._signals.number
             if len(pending) > 2:
@@ -269,7 +304,9 @@ class Run:
                 stop = look(stop)
             if guard.rollback is not None:
                 init = functools.partial(self.networks.init, self.mesh)
-                state, step = guard.go_back(state, checkpoints, logger, self._abstract(), init)
+                with goodput("skipped"):
+                    state, step = guard.go_back(state, checkpoints, logger, self._abstract(), init)
+                goodput.resumed(step)
                 images, scale = int(state.images), self.step.scalar(guard.monitor.lr_scale)
                 pending.clear()
                 latest.clear()
@@ -277,10 +314,13 @@ class Run:
             save = due(config.checkpoint_kimg) or images >= total or bool(stop)
             if due(config.log_kimg) or save:
                 values = {k: float(v) for k, v in jax.device_get(latest).items()} | guard.values()
-                line = progress.update(images, values, time.monotonic())
+                # By the clock of training, which stands still while something else is done.
+                progress.advance(images, goodput.training_seconds)
+                values |= speed.figures(progress.rate)
+                if goodput.share is not None:
+                    values["goodput"] = goodput.share
+                line = progress.line(values)
                 bad = data.quarantine.causes
-                if progress.rate:
-                    values["images_per_second"] = progress.rate
                 if bad:
                     values["data/bad"] = sum(bad.values())
                 logger.scalars(step, images / 1000, values)
@@ -288,15 +328,16 @@ class Run:
                     print(line, flush=True)
                 checkpoints.check_metrics(values)
             checkpoints.poll()
-            began = time.monotonic()
             if save:
-                checkpoints.save(step, state, guard.position(), config, identities, images=images, metrics=values)
+                with goodput("checkpoint"):
+                    checkpoints.save(step, state, guard.position(), config, identities, images=images, metrics=values)
             if self.snapshot is not None and (due(config.snapshot_kimg) or images >= total):
-                self.snapshot(state, images / 1000, logger)
-            progress.exclude(time.monotonic() - began)
+                with goodput("evaluation"):
+                    self.snapshot(state, images / 1000, logger)
             if stop:
                 _log.info("stopping at step %d: writing the checkpoint", step)
-                checkpoints.wait()
+                with goodput("checkpoint"):
+                    checkpoints.wait()
                 raise Interrupted(stop, agreed=True)
         _log.info("traced %d programs: %s", len(self.step.traces), self.step.traces)
         return state

@@ -236,6 +236,16 @@ def test_the_line():
     )
 
 
+def test_speed_and_goodput_come_first():
+    progress = Progress(1)
+    progress.update(0, {}, now=0.0)
+    progress.update(16, {}, now=1.0)
+    values = {"goodput": 0.934, "mfu": 0.4123, "loss/g": 1.0, "images_per_second_per_chip": 25.0}
+    line = progress.update(216, values, now=2.0)
+    assert "  images/s 200 (25 a chip)  ETA 0:00:04  | MFU 41.2%  goodput 93%  | G 1.00" in line
+    assert "  images/s 200  ETA" in progress.line({"images_per_second_per_chip": 200.0})
+
+
 def test_missing_metrics_are_left_out_and_nan_is_shown():
     progress = Progress(1)
     assert progress.update(0, {}, now=0.0) == "kimg 0.0/1.0  0.0 %  compiling"
@@ -260,16 +270,6 @@ def test_a_resumed_run_is_compiling_too_and_counts_only_its_own_images():
     line = progress.update(6016, {}, now=310.0)
     assert progress.rate == pytest.approx(100)
     assert "ETA 0:00:40" in line
-
-
-def test_excluded_time_does_not_count():
-    progress = Progress(10)
-    progress.update(100, {}, now=0.0)
-    progress.exclude(90)  # the step with R1 was compiled
-    progress.update(1100, {}, now=100.0)
-    assert progress.rate == pytest.approx(100)
-    progress.update(2100, {}, now=110.0)
-    assert progress.rate == pytest.approx(100)
 
 
 def test_the_rate_is_that_of_the_recent_window():

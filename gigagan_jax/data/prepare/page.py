@@ -2,49 +2,16 @@
 
 import html
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from gigagan_jax.data.prepare.measure import Measured, in_bytes, percent, quantiles
 from gigagan_jax.data.prepare.plots import bars, histogram, short
+from gigagan_jax.page import card, document, tiles
 
 _AT = {"smallest": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "largest": 1.0}
 _SIDES = (64, 128, 256, 512, 1024, 2048)
 _LABELS = 15
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f5f2; --card: #ffffff; --ink: #1d1d1b; --soft: #5d5c57; --line: #e3e1da;
-  --rail: #f0eee8; --bar: #2f6fc4; --bad: #c2412f; --mark: #a5641a; }
-@media (prefers-color-scheme: dark) { :root { --page: #161615; --card: #1f1f1d; --ink: #eeede8; --soft: #a3a19a;
-  --line: #35342f; --rail: #2a2926; --bar: #5b9bea; --bad: #e8705d; --mark: #e0a458; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 32px 24px 48px; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 16px; margin: 0 0 10px; }
-p.under { color: var(--soft); margin: 0 0 22px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-bottom: 16px; }
-.tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.tile { padding: 12px 16px; }
-.tile b { display: block; font-size: 23px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: 13px; }
-.tile.bad b { color: var(--bad); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 16px; }
-.card { padding: 16px 18px; min-width: 0; }
-svg { width: 100%; height: auto; display: block; font-size: 12px; font-variant-numeric: tabular-nums; }
-svg text { fill: var(--ink); } svg .tick, svg .label { fill: var(--soft); }
-.bar { fill: var(--bar); } .bad { fill: var(--bad); } .rail { fill: var(--rail); }
-rect.bar:hover { opacity: .75; }
-.grid { stroke: var(--line); } .axis { stroke: var(--soft); } .mark { stroke: var(--mark); stroke-dasharray: 4 3; }
-svg .markname { fill: var(--mark); }
-table { border-collapse: collapse; width: 100%; margin-top: 10px; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 3px 6px; border-top: 1px solid var(--line); font-weight: normal; }
-th { color: var(--soft); } td:first-child, th:first-child { text-align: left; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-.none { color: var(--soft); }
-footer { color: var(--soft); font-size: 13px; margin-top: 22px; }
-"""
 
 
 def summary(found: Measured, about: dict[str, Any]) -> dict[str, Any]:
@@ -73,12 +40,12 @@ def page(found: Measured, about: dict[str, Any]) -> str:
     """The HTML page; arguments as for `summary`."""
     number, medians = found.numbers, {name: quantiles(c, (0.5,))[0] for name, c in found.numbers.items() if c}
     bad = found.examples - found.good
-    tiles = [("examples", f"{about['total']:,}", ""), ("looked at", f"{found.examples:,}", "")]
-    tiles.append(("cannot be used", percent(bad / max(1, found.examples)), "bad" if bad else ""))
+    shown = [("examples", f"{about['total']:,}", ""), ("looked at", f"{found.examples:,}", "")]
+    shown.append(("cannot be used", percent(bad / max(1, found.examples)), "bad" if bad else ""))
     if medians:
-        tiles.append(("median shorter side", f"{medians['short_side']:g} px", ""))
-        tiles.append(("median file", in_bytes(medians["bytes"]), ""))
-        tiles.append(("captions per image", f"{_mean(number['captions']):.3g}", ""))
+        shown.append(("median shorter side", f"{medians['short_side']:g} px", ""))
+        shown.append(("median file", in_bytes(medians["bytes"]), ""))
+        shown.append(("captions per image", f"{_mean(number['captions']):.3g}", ""))
     cards = [_yields(found)]
     if about["funnel"]:
         cards.insert(0, _funnel(about["funnel"]))
@@ -98,26 +65,13 @@ def page(found: Measured, about: dict[str, Any]) -> str:
         cards.append(_labels(found.words["label"]))
     said = "every image was decoded" if about["decoded"] else "headers only: images that break off are not seen here"
     part = "all examples" if found.examples == about["total"] else f"a random sample of {found.examples:,} examples"
-    title = html.escape(about["title"])
-    shown = "".join(f'<div class="tile {kind}"><b>{value}</b><span>{name}</span></div>' for name, value, kind in tiles)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><main><h1>{title}</h1>"
-        f'<p class="under">{part}; {said}</p><div class="tiles">{shown}</div>'
+    body = (
+        f'<h1>{html.escape(about["title"])}</h1><p class="under">{part}; {said}</p>{tiles(shown)}'
         f'<div class="cards">{"".join(cards)}</div>'
         f"<footer>data set {html.escape(about['identity'])}. Values beyond 10,000 and fractions are counted to three digits; "
-        "rest on a bar to read its numbers.</footer></main></body></html>\n"
+        "rest on a bar to read its numbers.</footer>"
     )
-
-
-def _card(title: str, plot: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cell = lambda tag, value: f"<{tag}>{html.escape(str(value))}</{tag}>"
-    line = lambda tag, values: "<tr>" + "".join(cell(tag, v) for v in values) + "</tr>"
-    table = (
-        f"<table>{line('th', head) if head else ''}{''.join(line('td', row) for row in rows)}</table>" if rows else ""
-    )
-    return f'<section class="card"><h2>{html.escape(title)}</h2>{plot}<div class="scroll">{table}</div></section>'
+    return document(about["title"], body)
 
 
 def _numbers(
@@ -136,7 +90,7 @@ def _numbers(
         shown = Counter({v: n for v, n in counts.items() if v <= most})
         label += f"; {percent(1 - shown.total() / counts.total())} are longer and not drawn"
     plot = histogram(shown, label=label, log=log, form=form, marks={f"median {form(median)}": median})
-    return _card(title, plot, list(_AT), [[form(v) for v in at]])
+    return card(title, plot, list(_AT), [[form(v) for v in at]])
 
 
 def _sizes(title: str, counts: Counter[float], label: str) -> str:
@@ -144,7 +98,7 @@ def _sizes(title: str, counts: Counter[float], label: str) -> str:
 
 
 def _words(title: str, counts: Counter[str], total: int) -> str:
-    return _card(title, bars(counts.most_common(12), total), [], [])
+    return card(title, bars(counts.most_common(12), total), [], [])
 
 
 def _yields(found: Measured) -> str:
@@ -159,7 +113,7 @@ def _yields(found: Measured) -> str:
         [names.get(mark, mark), f"{n:,}", percent(n / max(1, found.good))] for mark, n in found.marks.most_common()
     ]
     plot = bars(rows, found.examples, ["bar", *["bad"] * len(found.bad)])
-    return _card("Yield", plot, ["of the good ones", "examples", "share"] if marked else [], marked)
+    return card("Yield", plot, ["of the good ones", "examples", "share"] if marked else [], marked)
 
 
 def _funnel(steps: list[list[Any]]) -> str:
@@ -168,7 +122,7 @@ def _funnel(steps: list[list[Any]]) -> str:
         [title, f"{n:,}", f"{before - n:,}"]
         for (title, n), before in zip(rows, [rows[0][1], *(n for _, n in rows[:-1])], strict=True)
     ]
-    return _card("Filters", bars(rows, rows[0][1]), ["after", "left", "dropped"], table)
+    return card("Filters", bars(rows, rows[0][1]), ["after", "left", "dropped"], table)
 
 
 def _sides(found: Measured) -> str:
@@ -179,7 +133,7 @@ def _sides(found: Measured) -> str:
         [name, *(f"{v:g}" for v in quantiles(c, (0, 0.5, 1)))]
         for name, c in zip(("width", "height"), common, strict=True)
     ]
-    return _card(
+    return card(
         "Resolution: enough for training at", bars(rows, found.good), ["pixels", "smallest", "median", "largest"], at
     )
 
@@ -190,7 +144,7 @@ def _labels(counts: Counter[str]) -> str:
     title = f"Classes: {len(counts):,}" + (f", the {_LABELS} largest" if len(counts) > _LABELS else "")
     low, middle, high = quantiles(sizes, (0, 0.5, 1))
     table = [["examples of a class", short(low), short(middle), short(high)]]
-    return _card(title, bars(rows, sum(counts.values())), ["", "fewest", "median", "most"], table)
+    return card(title, bars(rows, sum(counts.values())), ["", "fewest", "median", "most"], table)
 
 
 def _mean(counts: Counter[float]) -> float:

@@ -43,7 +43,7 @@ def bins_of(values: Mapping[float, int], log: bool) -> Bins:
         whole = max(1, math.ceil((high - low + 1) / _BINS))
         edges = low - 0.5 + whole * np.arange(math.ceil((high - low + 1) / whole) + 1)
     else:
-        step = _nice((high - low) / _BINS)
+        step = nice((high - low) / _BINS)
         edges = np.arange(math.floor(low / step), math.floor(high / step) + 2) * step
     counts, edges = np.histogram(x, edges, weights=n)
     return Bins(edges, counts.astype(np.int64))
@@ -95,7 +95,7 @@ def histogram(
                 f"<title>{html.escape(said)}</title></rect>"
             )
     out.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(0):.1f}" y2="{up(0):.1f}"/>')
-    for v in _ticks(float(bins.edges[0]), float(bins.edges[-1]), log):
+    for v in ticks(float(bins.edges[0]), float(bins.edges[-1]), log):
         out.append(
             f'<line class="axis" x1="{across(v):.1f}" x2="{across(v):.1f}" y1="{up(0):.1f}" y2="{up(0) + 4:.1f}"/>'
         )
@@ -172,34 +172,35 @@ def _span(left: float, right: float, form: Callable[[float], str], values: Mappi
     return f"{form(min(inside))} to {form(max(inside))}" if inside else f"{form(left)} to {form(right)}"
 
 
-def _nice(step: float) -> float:
+def nice(step: float) -> float:
     """The next larger of 1, 2, 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
 
 
 def _ceiling(most: int) -> float:
-    step = max(1.0, _nice(most / 4))
+    step = max(1.0, nice(most / 4))
     return math.ceil(most / step) * step
 
 
 def _steps(top: float) -> list[float]:
-    step = max(1.0, _nice(top / 4))
+    step = max(1.0, nice(top / 4))
     return [step * i for i in range(round(top / step) + 1)]
 
 
-def _ticks(low: float, high: float, log: bool) -> list[float]:
+def ticks(low: float, high: float, log: bool) -> list[float]:
+    """Values to write at an axis from `low` to `high`."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
-            ticks = [f * 10.0**p for p in powers for f in factors if low <= f * 10.0**p <= high]
-            if len(ticks) >= 4:
-                return ticks[:: math.ceil(len(ticks) / 10)]
-        if len(ticks) >= 2:
-            return ticks
-    step = _nice((high - low) / 7)
+            found = [f * 10.0**p for p in powers for f in factors if low <= f * 10.0**p <= high]
+            if len(found) >= 4:
+                return found[:: math.ceil(len(found) / 10)]
+        if len(found) >= 2:
+            return found
+    step = nice((high - low) / 7)
     if not log and float(low + 0.5).is_integer():
         step = max(step, 1.0)
     first = math.ceil(low / step)
-    ticks = [round(step * k, 12) for k in range(first, math.floor(high / step) + 1)]
-    return ticks or [(low + high) / 2]
+    found = [round(step * k, 12) for k in range(first, math.floor(high / step) + 1)]
+    return found or [(low + high) / 2]

@@ -1,0 +1,28 @@
+"""Writes the report of a run, finished or not: one HTML file with curves, grids, goodput, health, data and settings.
+
+    python tools/report.py --workdir=DIR [--out=FILE]     (report.html in the workdir)
+
+The file needs nothing else: it can be sent, or opened where there is no network.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from gigagan_jax import cli
+from gigagan_jax.training import report
+
+
+def verb(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=cli.local_folder, required=True, help="of the training run")
+    parser.add_argument("--out", type=Path, help="file to write; report.html in the workdir by default")
+    args = parser.parse_args(argv)
+    out = report.write(args.workdir, args.out)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(verb)
