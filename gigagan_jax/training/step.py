@@ -290,41 +290,43 @@ class TrainStep:
 
         return self.gradients(loss, state.g.params, batch, key, self.critics(state))
 
-    def update(self, name: str, net: Net, grads: Params, rate: jax.Array) -> tuple[Net, jax.Array]:
-        """A network after one step of its optimizer, and the norm of its gradient.
+    def cut(self, name: str, grads: Any) -> Any:
+        """Gradients of a network (or None), placed as its moments: from here each device works out the part it keeps."""
+        if grads is None or not self.config.mesh.shard_optimizer:
+            return grads
+        return jax.tree.map(sharding.to_optimizer, grads, self.networks.trained()[name][0].axes())
 
-        Each device works out the part whose moments it has, and the new parameters are put together from the parts.
-        """
-        module, tx = self.networks.trained()[name]
-        cut = self.config.mesh.shard_optimizer
-        part, whole = (sharding.to_optimizer, sharding.from_optimizer) if cut else (lambda x, _: x,) * 2
-        grads = jax.tree.map(part, grads, module.axes())
-        updates, opt = tx.update(grads, net.opt, net.params)
-        params = jax.tree.map(lambda p, u, names: whole(p - rate * u, names), net.params, updates, module.axes())
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)))
-        return Net(params, opt), norm
+    def whole(self, name: str, net: Net) -> Net:
+        """A network after its update, its parameters put together from those parts."""
+        if not self.config.mesh.shard_optimizer:
+            return net
+        axes = self.networks.trained()[name][0].axes()
+        return Net(jax.tree.map(sharding.from_optimizer, net.params, axes), net.opt)
 
     def __call__(
         self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING, *, with_r1: bool
     ) -> tuple[GanState, Metrics]:
         """(state, global batch, the run's key, frozen networks) -> (state, metrics); `with_r1` is static."""
-        c = self.config
+        c, nets = self.config, self.networks
         key_d, key_g = jax.random.split(jax.random.fold_in(key, state.step))
         batch = self.encode(batch, frozen)
 
         grads, metrics = self.d_gradients(state, batch, key_d, with_r1, frozen)
         d_grads, v_grads = self.split(grads)
+        d_grads, v_grads = self.cut("d", d_grads), self.cut("v", v_grads)
         rate = learning_rate(c.d_optimizer, state.images, c.total_kimg, lazy_interval=c.loss.r1_interval)
-        d, metrics["grad_norm/d"] = self.update("d", state.d, d_grads, rate)
+        d, metrics["grad_norm/d"] = _update(nets.d_tx, state.d, d_grads, rate)
         v = state.v
         if v is not None:
             rate = learning_rate(c.v_optimizer, state.images, c.total_kimg)
-            v, metrics["grad_norm/v"] = self.update("v", v, v_grads or {}, rate)
+            v, metrics["grad_norm/v"] = _update(nets.v_tx, v, v_grads or {}, rate)
+        d, v = self.whole("d", d), None if v is None else self.whole("v", v)
         state = state.replace(d=d, v=v)  # type: ignore[attr-defined]
 
         grads, g_metrics = self.g_gradients(state, batch, key_g, frozen)
         rate = learning_rate(c.g_optimizer, state.images, c.total_kimg)
-        g, g_metrics["grad_norm/g"] = self.update("g", state.g, grads, rate)
+        g, g_metrics["grad_norm/g"] = _update(nets.g_tx, state.g, self.cut("g", grads), rate)
+        g = self.whole("g", g)
         w = g_metrics.pop("w")
 
         images = state.images + jnp.uint32(c.batch_size)
@@ -341,6 +343,13 @@ def ema_decay(config: Config, images: jax.Array) -> jax.Array:
     if config.ema.rampup:
         half = jnp.minimum(half, images.astype(jnp.float32) * config.ema.rampup)
     return 0.5 ** (config.batch_size / jnp.maximum(half, 1e-6))
+
+
+def _update(tx: Any, net: Net, grads: Params, rate: jax.Array) -> tuple[Net, jax.Array]:
+    updates, opt = tx.update(grads, net.opt, net.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, net.params, updates)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)))
+    return Net(params, opt), norm
 
 
 class CompiledStep:
