@@ -70,9 +70,8 @@ def plan(config: Config, topology: Topology, settings: Settings) -> dict[str, An
     Raises:
       UserError: the mesh does not fit the chips, the batch does not divide, no compiler for these chips.
     """
-    names = {f.name for f in dataclasses.fields(config.mesh)}
-    if topology.tpu and topology.slices > 1 and "slices" in names:
-        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **{"slices": topology.slices}))
+    if topology.tpu and topology.slices > 1:
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=topology.slices))
     if topology.tpu:
         where = devices(topology)
         mesh: Any = _mesh(config, topology, where)

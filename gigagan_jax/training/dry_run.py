@@ -108,6 +108,20 @@ def memory(networks: Networks, mesh: Any) -> dict[str, int]:
     return out | {"total": sum(out.values())}
 
 
+def _uncut_moments(networks: Networks, mesh: Any) -> list[str]:
+    """Parameters whose moments would be cut over `rules.optimizer` if that divided one of their dimensions."""
+    config, names = networks.config, []
+    size = math.prod(mesh.shape[a] for a in config.rules[sharding.OPTIMIZER].split(",") if a)
+    if size == 1 or not config.mesh.shard_optimizer:
+        return []
+    for module, _ in networks.trained().values():
+        cut = jax.tree.leaves(module.shardings(mesh, config.rules, sharding.optimizer_spec))
+        for (path, spec, own), moments in zip(_parameters(module, mesh, config), cut, strict=True):
+            if own == moments and math.prod(spec.shape) >= sharding.LEAST_CUT:
+                names.append(f"{module.name}/{path} {spec.shape}")
+    return names
+
+
 def _kept(networks: Networks) -> int:
     """Bytes that the backward pass of one micro-batch keeps over all devices, weights aside."""
     step = TrainStep(networks)
@@ -152,6 +166,7 @@ def report(config: Config, devices: int, workdir: Path | None) -> str:
             rows.append((name, shape, f"{math.prod(spec.shape):,}", str(tuple(where.spec)).replace("'", "")))
             modules.append({"name": name, "shape": list(spec.shape), "axes": list(spec.axes), "spec": str(where.spec)})
     need = memory(networks, mesh)
+    uncut = _uncut_moments(networks, mesh)
     data = {
         "name": config.name,
         "config": digest(config),
@@ -160,6 +175,7 @@ def report(config: Config, devices: int, workdir: Path | None) -> str:
         "batch_size": config.batch_size,
         "parameters": {"generator": networks.g.count(), "discriminator": networks.d.count()},
         "bytes_per_device": need,
+        "uncut_moments": uncut,
         "modules": modules,
     }
     if workdir is not None:
@@ -169,11 +185,18 @@ def report(config: Config, devices: int, workdir: Path | None) -> str:
         except OSError as e:
             raise UserError(f"--workdir={workdir} cannot be written: {e.strerror or e}") from None
     gib = [(k, f"{v / 2**30:,.3f}") for k, v in need.items()]
+    notes = []
+    if uncut:
+        names = ", ".join(uncut[:5]) + (f" and {len(uncut) - 5} more" if len(uncut) > 5 else "")
+        notes = [
+            f"moments and average not cut over {config.rules[sharding.OPTIMIZER]}, which divides no dimension of: {names}"
+        ]
     return "\n\n".join(
         [
             table(rows, ("parameter", "shape", "count", "sharding")),
             summary(networks, mesh),
             table(gib, (f"memory of one of {devices} devices", "GiB")) + "\nactivations: estimated from the trace",
+            *notes,
             f"{config.name}: generator {_million(networks.g.count())} M, discriminator {_million(networks.d.count())} M "
             f"parameters; batch {config.batch_size} = {config.batch_size // sharding.batch_shards(mesh, config.rules)} a device",
         ]

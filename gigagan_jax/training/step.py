@@ -267,9 +267,9 @@ class TrainStep:
 
         return self.gradients(loss, state.g.params, batch, key, self.critics(state))
 
-    def cut(self, name: str, grads: Params) -> Params:
-        """Gradients of a network, each device left with the part whose moments it has."""
-        if not self.config.mesh.shard_optimizer:
+    def cut(self, name: str, grads: Any) -> Any:
+        """Gradients of a network (or None), placed as its moments: from here each device works out the part it keeps."""
+        if grads is None or not self.config.mesh.shard_optimizer:
             return grads
         return jax.tree.map(sharding.to_optimizer, grads, self.networks.trained()[name][0].axes())
 
@@ -313,7 +313,7 @@ class TrainStep:
 
         grads, metrics = self.d_gradients(state, batch, key_d, with_r1, frozen)
         d_grads, v_grads = self.split(grads)
-        d_grads, v_grads = self.cut("d", d_grads), None if v_grads is None else self.cut("v", v_grads)
+        d_grads, v_grads = self.cut("d", d_grads), self.cut("v", v_grads)
         squares = {"d": probe.squares(d_grads)} | ({} if v_grads is None else {"v": probe.squares(v_grads)})
         metrics |= {f"grad_norm/{net}": jnp.sqrt(sum(each)) for net, each in squares.items()}
         finite = jnp.isfinite(metrics["loss/d"] + sum(metrics[f"grad_norm/{net}"] for net in squares))
@@ -350,6 +350,13 @@ def ema_decay(config: Config, images: jax.Array) -> jax.Array:
     if config.ema.rampup:
         half = jnp.minimum(half, images.astype(jnp.float32) * config.ema.rampup)
     return 0.5 ** (config.batch_size / jnp.maximum(half, 1e-6))
+
+
+def _update(tx: Any, net: Net, grads: Params, rate: jax.Array) -> tuple[Net, jax.Array]:
+    updates, opt = tx.update(grads, net.opt, net.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, net.params, updates)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)))
+    return Net(params, opt), norm
 
 
 class CompiledStep:

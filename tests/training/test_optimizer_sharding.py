@@ -13,7 +13,7 @@ from configs import digits
 from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.training.state import Net, Networks
-from gigagan_jax.training.step import TrainStep
+from gigagan_jax.training.step import TrainStep, _update
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,8 @@ def updated(step, shape):
 
     def run(net, grads):
         with sharding.use(mesh, step.config.rules):
-            return step.update("g", net, grads, rate)
+            net, norm = _update(step.networks.g_tx, net, step.cut("g", grads), rate)
+            return step.whole("g", net), norm
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     compiled = jax.jit(run, in_shardings=(where.g, where.g.params), out_shardings=(where.g, everywhere))
