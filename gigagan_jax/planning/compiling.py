@@ -107,10 +107,9 @@ def _mesh(config: Config, topology: Topology, where: Any) -> Mesh:
     try:
         return sharding.make_mesh(config.mesh, where)
     except (AssertionError, ValueError, NotImplementedError) as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        why = (str(e).splitlines() or [""])[0][:80]
         raise UserError(
-            f"--topology={topology.title}: config.mesh cannot be laid on these chips ({why}); over several slices the mesh "
-            "needs an axis between them"
+            f"--topology={topology.title}: JAX cannot lay config.mesh ({config.mesh}) on these chips: {type(e).__name__} {why}"
         ) from e
 
 
