@@ -86,6 +86,7 @@ def verb(argv: Sequence[str]) -> int:
     args, unknown = parser.parse_known_args(argv)
     if args.devices is not None and args.devices < 1:
         raise cli.UserError(f"--devices={args.devices}: must be at least 1")
+    profile_steps = parse_steps(args.profile_steps) if args.profile_steps else None
     config = cli.load_config(args.config, cli.config_overrides(unknown))
     distributed.join(args)
     configure(process_index=jax.process_index())
@@ -99,7 +100,7 @@ def verb(argv: Sequence[str]) -> int:
     compilation.keep_programs(args.compilation_cache, args.workdir)
     run = Run(config, args.workdir)
     run.began = process_began()
-    run.profile_steps = parse_steps(args.profile_steps) if args.profile_steps else None
+    run.profile_steps = profile_steps
     sampler = TextToImage(config, run.mesh, frozen=lambda: run.frozen[0])
     run.snapshot = snapshot_hook(config, sampler, args.workdir)
     run.finish = [EVALUATORS[name](config, sampler, args.workdir) for name in config.evaluators]

@@ -23,7 +23,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --c0: #62a0ee; --c1: #ee8f58; --c2: #55c79b; --c3: #c48fd8; --c4: #d8b45c;
   --c5: #ef7fa6; --c6: #6cc0d6; --c7: #a6abb8; } }
 .curve { fill: none; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round; }
-.curve.faint { stroke-width: 1; opacity: .32; }
+.curve.faint { stroke-width: 1; opacity: .28; }
 .s0 { stroke: var(--c0); } .s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); } .s3 { stroke: var(--c3); }
 .s4 { stroke: var(--c4); } .s5 { stroke: var(--c5); } .s6 { stroke: var(--c6); } .s7 { stroke: var(--c7); }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; color: var(--soft); margin: 0 0 6px; }
@@ -146,10 +146,11 @@ def chart(curves: Sequence[Curve], marks: Sequence[tuple[float, str, str]] = (),
         at = float(up(v))
         out.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         out.append(f'<text class="tick" x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
+    unit, units = (1000.0, "millions") if last >= 10_000 else (1.0, "thousands")
     for v in _linear(first, last, 6):
         x = across(v)
         out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        out.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{_kilo(v)}</text>')
+        out.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{_kilo(v / unit)}</text>')
     out.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     for kimg, title, kind in marks:
         if first <= kimg <= last:
@@ -176,7 +177,7 @@ def chart(curves: Sequence[Curve], marks: Sequence[tuple[float, str, str]] = (),
     note = f"; {outside:,} beyond the frame" if outside else ""
     nulls = sum(int((~np.isfinite(c.values)).sum()) for c in curves)
     note += f"; {nulls:,} not finite" if nulls else ""
-    label = f"thousands of images{', logarithmic upwards' if log else ''}{note}"
+    label = f"{units} of images{', logarithmic upwards' if log else ''}{note}"
     out.append(f'<text class="label" x="{middle:.0f}" y="{_HEIGHT - 5}" text-anchor="middle">{label}</text>')
     out.append(f'<line class="cross" y1="{_TOP}" y2="{bottom}"/></svg>')
     return f'<figure class="chart"><div class="legend">{"".join(legend)}<em>last</em></div>{"".join(out)}</figure>'

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -148,7 +149,8 @@ def _nothing(text: str) -> str:
 
 def _matching(metrics: Metrics, pattern: str) -> list[str]:
     if pattern.endswith("*"):
-        return sorted(n for n in metrics.columns if n.startswith(pattern[:-1]))
+        natural = lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+        return sorted((n for n in metrics.columns if n.startswith(pattern[:-1])), key=natural)
     return [pattern] if pattern in metrics.columns else []
 
 
@@ -183,7 +185,11 @@ def _state(run: Run) -> tuple[str, str, str]:
         return "failed", "failed", last.message
     if run.now - last.last < _ALIVE_SECONDS:
         return "running", "running", ""
-    return "failed", "killed or lost", "without a word, " + time.strftime("%Y-%m-%d %H:%M", time.localtime(last.last))
+    return (
+        "failed",
+        "killed or lost",
+        "no sign of life since " + time.strftime("%Y-%m-%d %H:%M", time.localtime(last.last)),
+    )
 
 
 def _header(run: Run) -> str:
@@ -217,7 +223,8 @@ def _header(run: Run) -> str:
         shown_tiles.append(("MFU", f"{100 * mfu:.1f} %", ""))
     if run.account.share is not None:
         shown_tiles.append(("goodput", f"{100 * run.account.share:.1f} %", ""))
-        shown_tiles.append(("wall time", duration(sum(run.account.seconds.values())), ""))
+        wall = sum(run.account.seconds.values())
+        shown_tiles.append(("wall time", duration(wall) if wall < 48 * 3600 else f"{wall / 86400:.1f} days", ""))
     restarts = len(sessions) - 1
     if restarts > 0:
         shown_tiles.append(("restarts" if restarts > 1 else "restart", str(restarts), ""))
@@ -230,10 +237,10 @@ def _header(run: Run) -> str:
     if bad:
         shown_tiles.append(("bad examples replaced", f"{bad:,.0f}", "bad"))
     text = "; ".join(html.escape(str(t)) for t in line if t)
-    note = f'<p class="under">{html.escape(why)}</p>' if why else ""
+    note = f"<br>{html.escape(why)}" if why else ""
     return (
         f'<h1>{html.escape(run.workdir.resolve().name)}<span class="badge {kind}">{badge}</span></h1>'
-        f'<p class="under">{text}</p>{note}{tiles(shown_tiles)}'
+        f'<p class="under">{text}{note}</p>{tiles(shown_tiles)}'
     )
 
 

@@ -71,7 +71,7 @@ class Speed:
 
     def learn(self) -> None:
         """Begins to count FLOPs in a thread, once, if they are needed: tracing takes a while, and training goes on."""
-        if self.peak and self.flops is None and self._thread is None:
+        if self.peak and self.flops is None and self._thread is None and jax.process_index() == 0:
             self._thread = threading.Thread(target=self._count, daemon=True, name="flops")
             self._thread.start()
 
