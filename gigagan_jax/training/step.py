@@ -273,21 +273,12 @@ class TrainStep:
             return grads
         return jax.tree.map(sharding.to_optimizer, grads, self.networks.trained()[name][0].axes())
 
-    def update(
-        self, name: str, net: Net, grads: Params, rate: jax.Array, ok: jax.Array
-    ) -> tuple[Net, tuple[jax.Array, jax.Array]]:
-        """(the network after its step, or as it was where that is not `ok`; sizes of the update)
-
-        Each device works out the part whose moments it has, and the new parameters are put together from the parts.
-        """
-        module, tx = self.networks.trained()[name]
-        updates, opt = tx.update(grads, net.opt, net.params)
-        sizes = probe.update_sizes(updates, net.params, rate)
-        params = jax.tree.map(lambda p, u: p - rate * u, net.params, updates)
-        params, opt = probe.guarded(ok, (params, opt), (net.params, net.opt))
-        if self.config.mesh.shard_optimizer:
-            params = jax.tree.map(sharding.from_optimizer, params, module.axes())
-        return Net(params, opt), sizes
+    def whole(self, name: str, net: Net) -> Net:
+        """A network after its update, its parameters put together from those parts."""
+        if not self.config.mesh.shard_optimizer:
+            return net
+        axes = self.networks.trained()[name][0].axes()
+        return Net(jax.tree.map(sharding.from_optimizer, net.params, axes), net.opt)
 
     def __call__(
         self,
@@ -305,7 +296,7 @@ class TrainStep:
         `images` move on; where it is G's, D and V have made their half of the step, and G and its averages stay. The metric
         "health" is the vector of `self.probe`. `with_r1` is static.
         """
-        c = self.config
+        c, nets = self.config, self.networks
         key_d, key_g = jax.random.split(jax.random.fold_in(key, state.step))
         rate = lambda o, lazy=0: lr_scale * learning_rate(o, state.images, c.total_kimg, lazy_interval=lazy)
         batch = self.encode(batch, frozen)
@@ -319,9 +310,10 @@ class TrainStep:
         finite = jnp.isfinite(metrics["loss/d"] + sum(metrics[f"grad_norm/{net}"] for net in squares))
         ok = seen["applied/d"] = finite & ~probe.any_bad(seen)
         d, v, sizes = state.d, state.v, {}
-        d, sizes["d"] = self.update("d", d, d_grads, rate(c.d_optimizer, c.loss.r1_interval), ok)
+        d, sizes["d"] = _update(nets.d_tx, d, d_grads, rate(c.d_optimizer, c.loss.r1_interval), ok)
         if v is not None:
-            v, sizes["v"] = self.update("v", v, v_grads or {}, rate(c.v_optimizer), ok)
+            v, sizes["v"] = _update(nets.v_tx, v, v_grads or {}, rate(c.v_optimizer), ok)
+        d, v = self.whole("d", d), None if v is None else self.whole("v", v)
         state = state.replace(d=d, v=v)  # type: ignore[attr-defined]
 
         grads, g_metrics = self.g_gradients(state, batch, key_g, frozen)
@@ -329,7 +321,8 @@ class TrainStep:
         squares["g"] = probe.squares(grads)
         g_metrics["grad_norm/g"] = jnp.sqrt(sum(squares["g"]))
         ok = seen["applied/g"] = ok & jnp.isfinite(g_metrics["loss/g"] + g_metrics["grad_norm/g"])
-        g, sizes["g"] = self.update("g", state.g, grads, rate(c.g_optimizer), ok)
+        g, sizes["g"] = _update(nets.g_tx, state.g, grads, rate(c.g_optimizer), ok)
+        g = self.whole("g", g)
         seen["health/diversity_z"] = probe.within_captions(metrics, g_metrics)
         w = g_metrics.pop("w")
 
@@ -352,11 +345,14 @@ def ema_decay(config: Config, images: jax.Array) -> jax.Array:
     return 0.5 ** (config.batch_size / jnp.maximum(half, 1e-6))
 
 
-def _update(tx: Any, net: Net, grads: Params, rate: jax.Array) -> tuple[Net, jax.Array]:
+def _update(
+    tx: Any, net: Net, grads: Params, rate: jax.Array, ok: jax.Array
+) -> tuple[Net, tuple[jax.Array, jax.Array]]:
+    """(the network after its step, or as it was where that is not `ok`; sizes of the update)"""
     updates, opt = tx.update(grads, net.opt, net.params)
     params = jax.tree.map(lambda p, u: p - rate * u, net.params, updates)
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)))
-    return Net(params, opt), norm
+    sizes = probe.update_sizes(updates, net.params, rate)
+    return probe.guarded(ok, Net(params, opt), net), sizes
 
 
 class CompiledStep:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import digits
 from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
+from gigagan_jax.training import probe
 from gigagan_jax.training.state import Net, Networks
 from gigagan_jax.training.step import TrainStep, _update
 
@@ -36,8 +37,9 @@ def updated(step, shape):
 
     def run(net, grads):
         with sharding.use(mesh, step.config.rules):
-            net, norm = _update(step.networks.g_tx, net, step.cut("g", grads), rate)
-            return step.whole("g", net), norm
+            grads = step.cut("g", grads)
+            net, _ = _update(step.networks.g_tx, net, grads, rate, jnp.asarray(True))
+            return step.whole("g", net), jnp.sqrt(sum(probe.squares(grads)))
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     compiled = jax.jit(run, in_shardings=(where.g, where.g.params), out_shardings=(where.g, everywhere))
