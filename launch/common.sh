@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers share: errors of one line, flags, quoting, commands that are printed instead of run, TPU topologies.
+# What the launchers share: errors of one line, flags, quoting, commands printed instead of run, TPU topologies.
 
 dry_run='' # not empty: print, run nothing
 train=()   # what goes to the trainer
@@ -102,9 +102,9 @@ need_name() {
     die "--name=$name: at most 40 lower-case letters, digits and -, a letter first"
 }
 
-# The trainer's flags, as far as several machines ask more of them than one.
+# need_training [DISK]: the trainer's flags, as far as several machines ask more of them than one; where their disk is.
 need_training() {
-  local word config='' workdir=''
+  local disk=${1:-} word config='' workdir=''
   for word in ${train[@]+"${train[@]}"}; do
     case $word in
       *$'\n'*) die "a flag of the trainer with a line break in it cannot be passed on" ;;
@@ -116,7 +116,8 @@ need_training() {
   case $workdir in
     '') die "--workdir=FOLDER is needed: on a disk that all machines have mounted" ;;
     *://*) die "--workdir=$workdir: only folders on a mounted disk can be used; mount the bucket" ;;
-    /*) ;;
+    "$disk"/*) ;;
+    /*) die "--workdir=$workdir: the disk that all machines have is at $disk" ;;
     *) die "--workdir=$workdir: an absolute path is needed, on a disk that all machines have mounted" ;;
   esac
 }

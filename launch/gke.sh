@@ -17,7 +17,8 @@ need_name "$name"
 need image
 need_number slices restarts chips_per_host
 read_topology "$topology"
-need_training
+mount=/mnt/gigagan
+need_training "$mount"
 for flag in image claim bucket namespace service_account; do
   [[ ${!flag} =~ ^[A-Za-z0-9_./:@-]*$ ]] || die "--$flag=${!flag}: letters, digits and _./:@- only"
 done
@@ -26,12 +27,13 @@ case ${claim:+claim}${bucket:+bucket} in
   bucket)
     # No caching of names: what one machine has written, the others see at once.
     options='"implicit-dirs,metadata-cache:ttl-secs:0"'
-    disk="csi: {driver: gcsfuse.csi.storage.gke.io, volumeAttributes: {bucketName: $bucket, mountOptions: $options}}"
+    disk="{bucketName: $bucket, mountOptions: $options}"
+    disk="csi: {driver: gcsfuse.csi.storage.gke.io, volumeAttributes: $disk}"
     ;;
   *) die "--claim=NAME or --bucket=NAME is needed, one of them: where the workdir lies" ;;
 esac
 [ "$chips" -ge "$chips_per_host" ] || chips_per_host=$chips
-[ $((chips % chips_per_host)) = 0 ] || die "--chips_per_host=$chips_per_host does not divide the $chips chips of $topology"
+[ $((chips % chips_per_host)) = 0 ] || die "--chips_per_host=$chips_per_host does not divide the $chips chips of it"
 need_tool kubectl "it comes with the Google Cloud CLI"
 
 case $generation in
@@ -40,7 +42,7 @@ case $generation in
   v5p) accelerator=tpu-v5p-slice ;;
   v6e) accelerator=tpu-v6e-slice ;;
 esac
-hosts=$((chips / chips_per_host)) gcsfuse=${bucket:+true} mount=/mnt/gigagan
+hosts=$((chips / chips_per_host)) gcsfuse=${bucket:+true}
 gcsfuse=${gcsfuse:-false}
 
 # A YAML string; \$( would be a variable to Kubernetes.

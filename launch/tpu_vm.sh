@@ -2,8 +2,8 @@
 # A TPU VM, a slice of many, or several slices, by gcloud.
 #   launch/tpu_vm.sh VERB --name=NAME --zone=ZONE [flags] [--config=FILE.py --workdir=DIR --config.key=value ...]
 # Verbs
-#   create    asks for the machines        --topology=v5p:4x4x8 [--slices=N] [--spot | --reserved] [--direct] [--runtime=VERSION]
-#             (queued; --direct: at once or not at all)          [--service_account=EMAIL] [--network=NAME] [--subnetwork=NAME]
+#   create    asks for the machines     --topology=v5p:4x4x8 [--slices=N] [--spot | --reserved] [--runtime=VERSION]
+#             (in a queue; --direct: at once or not at all) [--service_account=EMAIL] [--network=N] [--subnetwork=N]
 #   wait      until they are there
 #   install   the code of a commit and its dependencies [--commit=REV] [--repo=URL to clone instead of copying]
 #             and a disk at /mnt/gigagan                [--mount=gs://BUCKET | --mount=ADDRESS:/SHARE]
@@ -23,7 +23,7 @@ verb=${1:-}
 case $verb in
   create | wait | install | start | log | status | stop | delete | run | keep) shift ;;
   --help | -h) usage && exit 0 ;;
-  *) die "a verb comes first, not '$verb': create, wait, install, start, log, status, stop, delete, run or keep (see --help)" ;;
+  *) die "a verb comes first (create, wait, install, start, log, status, stop, delete, run, keep), not '$verb'" ;;
 esac
 name='' zone='' project='' topology='' slices=1 spot='' reserved='' direct='' runtime='' service_account='' network=''
 subnetwork='' commit=HEAD repo='' mount=''
@@ -39,7 +39,7 @@ case $mount in
   *) die "--mount=$mount: write gs://BUCKET, or ADDRESS:/SHARE of an NFS server" ;;
 esac
 case $verb in create | run | keep) read_topology "$topology" ;; esac
-case $verb in start | run | keep) need_training ;; esac
+case $verb in start | run | keep) need_training ${mount:+/mnt/gigagan} ;; esac
 need_tool gcloud "it comes with the Google Cloud CLI"
 
 where=(--zone="$zone")
@@ -69,6 +69,11 @@ worker() {
   local which=$1
   shift
   on "$which" bash gigagan_jax/launch/tpu_vm_worker.sh "$@"
+}
+
+# Of the training on the first machine: running, done, absent, or failed and the exit code.
+outcome() {
+  on first bash -c "[ -e gigagan_jax ] || exec echo absent; exec bash gigagan_jax/launch/tpu_vm_worker.sh outcome"
 }
 
 create() {
@@ -114,7 +119,10 @@ wait_for_machines() {
     now=$(state_now)
     case $now in
       ACTIVE | READY) return ;;
-      '' | FAILED | SUSPENDED | SUSPENDING | PREEMPTED) echo "error: $name is ${now:-not there}: delete it and create it again" >&2 && return 1 ;;
+      '' | FAILED | SUSPENDED | SUSPENDING | PREEMPTED)
+        echo "error: $name is ${now:-not there}: delete it and create it again" >&2
+        return 1
+        ;;
     esac
     echo "$(date +%T) $name is $now" >&2
     sleep 30
@@ -164,12 +172,12 @@ in_order() {
 }
 
 keep() {
-  local now outcome
+  local now ended
   if [ -n "$dry_run" ]; then
     anew
     echo "# every minute:"
     run "${tpus[@]}" describe "$name" "${where[@]}" --format="$state"
-    worker first outcome
+    outcome
     echo "# when they were taken away, this and all of the above again:"
     run "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet
     return
@@ -178,10 +186,16 @@ keep() {
     now=$(state_now)
     case $now in
       ACTIVE | READY)
-        outcome=$(worker first outcome) || outcome=unknown
-        case $outcome in
-          done) echo "the training is done; launch/tpu_vm.sh delete gives the machines back" >&2 && return 0 ;;
-          failed*) echo "error: the training ended with exit code ${outcome#failed }: see launch/tpu_vm.sh log" >&2 && return 1 ;;
+        ended=$(outcome) || ended=unknown # not reached this time
+        case $ended in
+          done)
+            echo "the training is done; launch/tpu_vm.sh delete gives the machines back" >&2
+            return 0
+            ;;
+          failed*)
+            echo "error: the training ended with exit code ${ended#failed }: see launch/tpu_vm.sh log" >&2
+            return 1
+            ;;
           absent) in_order install start ;;
         esac
         ;;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh has each machine of a slice do, in the home folder: install [DISK] | start FLAGS | outcome | stop
+# What launch/tpu_vm.sh has each machine of a slice do: install [DISK], start FLAGS, outcome, stop
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -24,7 +24,8 @@ mount_disk() {
       "${apt[@]}" update
       "${apt[@]}" install -y gcsfuse
       # No caching of names: what one machine has written, the others see at once.
-      line="${1#gs://} $disk gcsfuse rw,_netdev,allow_other,implicit_dirs,metadata_cache_ttl_secs=0,uid=$(id -u),gid=$(id -g) 0 0"
+      line="${1#gs://} $disk gcsfuse rw,_netdev,allow_other,implicit_dirs,metadata_cache_ttl_secs=0"
+      line+=",uid=$(id -u),gid=$(id -g) 0 0"
       ;;
     *)
       "${apt[@]}" update
@@ -88,7 +89,7 @@ case ${1:-} in
   stop) sudo systemctl disable --quiet --now gigagan ;;
   outcome)
     # One word: running, done, absent, or failed and the exit code.
-    [ -e "$unit" ] || { echo absent && exit; }
+    systemctl cat gigagan >/dev/null 2>&1 || { echo absent && exit; }
     case $(systemctl show gigagan --property=ActiveState --value) in
       failed) echo "failed $(systemctl show gigagan --property=ExecMainStatus --value)" ;;
       inactive) echo "done" ;;

@@ -1,0 +1,188 @@
+"""What each launcher would run, compared with golden files; bad input; shellcheck and hadolint.
+
+GOLDEN=write python -m pytest tests/launch/test_launch_commands.py     writes the golden files anew
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+AWKWARD = ("--config.data.path=gs://b/{00..10}.tar", """--config.name=it's $(HOME) `x` * "y" \\""", "--config.seed=0")
+TRAINING = ("--config=configs/laion.py", "--workdir=/mnt/gigagan/run 1", *AWKWARD)
+TPU = ("--name=pod", "--zone=us-east5-a", "--topology=v5p:4x4x8")
+GKE = ("--name=pod", "--image=registry.example/gigagan:1", "--topology=v5p:4x4x8")
+XPK = ("--name=pod", "--cluster=c", "--zone=us-east5-a", "--image=registry.example/gigagan:1")
+DRY_RUNS = {
+    "local": ("local.sh", "--dry-run", *TRAINING),
+    "tpu_vm_run": ("tpu_vm.sh", "run", "--dry-run", *TPU, "--spot", "--mount=gs://bucket", *TRAINING),
+    "tpu_vm_keep_two_slices": (
+        *("tpu_vm.sh", "keep", "--dry-run", "--name=pod", "--zone=us-west4-a", "--topology", "v5e:16x16", "--slices=2"),
+        *("--project=p", "--repo=https://example.com/gigagan_jax.git", "--commit=v1", "--mount=10.0.0.2:/share"),
+        *TRAINING,
+    ),
+    "tpu_vm_direct": (
+        *("tpu_vm.sh", "run", "--dry-run", "--direct", "--name=one", "--zone=us-central2-b", "--topology=v4:2x2x1"),
+        *("--config", "configs/digits.py", "--workdir", "/home/me/runs", "--config.seed", "1"),
+    ),
+    "tpu_vm_delete": ("tpu_vm.sh", "delete", "--dry-run", "--name=pod", "--zone=us-east5-a"),
+    "gke_bucket": ("gke.sh", "--dry-run", *GKE, "--slices=2", "--bucket=bucket", "--namespace=gan", *TRAINING),
+    "gke_claim_spot": (
+        *("gke.sh", "--dry-run", "--name=one", "--image=registry.example/gigagan:1", "--topology=v6e:2x2", "--spot"),
+        *("--claim=filestore", *TRAINING),
+    ),
+    "xpk": ("xpk.sh", "--dry-run", *XPK, "--topology=v6e:16x16", "--slices=2", *TRAINING),
+    "slurm": (
+        *("slurm.sh", "--dry-run", "--name=gan", "--nodes=4", "--gpus=8", "--cpus=12", "--time=1-00:00:00"),
+        *("--partition=h100", "--sbatch=--signal=TERM@600", *TRAINING, "--", "--heartbeat_seconds=60"),
+    ),
+}
+# The shortest PATH on which the launchers run: gcloud, kubectl, xpk and sbatch are not on it.
+BARE = "/nowhere"
+
+
+def launch(*arguments, path=None):
+    environment = dict(os.environ) if path is None else {"PATH": path}
+    command = [shutil.which("bash"), f"launch/{arguments[0]}", *arguments[1:]]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def bare_path(tmp_path_factory):
+    """A PATH with what every machine has."""
+    folder = tmp_path_factory.mktemp("bare")
+    for name in ("bash", "dirname", "sed", "git", "env"):
+        (folder / name).symlink_to(shutil.which(name))
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", DRY_RUNS)
+def test_a_dry_run_prints_what_it_would_run(name, bare_path):
+    done = launch(*DRY_RUNS[name], path=bare_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("GOLDEN") == "write":
+        file.write_text(done.stdout)
+    assert done.stdout == file.read_text(), "GOLDEN=write writes it anew"
+
+
+def test_every_golden_file_is_compared():
+    assert {f.stem for f in GOLDEN.iterdir()} == set(DRY_RUNS)
+
+
+def commands(name):
+    """The commands of a golden file, as a shell reads them."""
+    lines = (GOLDEN / f"{name}.txt").read_text().splitlines()
+    return [shlex.split(line) for line in lines if not line.startswith("#")]
+
+
+def trainer(name):
+    """The arguments that reach the trainer, through the shells in between."""
+    if name == "local":
+        return commands(name)[0]
+    if name == "slurm":
+        (words,) = commands(name)
+        return words[words.index("launch/slurm.sbatch") + 1 :]
+    if name == "xpk":
+        (words,) = commands(name)
+        return shlex.split(words[-1].removeprefix("--command="))
+    starts = [w[-1].removeprefix("--command=") for w in commands(name) if "tpu_vm_worker.sh start" in w[-1]]
+    return shlex.split(starts[0])
+
+
+@pytest.mark.parametrize("name", ["local", "tpu_vm_run", "tpu_vm_keep_two_slices", "xpk", "slurm"])
+def test_the_flags_reach_the_trainer_as_they_are(name):
+    words = trainer(name)
+    first = words.index(TRAINING[0])
+    assert tuple(words[first : first + len(TRAINING)]) == TRAINING
+    assert (words[-1] == "--distributed") == (name == "xpk")  # elsewhere what starts it on a machine adds it
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("tpu_vm.sh",), "a verb comes first"),
+        (("tpu_vm.sh", "go", *TPU), "not 'go'"),
+        (("tpu_vm.sh", "delete"), "--name=... is needed"),
+        (("tpu_vm.sh", "delete", "--name=pod"), "--zone=... is needed"),
+        (("tpu_vm.sh", "delete", "--name=Pod", "--zone=z"), "lower-case"),
+        (("tpu_vm.sh", "delete", "--name"), "--name needs a value"),
+        (("tpu_vm.sh", "create", "--name=pod", "--zone=z"), "--topology=... is needed"),
+        (("tpu_vm.sh", "create", "--name=pod", "--zone=z", "--topology=v9:4x4"), "v4, v5e, v5p or v6e"),
+        (("tpu_vm.sh", "create", "--name=pod", "--zone=z", "--topology=v5p:4x4"), "written like 4x4x8"),
+        (("tpu_vm.sh", "create", *TPU, "--slices=0"), "--slices=0: must be a whole number"),
+        (("tpu_vm.sh", "create", *TPU, "--slices=2", "--direct"), "leave out --direct"),
+        (("tpu_vm.sh", "create", *TPU, "--spot=1"), "--spot takes no value"),
+        (("tpu_vm.sh", "create", *TPU, "--spot", "--reserved"), "exclude each other"),
+        (("tpu_vm.sh", "create", *TPU, "--zonne=z"), "unknown flag --zonne"),
+        (("tpu_vm.sh", "create", *TPU, "extra"), "extra: flags are written"),
+        (("tpu_vm.sh", "create", *TPU), "gcloud is not installed"),
+        (("tpu_vm.sh", "install", "--dry-run", *TPU, "--mount=bucket"), "write gs://BUCKET"),
+        (("tpu_vm.sh", "install", "--dry-run", *TPU, "--commit=nonesuch"), "no such commit"),
+        (("tpu_vm.sh", "run", *TPU), "--config=FILE.py is needed"),
+        (("tpu_vm.sh", "run", *TPU, "--config=c.py"), "--workdir=FOLDER is needed"),
+        (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=gs://b/x"), "mount the bucket"),
+        (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=runs"), "an absolute path is needed"),
+        (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=/r", "--mount=gs://b"), "is at /mnt/gigagan"),
+        (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=/r", "--config.x=a\nb"), "a line break"),
+        (("gke.sh", "--name=pod", "--topology=v5e:4x4"), "--image=... is needed"),
+        (("gke.sh", *GKE, *TRAINING), "--claim=NAME or --bucket=NAME is needed"),
+        (("gke.sh", *GKE, *TRAINING, "--claim=a", "--bucket=b"), "one of them"),
+        (("gke.sh", *GKE, *TRAINING, "--claim=a: b"), "letters, digits"),
+        (("gke.sh", *GKE, *TRAINING, "--claim=a", "--chips_per_host=3"), "does not divide the 128 chips"),
+        (("gke.sh", *GKE, *TRAINING, "--claim=a"), "kubectl is not installed"),
+        (("xpk.sh", "--name=pod", "--topology=v6e:4x4", *TRAINING), "--cluster=... is needed"),
+        (("xpk.sh", *XPK, "--topology=v6e:4x4", *TRAINING), "xpk is not installed"),
+        (("slurm.sh", "--name=gan", *TRAINING), "--gpus=... is needed"),
+        (("slurm.sh", "--name=gan", "--gpus=x", *TRAINING), "--gpus=x: must be a whole number"),
+        (("slurm.sh", "--name=gan", "--gpus=8", *TRAINING), "sbatch is not installed"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, says, bare_path):
+    done = launch(*arguments, path=bare_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1 + says.count("\n")
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "gke.sh", "xpk.sh", "slurm.sh"])
+def test_help_is_the_comment_at_the_top(name, bare_path):
+    done = launch(name, "--help", path=bare_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"launch/{name}" in done.stdout
+    assert "set -euo" not in done.stdout
+    assert "shellcheck" not in done.stdout
+
+
+def tool(name):
+    """A program that the test extra installs beside the interpreter."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])) or name
+
+
+def test_shellcheck_finds_nothing():
+    scripts = sorted(str(f) for f in (ROOT / "launch").iterdir() if f.suffix in (".sh", ".sbatch"))
+    assert len(scripts) >= 8
+    command = [tool("shellcheck"), "--severity=style", "--external-sources", f"--source-path={ROOT}", *scripts]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_hadolint_finds_nothing_and_signals_reach_python():
+    files = sorted((ROOT / "launch").glob("Dockerfile.*"))
+    assert len(files) == 2
+    done = subprocess.run([tool("hadolint"), "--no-color", *map(str, files)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    for file in files:
+        lines = file.read_text().splitlines()
+        assert lines[-1] == 'ENTRYPOINT ["python", "-m", "gigagan_jax.train"]'  # no shell that keeps them
+        copied = [w for line in lines if line.startswith("COPY") for w in line.split()[1:-1]]
+        kept = (ROOT / ".dockerignore").read_text().splitlines()
+        assert {f"!{c}" for c in copied} <= set(kept)
+        assert all((ROOT / c).exists() for c in copied)
