@@ -150,7 +150,7 @@ def test_a_tpu_vm_gets_the_code_of_the_commit_and_the_flags_as_they_are(stand, m
     done = stand.run("launch/tpu_vm.sh", "install", *TPU, "--mount=gs://bucket")
     assert done.returncode == 0, done.stderr
     assert (machine / "home/gigagan_jax/gigagan_jax/train.py").exists()
-    assert ["uv", "pip", "install"] == stand.calls("uv")[-1][:3]
+    assert stand.calls("uv")[-1][:3] == ["uv", "pip", "install"]
     assert stand.calls("uv")[-1][-1].endswith("/gigagan_jax[tpu,gcs]")
     assert "bucket /mnt/gigagan gcsfuse rw,_netdev" in (machine / "etc/fstab").read_text()
     done = stand.run("launch/tpu_vm.sh", "start", *TPU, *FLAGS, **STALE)
