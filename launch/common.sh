@@ -3,6 +3,9 @@
 
 dry_run='' # not empty: print, run nothing
 train=()   # what goes to the trainer
+# Flags of the trainer that are passed on; others come after --.
+trainer_flags=" config workdir heartbeat_seconds join_seconds stall_seconds maintenance_url compilation_cache"
+trainer_flags+=" profile_steps "
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -62,19 +65,18 @@ parse_flags() {
       printf -v "$key" yes
       continue
     fi
-    case "$values config workdir heartbeat_seconds " in
-      *" $key "*) ;;
-      *) [[ $key == config.?* ]] || die "unknown flag --$key (see --help; the trainer's own flags come after --)" ;;
-    esac
+    [[ $values$trainer_flags == *" $key "* || $key == config.?* ]] ||
+      die "unknown flag --$key (see --help; other flags of the trainer come after --)"
     if [ "$word" = "${word%%=*}" ]; then
       [ $# -gt 0 ] || die "--$key needs a value"
       word="$word=$1"
       shift
     fi
-    case $key in
-      config | config.* | workdir | heartbeat_seconds) train+=("$word") ;;
-      *) printf -v "$key" %s "${word#*=}" ;;
-    esac
+    if [[ $values == *" $key "* ]]; then
+      printf -v "$key" %s "${word#*=}"
+    else
+      train+=("$word")
+    fi
   done
 }
 
@@ -122,19 +124,42 @@ need_training() {
   esac
 }
 
-# read_topology v5p:4x4x8, as tools/plan.py takes it: sets generation, shape and chips.
+# read_topology v5p:4x4x8, or v5p-256 as slices are sold, as tools/plan.py takes it: sets generation, shape and chips.
 read_topology() {
   local topology=$1 sides example
   [ -n "$topology" ] || die "--topology=... is needed, as in v5p:4x4x8 (see --help)"
-  generation=${topology%%:*} shape=${topology#*:}
+  [[ $topology =~ ^([a-z0-9]+)[:-]([0-9x]+)$ ]] ||
+    die "--topology=$topology: write v4, v5e, v5p or v6e, a colon and the shape, as in v5p:4x4x8"
+  generation=${BASH_REMATCH[1]} shape=${BASH_REMATCH[2]}
   case $generation in
     v4 | v5p) sides=2 example=4x4x8 ;;
-    v5e | v6e) sides=1 example=8x16 ;;
-    *) die "--topology=$topology: write v4, v5e, v5p or v6e, a colon and the shape, as in v5p:4x4x8" ;;
+    v5e | v5litepod | v6e) sides=1 example=8x16 ;;
+    *) die "--topology=$topology: unknown chip $generation; known: v4, v5e, v5p, v6e" ;;
   esac
+  [ "$generation" != v5litepod ] || generation=v5e
+  [[ $topology == *:* ]] || shape=$(shape_as_sold "$shape" $sides)
   [[ $shape =~ ^[1-9][0-9]*(x[1-9][0-9]*){$sides}$ ]] ||
-    die "--topology=$topology: the shape of a $generation slice is written like $example"
+    die "--topology=$topology: the shape of a $generation slice is written like $example, its size is a power of two"
   chips=$((${shape//x/*}))
+}
+
+# shape_as_sold SIZE SIDES: of a power of two, with sides as equal as can be; nothing of any other size.
+shape_as_sold() {
+  local size=$1 k=0
+  [[ $size =~ ^[1-9][0-9]*$ ]] || return 0
+  if [ "$2" = 2 ]; then # TensorCores, two a chip
+    [ $((size % 2)) = 0 ] || return 0
+    size=$((size / 2))
+  fi
+  while [ $((1 << k)) -lt "$size" ]; do k=$((k + 1)); done
+  [ $((1 << k)) = "$size" ] || return 0
+  if [ "$2" = 1 ]; then
+    echo "$((1 << k / 2))x$((1 << (k + 1) / 2))"
+  elif [ "$size" = 4 ]; then
+    echo 2x2x1 # one machine
+  else
+    echo "$((1 << k / 3))x$((1 << (k + 1) / 3))x$((1 << (k + 2) / 3))"
+  fi
 }
 
 # The name of a slice of that many chips: generations 4 and 5p count cores, two a chip.

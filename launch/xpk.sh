@@ -22,5 +22,5 @@ flags=(--cluster="$cluster" --workload="$name" --zone="$zone" --docker-image="$i
 [ -z "$project" ] || flags+=(--project="$project")
 flags+=(--tpu-type="$(accelerator_type)" --num-slices="$slices" --priority="$priority")
 flags+=(--max-restarts="$restarts" --restart-on-exit-codes='1,75' --termination-grace-period-seconds=300)
-run xpk workload create "${flags[@]}" \
-  --command="exec $(quote python -m gigagan_jax.train "${train[@]}" --distributed)"
+command="exec $(quote python -m gigagan_jax.train "${train[@]}" --distributed)"
+run xpk workload create "${flags[@]}" --command="${command//\$(/\$\$(}" # $( would be a variable to Kubernetes

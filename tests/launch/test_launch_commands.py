@@ -37,7 +37,7 @@ DRY_RUNS = {
         *("gke.sh", "--dry-run", "--name=one", "--image=registry.example/gigagan:1", "--topology=v6e:2x2", "--spot"),
         *("--claim=filestore", *TRAINING),
     ),
-    "xpk": ("xpk.sh", "--dry-run", *XPK, "--topology=v6e:16x16", "--slices=2", *TRAINING),
+    "xpk": ("xpk.sh", "--dry-run", *XPK, "--topology=v6e-256", "--slices=2", *TRAINING),
     "slurm": (
         *("slurm.sh", "--dry-run", "--name=gan", "--nodes=4", "--gpus=8", "--cpus=12", "--time=1-00:00:00"),
         *("--partition=h100", "--sbatch=--signal=TERM@600", *TRAINING, "--", "--heartbeat_seconds=60"),
@@ -91,7 +91,7 @@ def trainer(name):
         return words[words.index("launch/slurm.sbatch") + 1 :]
     if name == "xpk":
         (words,) = commands(name)
-        return shlex.split(words[-1].removeprefix("--command="))
+        return shlex.split(words[-1].removeprefix("--command=").replace("$$(", "$("))  # as Kubernetes does
     starts = [w[-1].removeprefix("--command=") for w in commands(name) if "tpu_vm_worker.sh start" in w[-1]]
     return shlex.split(starts[0])
 
@@ -114,7 +114,10 @@ def test_the_flags_reach_the_trainer_as_they_are(name):
         (("tpu_vm.sh", "delete", "--name=Pod", "--zone=z"), "lower-case"),
         (("tpu_vm.sh", "delete", "--name"), "--name needs a value"),
         (("tpu_vm.sh", "create", "--name=pod", "--zone=z"), "--topology=... is needed"),
-        (("tpu_vm.sh", "create", "--name=pod", "--zone=z", "--topology=v9:4x4"), "v4, v5e, v5p or v6e"),
+        (("tpu_vm.sh", "create", "--name=pod", "--zone=z", "--topology=v9:4x4"), "unknown chip v9"),
+        (("tpu_vm.sh", "create", "--name=pod", "--zone=z", "--topology=v5p"), "a colon and the shape"),
+        (("tpu_vm.sh", "create", "--name=pod", "--zone=z", "--topology=v5p-129"), "a power of two"),
+        (("tpu_vm.sh", "create", "--name=pod", "--zone=z", "--topology=v5e-24"), "a power of two"),
         (("tpu_vm.sh", "create", "--name=pod", "--zone=z", "--topology=v5p:4x4"), "written like 4x4x8"),
         (("tpu_vm.sh", "create", *TPU, "--slices=0"), "--slices=0: must be a whole number"),
         (("tpu_vm.sh", "create", *TPU, "--slices=2", "--direct"), "leave out --direct"),
@@ -150,6 +153,20 @@ def test_bad_input_is_one_line(arguments, says, bare_path):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1 + says.count("\n")
     assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    "topology, shape, hosts",
+    [
+        *(("v5p-128", "4x4x4", 16), ("v5p-256", "4x4x8", 32), ("v5p-32", "2x2x4", 4), ("v5p-8", "2x2x1", 1)),
+        *(("v5e-256", "16x16", 64), ("v5litepod-32", "4x8", 8), ("v6e-4", "2x2", 1), ("v6e:1x1", "1x1", 1)),
+        ("v4:4x4x16", "4x4x16", 64),
+    ],
+)
+def test_a_slice_by_its_size_is_the_shape_that_is_sold(topology, shape, hosts, bare_path):
+    done = launch("gke.sh", "--dry-run", *GKE, f"--topology={topology}", "--claim=c", *TRAINING, path=bare_path)
+    assert f"gke-tpu-topology: {shape}\n" in done.stdout
+    assert f"parallelism: {hosts}\n" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["tpu_vm.sh", "gke.sh", "xpk.sh", "slurm.sh"])
