@@ -4,6 +4,7 @@ GOLDEN=write python -m pytest tests/launch/test_launch_commands.py     writes th
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,8 +44,6 @@ DRY_RUNS = {
         *("--partition=h100", "--sbatch=--signal=TERM@600", *TRAINING, "--", "--heartbeat_seconds=60"),
     ),
 }
-# The shortest PATH on which the launchers run: gcloud, kubectl, xpk and sbatch are not on it.
-BARE = "/nowhere"
 
 
 def launch(*arguments, path=None):
@@ -55,9 +54,9 @@ def launch(*arguments, path=None):
 
 @pytest.fixture(scope="module")
 def bare_path(tmp_path_factory):
-    """A PATH with what every machine has."""
+    """A PATH with what every machine has; gcloud, kubectl, xpk and sbatch are not on it."""
     folder = tmp_path_factory.mktemp("bare")
-    for name in ("bash", "dirname", "sed", "git", "env"):
+    for name in ("bash", "dirname", "sed", "git"):
         (folder / name).symlink_to(shutil.which(name))
     return str(folder)
 
@@ -167,6 +166,27 @@ def test_a_slice_by_its_size_is_the_shape_that_is_sold(topology, shape, hosts, b
     done = launch("gke.sh", "--dry-run", *GKE, f"--topology={topology}", "--claim=c", *TRAINING, path=bare_path)
     assert f"gke-tpu-topology: {shape}\n" in done.stdout
     assert f"parallelism: {hosts}\n" in done.stdout
+
+
+def documented():
+    """The commands of the documentation that begin with a launcher."""
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for command in block.replace("\\\n", " ").splitlines():
+                if re.match(r"(PYTHON=\S+ )?launch/", command):
+                    yield command.partition("  #")[0].strip()
+
+
+def test_the_documentation_has_commands_of_every_launcher():
+    assert {c.split("launch/")[1].split()[0] for c in documented()} == {"tpu_vm.sh", "gke.sh", "xpk.sh", "slurm.sh"}
+
+
+@pytest.mark.parametrize("command", list(documented()))
+def test_a_command_of_the_documentation_is_right(command, bare_path):
+    command = [shutil.which("bash"), "-c", f"{command} --dry-run"]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": bare_path}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
 
 
 @pytest.mark.parametrize("name", ["tpu_vm.sh", "gke.sh", "xpk.sh", "slurm.sh"])
