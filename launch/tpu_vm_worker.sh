@@ -57,6 +57,8 @@ StartLimitBurst=10
 
 [Service]
 User=$(id -un)
+# Large pages: JAX asks for them, for start and end on newer chips.
+ExecStartPre=-+/bin/sh -c "echo always >/sys/kernel/mm/transparent_hugepage/enabled"
 ExecStart=/bin/bash $HOME/gigagan_run.sh
 StandardOutput=append:$HOME/gigagan.log
 StandardError=inherit

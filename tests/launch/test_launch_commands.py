@@ -32,6 +32,8 @@ DRY_RUNS = {
         *("tpu_vm.sh", "run", "--dry-run", "--direct", "--name=one", "--zone=us-central2-b", "--topology=v4:2x2x1"),
         *("--config", "configs/digits.py", "--workdir", "/home/me/runs", "--config.seed", "1"),
     ),
+    "tpu_vm_status": ("tpu_vm.sh", "status", "--dry-run", "--name=pod", "--zone=us-east5-a"),
+    "tpu_vm_stop": ("tpu_vm.sh", "stop", "--dry-run", "--name=pod", "--zone=us-east5-a"),
     "tpu_vm_delete": ("tpu_vm.sh", "delete", "--dry-run", "--name=pod", "--zone=us-east5-a"),
     "gke_bucket": ("gke.sh", "--dry-run", *GKE, "--slices=2", "--bucket=bucket", "--namespace=gan", *TRAINING),
     "gke_claim_spot": (
