@@ -37,6 +37,7 @@ mount_disk() {
   { grep -v " $disk " /etc/fstab || true; echo "$line"; } | sudo tee /etc/fstab.new >/dev/null
   sudo mv /etc/fstab.new /etc/fstab
   mountpoint -q "$disk" || sudo mount "$disk"
+  [ -w "$disk" ] || sudo chmod 1777 "$disk" # a new share belongs to root
 }
 
 # A service of the system: it outlives the connection, starts after a reboot, and systemd does the starting again.
