@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed
 from jax._src.lib import _jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -98,8 +99,11 @@ def join(args: argparse.Namespace) -> None:
                 shutdown_timeout_seconds=3 * args.heartbeat_seconds,
             )
     except (RuntimeError, ValueError) as e:
+        distributed.global_state.client = None  # nothing more is to be said or asked there
         where = args.coordinator or "found by --distributed"
         first = (str(e).splitlines() or [type(e).__name__])[0]
+        if "std::bad_cast" in first or "DEADLINE" in first:  # the former: see _own_last_words
+            first = f"not all came within {args.join_seconds} s (--join_seconds)"
         raise UserError(
             f"the processes of the run could not be joined (coordinator {where}): {first}; check that all were started, "
             "with the same --coordinator, and reach it"
@@ -162,8 +166,6 @@ def from_zero(mine: str, seconds: float) -> str:
 
 def _client() -> Any:
     """The key-value store that JAX's processes share; None for a process alone."""
-    from jax._src import distributed
-
     return distributed.global_state.client
 
 

@@ -271,12 +271,14 @@ NOBODY = ("--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=1")
         (["--process_id=1"], "need --coordinator"),
         (["--distributed"], "could not be joined"),
         ([*NOBODY, "--join_seconds=0"], "--join_seconds=0: must be at least 1"),
-        ([*NOBODY, "--join_seconds=3"], "could not be joined"),
+        ([*NOBODY, "--join_seconds=3"], "not all came within 3 s"),
     ],
 )
 def test_flags_that_do_not_fit(flags, words, tmp_path):
     command = [sys.executable, *COMMAND, f"--workdir={tmp_path / 'run'}", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    # JAX's client may speak too, of a cluster that never was.
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert words in line
+    assert "Traceback" not in done.stderr
