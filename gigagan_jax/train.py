@@ -88,6 +88,8 @@ def verb(argv: Sequence[str]) -> int:
         raise cli.UserError(f"--devices={args.devices}: must be at least 1")
     profile_steps = parse_steps(args.profile_steps) if args.profile_steps else None
     config = cli.load_config(args.config, cli.config_overrides(unknown))
+    if not args.dry_run:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the profiler listens: a request must not end the process
     distributed.join(args)
     configure(process_index=jax.process_index())
     if args.dry_run:

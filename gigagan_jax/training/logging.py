@@ -288,6 +288,11 @@ class Progress:
             self._points.popleft()
         self._images = images_seen
 
+    def restart(self, images_seen: int, now: float) -> None:
+        """Takes the rate from here on: the step before was compiled, and its time counts nowhere."""
+        self._points.clear()
+        self._points.append((now, images_seen))
+
     def line(self, metrics: Mapping[str, Any]) -> str:
         """The line to print, with these numbers by name."""
         images_seen = self._images

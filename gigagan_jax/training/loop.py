@@ -294,6 +294,7 @@ class Run:
             if first_time:
                 seen.add(with_r1)
                 _log.info("compiled in %.0f s", time.monotonic() - began)
+                progress.restart(images, goodput.training_seconds)
                 speed.learn()
             # Two steps may be in flight: the host prepares the next one, and no queue grows.
             stop = 0 if agreement else self._signals.number

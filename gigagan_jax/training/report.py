@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
 _CONFIG_FILE, _CHECKPOINTS, _SNAPSHOTS = "config.json", "checkpoints", "snapshots"
-_QUARANTINE_FILE, _HEALTH_FILE = "quarantine.jsonl", "health_report.json"
+_QUARANTINE_FILES, _HEALTH_FILE = "quarantine*.jsonl", "health_report.json"
 GRIDS = 24  # at most, of all that were drawn
 _GRID_BYTES = 3_500_000  # of all of them
 _GRID_WIDTH = 1400  # pixels
@@ -108,7 +108,7 @@ def read_run(workdir: Path) -> Run:
         account=Account(read_events(workdir)),
         grids=grids,
         all_grids=count,
-        bad=collections.Counter(str(line.get("cause", "unknown")) for line in _lines(workdir / _QUARANTINE_FILE)),
+        bad=_bad(workdir),
         health=_json(workdir / _HEALTH_FILE),
         checkpoints=_checkpoints(workdir / _CHECKPOINTS),
         now=time.time(),
@@ -210,6 +210,15 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                         yield value
     except OSError:
         return
+
+
+def _bad(workdir: Path) -> collections.Counter[str]:
+    """Files by cause, of the lists of all processes; one that several of them met counts once."""
+    found = {}
+    for path in sorted(workdir.glob(_QUARANTINE_FILES)):
+        for line in _lines(path):
+            found[str(line.get("name"))] = str(line.get("cause", "unknown"))
+    return collections.Counter(found.values())
 
 
 def _json(path: Path) -> dict[str, Any]:

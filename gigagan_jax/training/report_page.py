@@ -352,7 +352,7 @@ def _data(run: Run) -> list[str]:
     if run.bad:
         common = run.bad.most_common(12)
         body = bars(common, run.bad.total(), ["bad"] * len(common))
-        out.append(card(f"Bad files by cause: {run.bad.total():,} in quarantine.jsonl", body))
+        out.append(card(f"Bad files by cause: {run.bad.total():,}", body))
     return out
 
 

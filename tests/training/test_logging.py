@@ -272,6 +272,15 @@ def test_a_resumed_run_is_compiling_too_and_counts_only_its_own_images():
     assert "ETA 0:00:40" in line
 
 
+def test_images_of_a_step_that_was_compiled_do_not_count():
+    progress = Progress(10)
+    progress.update(100, {}, now=1.0)
+    progress.restart(200, now=1.01)
+    assert "images/s --" in progress.update(200, {}, now=1.01)
+    progress.update(300, {}, now=2.01)
+    assert progress.rate == pytest.approx(100)
+
+
 def test_the_rate_is_that_of_the_recent_window():
     progress = Progress(1000, window=60)
     now, images = 0.0, 0

@@ -111,13 +111,25 @@ def test_a_whole_run(tmp_path):
     (workdir / "checkpoints" / "60" / "state").mkdir(parents=True)
     (workdir / "checkpoints" / "60" / "state" / "x").write_bytes(b"1" * 5000)
     (workdir / "checkpoints" / "40.damaged").mkdir()
+    (workdir / "quarantine.1.jsonl").write_text(
+        '{"name": "a", "cause": "image_empty"}\n{"name": "d", "cause": "late"}\n'
+    )
     out = write(workdir)
     assert out == workdir / "report.html"
     text = out.read_text()
     found = parse(text)
     for said in ("my <run>", "failed", "it <b>diverged", "4 × TPU v5p", "41.0 %", "all images <alike>", "image_empty"):
         assert said in found.text, said
-    for said in ("Loss of G and D", "R1 penalty", "new/thing", "40.damaged", "5 kB", "snapshot_kimg", "3 grids"):
+    for said in (
+        "Loss of G and D",
+        "R1 penalty",
+        "new/thing",
+        "40.damaged",
+        "5 kB",
+        "snapshot_kimg",
+        "3 grids",
+        "by cause: 4",
+    ):
         assert said in found.text, said
     # of 100 s: 20 + 40 useful, a third of the first 30 repeated, 10 not running
     assert re.search(r"useful steps\s+60.0 %\s+1 min 00 s", found.text)
