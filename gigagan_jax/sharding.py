@@ -23,6 +23,8 @@ AXES = ("slice", "data", "fsdp", "tensor")  # slowest network first
 OPTIMIZER = "optimizer"  # the rule that names no dimension
 # Moments and averages of fewer elements stay whole: cutting one saves less than 64 kB, and costs a collective.
 LEAST_CUT = 2**14
+# The order in which XLA's partitioner keeps the examples of a batch where they belong; see DEFAULT_RULES.
+BATCH_ORDER = ("fsdp", "slice", "data")
 
 _current: contextvars.ContextVar[tuple[Any, Mapping[str, str]] | None] = contextvars.ContextVar("mesh", default=None)
 
@@ -107,12 +109,18 @@ def batch_shards(mesh: Mesh | AbstractMesh, rules: Mapping[str, str]) -> int:
 
 
 def check_batch(batch: int, micro_batches: int, mesh: Mesh | AbstractMesh, rules: Mapping[str, str]) -> None:
-    """Raises UserError when a micro-batch does not divide over the devices that share the batch, or copies would do the same."""
+    """Raises UserError when a micro-batch does not divide over the devices that share it, or its axes are wrong for the mesh."""
     idle = [a for a in AXES[:2] if mesh.shape[a] > 1 and a not in _axes("batch", rules, "batch")]
     if idle:
         raise UserError(
             f"config.rules.batch={rules['batch']!r} leaves out the mesh axis {idle[0]!r}: its {mesh.shape[idle[0]]} copies of "
-            f"the model would all see the same images; use {','.join((rules['batch'], *idle)).strip(',')!r}"
+            f"the model would all see the same images; use {','.join(BATCH_ORDER)!r}"
+        )
+    axes = [a for a in _axes("batch", rules, "batch") if mesh.shape[a] > 1]
+    if mesh.shape["tensor"] > 1 and axes != [a for a in BATCH_ORDER if a in axes]:
+        raise UserError(
+            f"config.rules.batch={rules['batch']!r}: in this order XLA mixes up the examples of a batch between devices when "
+            f"tensor > 1; use {','.join(BATCH_ORDER)!r}"
         )
     shards = batch_shards(mesh, rules)
     micro = batch // micro_batches

@@ -188,7 +188,7 @@ def test_check_batch():
     said = complaint(sharding.check_batch, 64, 4, MIXED, DEFAULT_RULES)
     assert said == (
         "config.batch_size=64 in 4 micro-batches is 16 images at a time, which does not divide over 32 devices "
-        "(fsdp,data,slice); use a multiple of 128"
+        "(fsdp,slice,data); use a multiple of 128"
     )
     assert "multiple of 64" in complaint(sharding.check_batch, 96, 1, FSDP, DEFAULT_RULES)
     slices = sharding.abstract_mesh(MeshConfig(fsdp=4, slices=2), 8)
@@ -196,8 +196,18 @@ def test_check_batch():
     said = complaint(sharding.check_batch, 8, 1, slices, DEFAULT_RULES | {"batch": "fsdp,data"})
     assert said == (
         "config.rules.batch='fsdp,data' leaves out the mesh axis 'slice': its 2 copies of the model would all see the same "
-        "images; use 'fsdp,data,slice'"
+        "images; use 'fsdp,slice,data'"
     )
+    four = sharding.abstract_mesh(MeshConfig(2, 2, 2, slices=2), 16)
+    sharding.check_batch(8, 1, four, DEFAULT_RULES)
+    said = complaint(sharding.check_batch, 8, 1, four, DEFAULT_RULES | {"batch": "fsdp,data,slice"})
+    assert said == (
+        "config.rules.batch='fsdp,data,slice': in this order XLA mixes up the examples of a batch between devices when "
+        "tensor > 1; use 'fsdp,slice,data'"
+    )
+    sharding.check_batch(
+        8, 1, slices, DEFAULT_RULES | {"batch": "slice,data,fsdp"}
+    )  # without tensor any order is right
 
 
 def test_batch_is_shared_among_data_and_fsdp():

@@ -12,7 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import digits
 from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
+from gigagan_jax.inference.pipeline import TextToImage
 from gigagan_jax.training import probe
+from gigagan_jax.training.checkpoint import Checkpoints, same, with_shardings
 from gigagan_jax.training.state import Net, Networks
 from gigagan_jax.training.step import TrainStep, _update
 
@@ -58,10 +60,31 @@ def test_an_update_does_not_depend_on_the_mesh(step, shape, monkeypatch):
     np.testing.assert_allclose(found, norm, rtol=1e-5)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, jax.device_get(net), jax.device_get(expected))
-    cut = [x for x in jax.tree.leaves(net.opt) if "data" in jax.tree.leaves(tuple(x.sharding.spec))]
-    assert len(cut) > 40  # both moments of most matrices
+    assert len(cut_over_data(net.opt)) > 40  # both moments of most matrices
     for x, s in zip(jax.tree.leaves(net), jax.tree.leaves(where.g), strict=True):
         assert x.sharding.is_equivalent_to(s, x.ndim)
+
+
+def cut_over_data(tree):
+    return [x for x in jax.tree.leaves(tree) if "data" in jax.tree.leaves(tuple(x.sharding.spec))]
+
+
+def test_a_cut_average_is_stored_and_sampled_from_on_any_mesh(step, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "LEAST_CUT", 64)
+    networks, config = step.networks, step.config
+    meshes = [sharding.make_mesh(MeshConfig(*shape)) for shape in ((8, 1, 1), (2, 2, 2))]
+    state = networks.init(meshes[0])
+    assert len(cut_over_data(state.g_ema)) > 20
+    checkpoints = Checkpoints(tmp_path, config)
+    checkpoints.save(1, state, {}, config)
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(1, with_shardings(networks.abstract(), networks.shardings(meshes[1])))
+    checkpoints.close()
+    assert same(restored, state)
+    assert len(cut_over_data(restored.g.opt)) > 20
+    sampler = TextToImage(config, meshes[0], device_batch=1)
+    images = [sampler(params, state.w_avg, ["a seven", "a three"], [0, 1]) for params in (state.g_ema, state.g.params)]
+    np.testing.assert_array_equal(*images)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
