@@ -111,7 +111,8 @@ def _step(plan: dict[str, Any], step: dict[str, Any]) -> list[str]:
     lines += ["", table(rows, ("slowest operations", "ms", "share", "forward", "recomputed", "backward"))]
     parts = ", ".join(f"{name} {milliseconds(s)}" for name, s in step["parts"].items())
     lines += [f"by loss: {parts}"]
-    lines += [f"traced in {step['seconds_to_trace']:.0f} s, compiled in {step['seconds_to_compile']:.0f} s"]
+    effort = "the compiler's own effort" if plan["effort"] is None else f"effort {plan['effort']:g}"
+    lines += [f"traced in {step['seconds_to_trace']:.0f} s, compiled in {step['seconds_to_compile']:.0f} s at {effort}"]
     return lines
 
 

@@ -237,7 +237,14 @@ def made(tiny):
             m["backward"] = 0.0
     where = topology.parse("v5p-8")
     about = {"config": "made", "topology": where.title, "asked": "v5p-8", "chip": "v5p", "chips": 4, "slices": 1}
-    about |= {"mesh": {"data": 4, "fsdp": 1}, "batch_size": 16, "micro_batches": 1, "jax": "0", "libtpu": "0"}
+    about |= {
+        "mesh": {"data": 4, "fsdp": 1},
+        "batch_size": 16,
+        "micro_batches": 1,
+        "jax": "0",
+        "libtpu": "0",
+        "effort": -1.0,
+    }
     about |= {"parameters": {"generator": 10**6}, "bytes_of_chip": 95 * 2**30, "compiled": True, "steps": steps}
     return about | compiling._together(tiny, where, steps)
 
@@ -254,6 +261,7 @@ def test_the_report(made):
     text = words.report(made)
     for part in ("8.000", "8.4 %", "all-reduce", "1,800.0", "33.3 %", "generator/<4px>", "fits: 8.00 GiB of 95.00 GiB"):
         assert part in text
+    assert "compiled in 90 s at effort -1" in text
     assert "other8" in text
     assert "other9" not in text  # ten in all
     del made["steps"]["with_r1"]
