@@ -199,7 +199,7 @@ def test_what_one_has_to_say_ends_all(tmp_path):
 
 @pytest.mark.parametrize(
     "count, lost, number",
-    [(4, 3, signal.SIGSTOP), (4, 0, signal.SIGKILL), (2, 0, signal.SIGSTOP), (2, 1, signal.SIGKILL)],
+    [(4, 3, signal.SIGSTOP), (4, 2, signal.SIGKILL), (2, 0, signal.SIGSTOP), (2, 0, signal.SIGKILL)],
 )
 def test_a_lost_process_ends_the_others(count, lost, number, tmp_path):
     """All others end, not with code 0, within the limit and some seconds, each with one line that says who was lost."""
