@@ -276,6 +276,8 @@ class Goodput:
                     self._total["step"] += moved
                 if cause == "step":
                     self._stack[0] = "other"  # what comes after the loop
+                elif cause != "data":
+                    self.flush()  # it is rare, and much is done by then: a checkpoint, a compilation
 
     def resumed(self, step: int) -> None:
         """The state is that of this step: at the start, and again after each return to an earlier one."""

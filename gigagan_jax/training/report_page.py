@@ -51,6 +51,7 @@ _STYLE = (
   vertical-align: middle; margin-left: 8px; background: var(--rail); color: var(--soft); }
 .badge.done { background: var(--c2); color: var(--page); } .badge.running { background: var(--c0); color: var(--page); }
 .badge.failed { background: var(--bad); color: var(--page); }
+@media (min-width: 561px) { .tiles { grid-template-columns: repeat(auto-fit, minmax(126px, 1fr)); } }
 h2.part { font-size: 20px; margin: 30px 0 12px; }
 .film img { display: block; width: 100%; height: auto; max-height: 78vh; object-fit: contain; border-radius: 6px;
   background: var(--rail); image-rendering: auto; }

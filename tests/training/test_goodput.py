@@ -210,6 +210,22 @@ def test_a_killed_process_leaves_what_it_did(tmp_path):
     assert sum(account.seconds.values()) == pytest.approx(session.last - session.began, abs=0.1)
 
 
+def test_what_was_done_before_a_checkpoint_is_in_the_file_with_it(tmp_path):
+    clock = Clock()
+    goodput = Goodput(tmp_path, clock=clock)
+    goodput.resumed(0)
+    with goodput("step"):
+        clock.now += 4
+        goodput.step = 7
+        with goodput("checkpoint"):
+            clock.now += 1
+        account = Account(read_events(tmp_path))  # as it stands were the process killed now
+    assert account.seconds["step"] == 4
+    assert account.seconds["checkpoint"] == 1
+    assert account.sessions[0].last_step == 7
+    goodput.close()
+
+
 def test_other_processes_write_nothing(tmp_path):
     with Goodput(tmp_path, enabled=False) as goodput:
         goodput.resumed(3)
