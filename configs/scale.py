@@ -53,4 +53,5 @@ def get_config(arg: str = "1b") -> ConfigDict:
     for o in (c.g_optimizer, c.d_optimizer):
         o.learning_rate /= m
     c.mesh.data, c.mesh.fsdp = -1, 64
+    c.remat = True  # laion.py does without; here what would be kept is what does not fit
     return c

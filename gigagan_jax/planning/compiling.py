@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from gigagan_jax import sharding
 from gigagan_jax.config import Config
 from gigagan_jax.errors import UserError
-from gigagan_jax.planning import collectives, profile
+from gigagan_jax.planning import collectives, profile, roofline
 from gigagan_jax.planning.hlo import Module
 from gigagan_jax.planning.topology import Topology, devices
 from gigagan_jax.training import dry_run
@@ -24,6 +24,7 @@ from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import CompiledStep, TrainStep
 
 SLOWEST = 10
+SEARCHES = -0.25  # the least effort with which the compiler searches for windows
 _STILL = 30.0  # seconds between two signs of life
 # All callers of an operation: the module that it is in may be far up.
 _FRAMES = 60
@@ -62,6 +63,11 @@ class Settings:
     with_r1: bool = False
     effort: float | None = -1.0
     memory_effort: float | None = None
+
+    @property
+    def searched(self) -> bool:
+        """Whether the compiler searches for windows (docs/planning.md)."""
+        return self.effort is None or self.effort >= SEARCHES
 
 
 def plan(config: Config, topology: Topology, settings: Settings) -> dict[str, Any]:
@@ -142,7 +148,9 @@ def compile_step(
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     with phase("reading the program"):
         module = Module(compiled.as_text())
-        found = _read(module, topology, [getattr(d, "slice_index", 0) for d in mesh.devices.flat], out)
+        found = _read(
+            module, topology, [getattr(d, "slice_index", 0) for d in mesh.devices.flat], out, settings.searched
+        )
     need = _memory(memory, kinds)
     optimal = cost.get("optimal_seconds", -1.0)
     return out | {
@@ -183,12 +191,19 @@ def _wanted(message: str, kinds: dict[str, int]) -> int | None:
     return int(float(amount) * 2 ** {"K": 10, "M": 20, "G": 30}[unit]) + beside
 
 
-def _read(module: Module, topology: Topology, slices: list[int], known: dict[str, Any]) -> dict[str, Any]:
+def _read(
+    module: Module, topology: Topology, slices: list[int], known: dict[str, Any], searched: bool
+) -> dict[str, Any]:
+    """What the program says; `searched`: did the compiler look for the windows of matrix products? See roofline.py."""
     runs = list(module.runs())
     unknown = list(module.unknown_loops)
     clock, network = topology.chip.clock, topology.network
-    timed = [r for r in runs if r.instruction.cycles]
-    seconds = lambda some: sum((r.instruction.cycles or 0) * r.times for r in some) / clock
+    by_cycles = [(r, (r.instruction.cycles or 0) * r.times / clock) for r in runs if r.instruction.cycles]
+    timed = by_cycles
+    if not searched:
+        roof = lambda r: roofline.seconds(module, r, clock, topology.chip.flops, network.memory)
+        timed = [(r, roof(r)) for r, _ in by_cycles]
+    seconds = lambda some: sum(s for _, s in some)
     exchanges = collectives.summary(collectives.collectives(module, slices))
     at = {"inside a slice": network.links, "between slices": network.outside}
     for row in exchanges:
@@ -202,13 +217,14 @@ def _read(module: Module, topology: Topology, slices: list[int], known: dict[str
     return {
         "seconds": total,
         "seconds_of_operations": compute,
-        "seconds_of_matrix_units": seconds([r for r in timed if r.instruction.matrix]),
+        "seconds_by_cycles": seconds(by_cycles),
+        "seconds_of_matrix_units": seconds((r, s) for r, s in timed if r.instruction.matrix),
         "seconds_of_communication": talk,
         "seconds_hidden": hidden,
         "share_of_peak": known["seconds_at_peak"] / total if total else None,
         "collectives": exchanges,
-        "modules": profile.by_module(module, timed, clock),
-        "parts": profile.by_part(timed, clock),
+        "modules": profile.by_module(module, timed),
+        "parts": profile.by_part(timed),
         "loops_of_unknown_length": len(unknown),
     }
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from gigagan_jax.planning.hlo import Module, Run
 
@@ -63,20 +63,18 @@ def way(op_name: str) -> str:
     return "backward" if "transpose(" in op_name else "forward"
 
 
-def by_module(module: Module, runs: Sequence[Run], clock: float) -> list[dict]:
+def by_module(module: Module, runs: Iterable[tuple[Run, float]]) -> list[dict]:
     """Seconds of one step by module, slowest first, with each direction's share of them.
 
     Args:
-      clock: Hz.
+      runs: operations, each with its seconds in one step.
     """
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(_WAYS, 0.0))
     total = 0.0
-    for run in runs:
+    for run, spent in runs:
         i = run.instruction
-        if i.cycles:
-            spent = i.cycles * run.times / clock
-            seconds[module_name(i.op_name, module.stack(i.frame))][way(i.op_name)] += spent
-            total += spent
+        seconds[module_name(i.op_name, module.stack(i.frame))][way(i.op_name)] += spent
+        total += spent
     rows = [
         {
             "module": name,
@@ -89,11 +87,10 @@ def by_module(module: Module, runs: Sequence[Run], clock: float) -> list[dict]:
     return sorted(rows, key=lambda row: -row["seconds"])
 
 
-def by_part(runs: Sequence[Run], clock: float) -> dict[str, float]:
+def by_part(runs: Iterable[tuple[Run, float]]) -> dict[str, float]:
     """Seconds of one step by loss: the named scopes of the step, and the rest."""
     out: dict[str, float] = defaultdict(float)
-    for run in runs:
-        if run.instruction.cycles:
-            part = next((p for p in PARTS if p in run.instruction.op_name), "G, D and the rest")
-            out[part] += run.instruction.cycles * run.times / clock
+    for run, spent in runs:
+        part = next((p for p in PARTS if p in run.instruction.op_name), "G, D and the rest")
+        out[part] += spent
     return dict(sorted(out.items(), key=lambda row: -row[1]))

@@ -7,7 +7,7 @@ program to be ten times slower than it would make it with effort (docs/planning.
 
 import re
 
-from gigagan_jax.planning.hlo import Instruction, Module, size
+from gigagan_jax.planning.hlo import Instruction, Module, Run, size
 
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=([0-9a-z]+)_([0-9a-z]+)->([0-9a-z]+)")
@@ -77,6 +77,19 @@ def traffic(module: Module, computation: str, i: Instruction) -> int:
     return size(i.shape) + sum(size(shapes.get(o, "")) for o in i.operands)
 
 
-def seconds(module: Module, computation: str, i: Instruction, peak: float, bandwidth: float) -> float:
-    """The roof of one run of a matrix operation; `peak` in FLOP/s, `bandwidth` in bytes/s."""
-    return max(flops(module, computation, i) / peak, traffic(module, computation, i) / bandwidth)
+def seconds(module: Module, run: Run, clock: float, peak: float, bandwidth: float) -> float:
+    """Of all runs of an operation in one step: by the compiler's cycles, or by the roof where that is less.
+
+    Only what runs on the matrix units has a roof here: of other operations the compiler does not search for windows.
+
+    Args:
+      clock: Hz.
+      peak: FLOP/s.
+      bandwidth: of the memory, bytes/s.
+    """
+    i = run.instruction
+    expected = (i.cycles or 0) / clock
+    work = flops(module, run.computation, i) if i.matrix else 0
+    if work:
+        expected = min(expected, max(work / peak, traffic(module, run.computation, i) / bandwidth))
+    return expected * run.times

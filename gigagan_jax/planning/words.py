@@ -71,13 +71,19 @@ def _step(plan: dict[str, Any], step: dict[str, Any]) -> list[str]:
         ]
     if "seconds" not in step:
         return [*lines, f"the compiler found no room for it: {step['why']}"]
+    by_cycles = ""
+    if step["seconds_by_cycles"] > step["seconds_of_operations"]:
+        by_cycles = (
+            f"; matrix products at most at their roof: at effort {plan['effort']:g} the compiler does not "
+            f"search for their windows: {milliseconds(step['seconds_by_cycles'])} without that"
+        )
     share = step["seconds_of_matrix_units"] / max(step["seconds_of_operations"], 1e-12)
     lines += [
         f"bytes accessed (loop bodies counted once): {(step['bytes_accessed'] or 0) / 1e9:,.1f} GB",
         "",
         f"estimated by the compiler: {milliseconds(step['seconds'])} a step, {percent(step['share_of_peak'])} of peak",
         f"  operations {milliseconds(step['seconds_of_operations'])} (summed estimated_cycles, loops by their turns; "
-        f"matrix units {percent(share)})",
+        f"matrix units {percent(share)}{by_cycles})",
         f"  communication {milliseconds(step['seconds_of_communication'])} by bytes over link bandwidth, of which "
         f"{milliseconds(step['seconds_hidden'])} beside operations",
         f"  a bound by FLOPs and bytes with loops counted once (optimal_seconds): {milliseconds(step['seconds_optimal'])}",

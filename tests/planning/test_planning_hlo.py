@@ -2,7 +2,7 @@
 
 import pytest
 
-from gigagan_jax.planning import profile
+from gigagan_jax.planning import profile, roofline
 from gigagan_jax.planning.hlo import Module, size
 
 
@@ -191,8 +191,8 @@ def test_operations_get_the_names_of_their_modules():
     )
     assert module.stack(6)[0] == ("step", "TrainStep.g_loss")
     assert module.stack(6)[-1] == ("adaptive_conv", "demodulation")
-    runs = list(module.runs())
-    rows = profile.by_module(module, runs, clock=1000.0)
+    timed = [(r, r.instruction.cycles * r.times / 1000.0) for r in module.runs() if r.instruction.cycles]
+    rows = profile.by_module(module, timed)
     assert rows[0] == {
         "module": "generator/64px/SynthesisBlock/AdaptiveConv/demodulation",
         "seconds": pytest.approx(0.6),
@@ -206,7 +206,78 @@ def test_operations_get_the_names_of_their_modules():
         "clip_loss/step/g_loss": pytest.approx(0.15),
         "step/update": pytest.approx(0.05),
     }
-    assert profile.by_part(runs, 1000.0) == {
+    assert profile.by_part(timed) == {
         "G, D and the rest": pytest.approx(0.85),
         "clip_loss": pytest.approx(0.15),
     }
+
+
+# ---------------------------------------------------------------- roofs
+
+
+def convolution(left, right, out, window, labels):
+    """FLOPs of one, by the planner."""
+    text = (
+        f"ENTRY %main (a: f32[1]) -> f32[1] {{\n  %a = {left} parameter(0)\n  %b = {right} parameter(1)\n"
+        f"  ROOT %c = {out} convolution(%a, %b), {window}dim_labels={labels}\n}}\n"
+    )
+    module = Module(text)
+    (run,) = [r for r in module.runs() if r.instruction.opcode == "convolution"]
+    return roofline.flops(module, "main", run.instruction)
+
+
+@pytest.mark.parametrize(
+    "shapes, window, labels, expected",
+    [
+        # a matrix product
+        (("bf16[16,64]", "bf16[64,32]", "bf16[16,32]"), "", "bf_io->bf", 2 * 16 * 64 * 32),
+        # 3 x 3, 'same': at the border fewer taps meet the image
+        (
+            ("bf16[2,8,8,4]", "bf16[3,3,4,5]", "bf16[2,8,8,5]"),
+            "window={size=3x3 pad=1_1x1_1}, ",
+            "b01f_01io->b01f",
+            2 * 2 * 5 * 4 * 22 * 22,
+        ),
+        # stride two
+        (
+            ("bf16[2,9,9,4]", "bf16[3,3,4,5]", "bf16[2,4,4,5]"),
+            "window={size=3x3 stride=2x2}, ",
+            "b01f_01io->b01f",
+            2 * 2 * 5 * 4 * 12 * 12,
+        ),
+        # a batched product, as the TPU's compiler writes it: one tap of sixteen meets an input
+        (
+            ("bf16[16,64,8]", "bf16[16,8,5]", "bf16[16,64,5]"),
+            "window={size=16 stride=15 lhs_dilate=16}, ",
+            "0bf_0io->0bf",
+            2 * 16 * 64 * 8 * 5,
+        ),
+    ],
+)
+def test_flops_of_a_convolution(shapes, window, labels, expected):
+    assert convolution(*shapes, window, labels) == expected
+
+
+def test_a_roof_is_only_for_matrix_operations_and_never_above_the_cycles():
+    work = 2 * 1024**3
+    line = (
+        '  ROOT %c = f32[1024,1024]{1,0} convolution(%a, %b), dim_labels=bf_io->bf, backend_config={"window_config":'
+        '{"estimated_cycles":"CYCLES","cost_model_type":"KIND"}}\n'
+    )
+
+    def seconds(cycles, kind, peak, bandwidth):
+        text = (
+            "ENTRY %main (a: f32[1]) -> f32[1] {\n  %a = f32[1024,1024]{1,0} parameter(0)\n"
+            "  %b = f32[1024,1024]{1,0} parameter(1)\n"
+            + line.replace("CYCLES", str(cycles)).replace("KIND", kind)
+            + "}\n"
+        )
+        module = Module(text)
+        (run,) = [r for r in module.runs() if r.instruction.cycles]
+        return roofline.seconds(module, run, 1000.0, peak, bandwidth)
+
+    matrix = "COST_MODEL_TYPE_CLASSIC"
+    assert seconds(5000, matrix, work, 1e12) == pytest.approx(1.0)  # FLOPs at the peak
+    assert seconds(5000, matrix, 1e15, 3 * 4 * 1024**2 / 2) == pytest.approx(2.0)  # bytes
+    assert seconds(500, matrix, work, 1e12) == pytest.approx(0.5)  # cycles
+    assert seconds(5000, "OTHER", work, 1e12) == pytest.approx(5.0)
