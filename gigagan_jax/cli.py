@@ -17,7 +17,6 @@ from gigagan_jax.errors import UserError
 from gigagan_jax.memory import keep_memory
 from gigagan_jax.sharding import check_rules
 
-BAD_INPUT = 2
 RESTART = 75  # EX_TEMPFAIL: stopped by SIGTERM with its state saved; launchers run the same command again
 INTERRUPTED = 130  # by the user, with its state saved
 
@@ -37,7 +36,7 @@ def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
     except UserError as e:
         message = " ".join(str(e).split())
         print(f"error: {message}", file=sys.stderr, flush=True)
-        code = BAD_INPUT
+        code = e.code
         distributed.fail(message, code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

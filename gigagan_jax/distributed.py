@@ -24,7 +24,7 @@ from jax._src import distributed
 from jax._src.lib import _jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.errors import Unreachable, UserError
 
 _log = logging.getLogger(__name__)
 _ERROR, _ALIVE = "gigagan_jax/error", "gigagan_jax/alive/"
@@ -67,7 +67,8 @@ def join(args: argparse.Namespace) -> None:
     """Joins this process to the others, where the flags ask for it. Comes before anything that touches a device.
 
     Raises:
-      UserError: flags that do not fit, processes that do not come, or no cluster that could be found.
+      UserError: flags that do not fit, or no cluster that could be found.
+      Unreachable: processes that do not come.
     """
     by_hand = (args.num_processes, args.process_id)
     for name in ("heartbeat_seconds", "join_seconds"):
@@ -104,7 +105,9 @@ def join(args: argparse.Namespace) -> None:
         first = (str(e).splitlines() or [type(e).__name__])[0]
         if "std::bad_cast" in first or "DEADLINE" in first:  # the former: see _own_last_words
             first = f"not all came within {args.join_seconds} s (--join_seconds)"
-        raise UserError(
+        # No cluster found is a mistake; machines that are late may be there at the next try.
+        kind = UserError if isinstance(e, ValueError) else Unreachable
+        raise kind(
             f"the processes of the run could not be joined (coordinator {where}): {first}; check that all were started, "
             "with the same --coordinator, and reach it"
         ) from None

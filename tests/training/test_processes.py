@@ -277,7 +277,7 @@ NOBODY = ("--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=1")
 def test_flags_that_do_not_fit(flags, words, tmp_path):
     command = [sys.executable, *COMMAND, f"--workdir={tmp_path / 'run'}", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
+    assert done.returncode == (1 if words.startswith("not all came") else 2)
     # JAX's client may speak too, of a cluster that never was.
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert words in line
