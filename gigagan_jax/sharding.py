@@ -7,6 +7,7 @@ averages are cut as their parameter is, and by the axes of `rules.optimizer` bes
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -232,6 +233,37 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return x
     mesh, rules = current
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh, rules, "activation")))
+
+
+def gather(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """A parameter as a layer computes with it: put together from the devices that share it, but for what `tensor` cuts.
+
+    Left to itself the partitioner may bring the activations of the whole batch to where a part of a weight lies. The gradient
+    comes back as the parameter lies, summed and scattered.
+    """
+    current = _current.get()
+    if current is None or current[0].shape["fsdp"] == 1:
+        return x
+    mesh, rules = current
+    whole = {k: ",".join(a for a in v.split(",") if a == "tensor") for k, v in rules.items()}
+    there, here = (NamedSharding(mesh, spec(names, x.shape, mesh, r, "parameter")) for r in (rules, whole))
+    return x if there.spec == here.spec else _moved(x, there, here)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: jax.Array, there: NamedSharding, here: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, there), here)
+
+
+def _moved_forward(x: jax.Array, there: NamedSharding, here: NamedSharding) -> tuple[jax.Array, None]:
+    return _moved(x, there, here), None
+
+
+def _moved_backward(there: NamedSharding, here: NamedSharding, _: None, g: jax.Array) -> tuple[jax.Array]:
+    return (_moved(g, here, there),)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
 
 
 def to_optimizer(x: jax.Array, names: Sequence[str | None]) -> jax.Array:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from gigagan_jax.config import AttentionConfig, Config, TransformerConfig
 from gigagan_jax.models.layers.attention import FeedForward, SelfAttention
-from gigagan_jax.models.layers.equalized import Linear, RmsNorm, Stack, leaky_relu, normalize, param
+from gigagan_jax.models.layers.equalized import Linear, RmsNorm, Stack, leaky_relu, normalize, param, value
 from gigagan_jax.models.pretrained.text_spec import BYTE_VOCABULARY, BYTES_END, text_spec
 from gigagan_jax.sharding import constrain
 
@@ -51,13 +51,13 @@ class ByteEncoder(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens int32 [N, C] -> [N, C, width]"""
-        x = (self.embedding[...][tokens] + self.position[...]).astype(self.dtype)
+        x = (value(self.embedding, jnp.float32)[tokens] + value(self.position, jnp.float32)).astype(self.dtype)
         # Padding is not a neighbour: t_global is read at the last token before it.
         seen = (tokens != PAD_ID)[:, :, None]
         padded = jnp.pad(jnp.where(seen, x, jnp.zeros_like(x)), ((0, 0), (1, 1), (0, 0)))
-        mix = (self.mix[...] * (1.0 / math.sqrt(3.0))).astype(self.dtype)
+        mix = value(self.mix, self.dtype, 1.0 / math.sqrt(3.0))
         near = padded[:, :-2] * mix[0] + x * mix[1] + padded[:, 2:] * mix[2]
-        return x + leaky_relu(near + self.bias[...].astype(self.dtype))
+        return x + leaky_relu(near + value(self.bias, self.dtype))
 
 
 class TransformerBlock(nnx.Module):
@@ -132,7 +132,7 @@ class Conditioner(nnx.Module):
             mask = jnp.arange(tokens.shape[1]) <= end[:, None]
             return self.transformer(features, mask, end)
         if self.kind == "class":
-            return Condition(self.embedding[...][labels])
+            return Condition(value(self.embedding, jnp.float32)[labels])
         return Condition(None)
 
 

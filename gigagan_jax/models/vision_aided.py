@@ -13,7 +13,7 @@ from flax import nnx
 
 from gigagan_jax.config import Config
 from gigagan_jax.models.layers.adaptive_conv import modulated_head
-from gigagan_jax.models.layers.equalized import Conv, Linear, leaky_relu, normalize, param
+from gigagan_jax.models.layers.equalized import Conv, Linear, leaky_relu, normalize, param, value
 from gigagan_jax.models.text import Conditioner
 
 
@@ -34,7 +34,7 @@ class RandomProjection(nnx.Module):
         """[N, h, w, C] a layer -> [N, h, w, out] a layer, each position of unit second moment"""
         # A tower's channels differ in size by orders of magnitude; the heads start from inputs of one size.
         unit = lambda x: normalize(x).astype(x.dtype)
-        return [unit(x @ w[...].astype(x.dtype)) for x, w in zip(features, self.weights, strict=True)]
+        return [unit(x @ value(w, x.dtype)) for x, w in zip(features, self.weights, strict=True)]
 
 
 class Head(nnx.Module):

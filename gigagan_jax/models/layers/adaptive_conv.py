@@ -21,17 +21,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gigagan_jax.models.layers.equalized import Linear, conv, leaky_relu, param
+from gigagan_jax.models.layers.equalized import Linear, conv, leaky_relu, param, value
 from gigagan_jax.models.layers.resample import upsample
+from gigagan_jax.sharding import gather
 
 
-def demodulation(bank: jax.Array, style: jax.Array, mix: jax.Array, eps: float = 1e-8) -> jax.Array:
+def demodulation(
+    bank: jax.Array,
+    style: jax.Array,
+    mix: jax.Array,
+    eps: float = 1e-8,
+    axes: tuple[str | None, ...] = ("bank", "kernel", "kernel", None, None),
+) -> jax.Array:
     """1 / norm of each output filter after mixing and modulation, in float32.
 
     Args:
       bank: [bank, kh, kw, in, out]
       style: [N, in]
       mix: [N, bank] mixture weights
+      axes: logical names of the bank's dimensions
 
     Returns:
       [N, out]
@@ -43,7 +51,7 @@ def demodulation(bank: jax.Array, style: jax.Array, mix: jax.Array, eps: float =
     # Pairs of filters by their distance in the bank. The Gram matrices are elementwise products summed over the kernel: as
     # one einsum over all pairs the compiler makes them matrix products of size N x N (on a v5p, estimated, 100 times slower).
     for d in range(n // 2 + 1):
-        gram = jnp.sum(bank * jnp.roll(bank, -d, axis=0), axis=(1, 2))
+        gram = gather(jnp.sum(bank * jnp.roll(bank, -d, axis=0), axis=(1, 2)), (axes[0], *axes[3:]))
         times = 1.0 if d == 0 or 2 * d == n else 2.0  # a pair met in one order only counts for both
         pair = times * mix * jnp.roll(mix, -d, axis=1)
         weights = pair[:, :, None] * squares[:, None, :]
@@ -139,14 +147,15 @@ class AdaptiveConv(nnx.Module):
             mix = jnp.ones((x.shape[0], 1), jnp.float32)
         else:
             mix = jax.nn.softmax(self.select(w.astype(jnp.float32)), axis=-1)
+        axes = self.filters.get_metadata()["logical_axes"][-5:]
         filters = self.filters[...] * self.scale
         x = x.astype(self.dtype) * style[:, None, None, :].astype(self.dtype)
         if self.up:
             x = upsample(x)
-        y = mixed_conv(x, filters.astype(self.dtype), mix, self.form)
+        y = mixed_conv(x, gather(filters.astype(self.dtype), axes), mix, self.form)
         if self.demodulate:
-            y *= demodulation(filters, style, mix)[:, None, None, :].astype(self.dtype)
-        y += self.bias[...].astype(self.dtype)
+            y *= demodulation(filters, style, mix, axes=axes)[:, None, None, :].astype(self.dtype)
+        y += value(self.bias, self.dtype)
         return leaky_relu(y) if self.activation else y
 
 

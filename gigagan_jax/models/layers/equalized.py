@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.models.layers.resample import blur, downsample
+from gigagan_jax.sharding import gather
 
 SQRT2 = math.sqrt(2.0)
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -28,6 +29,13 @@ def param(
     if std:
         value += std * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, logical_axes=tuple(axes), init_mean=mean, init_std=std)
+
+
+def value(variable: Any, dtype: Any, scale: float = 1.0) -> jax.Array:
+    """A parameter times `scale`, in the precision of the computation and then gathered (see sharding.gather)."""
+    x = variable[...]
+    names = variable.get_metadata()["logical_axes"][-x.ndim :] if x.ndim else ()  # within a Stack without "layers"
+    return gather((x if scale == 1.0 else x * scale).astype(dtype), names)
 
 
 def leaky_relu(x: jax.Array) -> jax.Array:
@@ -70,9 +78,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]"""
-        y = x.astype(self.dtype) @ (self.weight[...] * self.scale).astype(self.dtype)
+        y = x.astype(self.dtype) @ value(self.weight, self.dtype, self.scale)
         if self.bias is not None:
-            y += (self.bias[...] * self.lr_mul).astype(self.dtype)
+            y += value(self.bias, self.dtype, self.lr_mul)
         return y
 
 
@@ -103,7 +111,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, in] -> [N, H, W, out], half the sides when `down`"""
-        w = (self.weight[...] * self.scale).astype(self.dtype)
+        w = value(self.weight, self.dtype, self.scale)
         x = x.astype(self.dtype)
         if not self.down:
             y = conv(x, w)
@@ -111,7 +119,7 @@ class Conv(nnx.Module):
             y = conv(downsample(x), w)
         else:
             y = jax.lax.conv_general_dilated(blur(x), w, (2, 2), "VALID", dimension_numbers=LAYOUT)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + value(self.bias, self.dtype)
 
 
 def conv(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -129,7 +137,7 @@ class RmsNorm(nnx.Module):
         self.gain = param(rngs, (features,), (axis,), mean=1.0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (normalize(x, eps=1e-6) * self.gain[...]).astype(self.dtype)
+        return (normalize(x, eps=1e-6) * value(self.gain, jnp.float32)).astype(self.dtype)
 
 
 class Stack(nnx.Module):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.errors import UserError
-from gigagan_jax.models.layers.equalized import param
+from gigagan_jax.models.layers.equalized import param, value
 from gigagan_jax.models.pretrained import vit
 from gigagan_jax.models.pretrained.files import CONFIG, Row, read_json, require, transposed
 from gigagan_jax.models.pretrained.layers import Block, Dense, Encoder, LayerNorm
@@ -150,7 +150,8 @@ class ClipText(nnx.Module):
         """tokens int32 [N, C] -> TextOutput; `taps` are numbers of blocks, `pool` runs them all."""
         c = self.config
         length = tokens.shape[1]
-        x = (self.token[...][tokens] + self.position[...][:length]).astype(self.dtype)
+        whole = lambda v: value(v, v[...].dtype)
+        x = (whole(self.token)[tokens] + whole(self.position)[:length]).astype(self.dtype)
         causal = jnp.tril(jnp.ones((length, length), bool))
         asked = (*taps, c.num_hidden_layers) if pool else tuple(taps)
         hidden = self.encoder(x, causal, taps=asked)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gigagan_jax.models.layers.equalized import Stack, param
+from gigagan_jax.models.layers.equalized import Stack, param, value
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -50,8 +50,8 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]"""
-        y = x.astype(self.dtype) @ self.weight[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        y = x.astype(self.dtype) @ value(self.weight, self.dtype)
+        return y if self.bias is None else y + value(self.bias, self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -67,7 +67,7 @@ class LayerNorm(nnx.Module):
         x = x.astype(jnp.float32)
         x -= x.mean(-1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return (x * self.gain[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+        return (x * value(self.gain, jnp.float32) + value(self.bias, jnp.float32)).astype(self.dtype)
 
 
 def dot_attention(

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from gigagan_jax.errors import UserError
-from gigagan_jax.models.layers.equalized import normalize, param
+from gigagan_jax.models.layers.equalized import normalize, param, value
 from gigagan_jax.models.pretrained.files import CONFIG, Row, read_json, require, transposed
 from gigagan_jax.models.pretrained.layers import ACTIVATIONS, Dense, Encoder, dot_attention
 
@@ -121,7 +121,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., C] -> [..., C]"""
-        return (normalize(x, eps=self.eps) * self.gain[...].astype(jnp.float32)).astype(self.dtype)
+        return (normalize(x, eps=self.eps) * value(self.gain, jnp.float32)).astype(self.dtype)
 
 
 class Attention(nnx.Module):
@@ -184,7 +184,7 @@ class T5Encoder(nnx.Module):
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """tokens int32 [N, C], mask bool [N, C] (False: padding, not looked at) -> [N, C, D], after the final norm"""
-        x = self.token[...][tokens].astype(jnp.float32)
+        x = value(self.token, self.token[...].dtype)[tokens].astype(jnp.float32)
         x = self.encoder(x, self._bias(tokens.shape[1]), mask[:, None, None, :], taps=(self.config.num_layers,))[0]
         return self.norm(x)
 
@@ -193,7 +193,7 @@ class T5Encoder(nnx.Module):
         c = self.config
         places = np.arange(1 - length, length)
         number = buckets(places, c.relative_attention_num_buckets, c.relative_attention_max_distance)
-        by_distance = self.position_bias[...].astype(jnp.float32)[number]  # [2 length - 1, heads]
+        by_distance = value(self.position_bias, jnp.float32)[number]  # [2 length - 1, heads]
         at = jnp.arange(length)
         return by_distance[at[None, :] - at[:, None] + (length - 1)].transpose(2, 0, 1)[None]
 

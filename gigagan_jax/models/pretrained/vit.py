@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from gigagan_jax.errors import UserError
-from gigagan_jax.models.layers.equalized import param
+from gigagan_jax.models.layers.equalized import param, value
 from gigagan_jax.models.pretrained.files import Row, hwio, require, transposed
 from gigagan_jax.models.pretrained.layers import ACTIVATIONS, Dense
 
@@ -78,8 +78,8 @@ class Embedding(nnx.Module):
         n = images.shape[0]
         x = images.reshape(n, r // p, p, r // p, p, 3).swapaxes(2, 3)
         x = self.patch(x.reshape(n, (r // p) ** 2, p * p * 3))
-        first = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (n, 1, x.shape[2]))
-        return jnp.concatenate([first, x], axis=1) + self.position[...].astype(self.dtype)
+        first = jnp.broadcast_to(value(self.class_token, self.dtype), (n, 1, x.shape[2]))
+        return jnp.concatenate([first, x], axis=1) + value(self.position, self.dtype)
 
 
 def preprocess(images: jax.Array, size: int, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> jax.Array:
