@@ -329,7 +329,8 @@ def test_a_tpu_is_planned(planned):
     step = found["steps"]["without_r1"]
     assert found["fits"]
     assert step["memory"]["parameters"] == 4 * sum(found["parameters"].values())
-    assert step["memory"]["optimizer"] >= 2 * step["memory"]["parameters"]
+    # beta1 is 0: one moment a parameter, whole or cut over the chips, and two counters.
+    assert 0.25 <= step["memory"]["optimizer"] / step["memory"]["parameters"] < 1.01
     assert step["memory"]["total"] == sum(v for k, v in step["memory"].items() if k != "total")
     assert step["loops_of_unknown_length"] == 0
     # Gradients of all parameters are summed over the chips, in float32 or less.
