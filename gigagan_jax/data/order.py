@@ -1,7 +1,8 @@
 """In which order the examples of a source are trained on: endless, shuffled anew each epoch, and without a list of it."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from grain.experimental import index_shuffle
@@ -118,3 +119,8 @@ def _apportion(shares: Sequence[float], total: int) -> list[int]:
     if counts.min() < 1:
         raise UserError(f"the weights {tuple(shares)} leave a part less than one example in {total}: raise its weight")
     return counts.tolist()
+
+
+def reordered(state: Mapping[str, Any], salt: int) -> dict[str, Any]:
+    """The position `state` of a pipeline, with another order of the examples from there on; `salt` picks which."""
+    return {**state, "reorders": [*state.get("reorders", ()), [state["examples_seen"], salt]]}

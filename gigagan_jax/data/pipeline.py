@@ -161,11 +161,6 @@ def build(
     )
 
 
-def reordered(state: Mapping[str, Any], salt: int) -> dict[str, Any]:
-    """The position `state` of a pipeline, with another order of the examples from there on; `salt` picks which."""
-    return {**state, "reorders": [*state.get("reorders", ()), [state["examples_seen"], salt]]}
-
-
 class Pipeline:
     """Endless iterator of this host's batches; made by `build`. To be used from one thread, and closed.
 

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from gigagan_jax.config import Config
-from gigagan_jax.data.pipeline import Pipeline, reordered
+from gigagan_jax.data.order import reordered
+from gigagan_jax.data.pipeline import Pipeline
 from gigagan_jax.errors import UserError
 from gigagan_jax.training.checkpoint import Checkpoints
 from gigagan_jax.training.health import Finding, HealthMonitor

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gigagan_jax.data import pipeline
+from gigagan_jax.data import order, pipeline
 from gigagan_jax.data.records import BadExample
 from gigagan_jax.data.sources.mixed import MixedSource
 from gigagan_jax.data.sources.tar import TarSource
@@ -100,7 +100,7 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(source):
 
 TRAINING = """
 import multiprocessing, sys, time
-from gigagan_jax.data import pipeline
+from gigagan_jax.data import order, pipeline
 from gigagan_jax.data.sources.digits import DigitsSource
 from gigagan_jax.data.tokenizers import ByteTokenizer
 
@@ -193,7 +193,7 @@ def test_another_order_from_a_position_on_is_still_every_example_once(source, st
     for salt, start in enumerate(starts, 1):
         (some,), state = all_hosts(source, 1, (start - len(seen)) // 4, state, batch_size=4)
         seen += some
-        state = pipeline.reordered(state, salt)
+        state = order.reordered(state, salt)
     (rest,), _ = all_hosts(source, 1, (72 - len(seen)) // 4, state, batch_size=4)
     seen += rest
     assert seen[: starts[0]] == whole[: starts[0]]
@@ -204,7 +204,7 @@ def test_another_order_from_a_position_on_is_still_every_example_once(source, st
     rows = [np.reshape(host, (-1, 2)) for host in hosts]
     assert np.concatenate(rows, axis=1).reshape(-1).tolist() == seen[starts[-1] :]
     assert after["reorders"] == [[start, salt] for salt, start in enumerate(starts, 1)]
-    (other,), _ = all_hosts(source, 1, 6, pipeline.reordered(state, 9), batch_size=4)
+    (other,), _ = all_hosts(source, 1, 6, order.reordered(state, 9), batch_size=4)
     assert other != seen[starts[-1] : starts[-1] + 24]
 
 
@@ -212,6 +212,6 @@ def test_the_name_of_what_is_at_a_position(source):
     with stream(source) as data:
         names = [source.name(int(i)) for i in next(data)["index"]]
         assert [data.name(k) for k in range(8)] == names
-        data.restore(pipeline.reordered(data.state(), 1))
+        data.restore(order.reordered(data.state(), 1))
         names = [source.name(int(i)) for i in next(data)["index"]]
         assert [data.name(k) for k in range(8, 16)] == names

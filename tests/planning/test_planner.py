@@ -209,7 +209,6 @@ def made(tiny):
             "memory": {"parameters": 3 * 2**30, "temporary": 5 * 2**30, "total": 8 * 2**30},
             "seconds": seconds,
             "seconds_of_operations": seconds - 0.002,
-            "seconds_by_cycles": seconds + 0.001,
             "seconds_of_matrix_units": seconds / 2,
             "seconds_of_communication": 0.003,
             "seconds_hidden": 0.001,
@@ -330,7 +329,8 @@ def test_a_tpu_is_planned(planned):
     step = found["steps"]["without_r1"]
     assert found["fits"]
     assert step["memory"]["parameters"] == 4 * sum(found["parameters"].values())
-    assert step["memory"]["optimizer"] >= step["memory"]["parameters"]  # one moment: beta1 is 0
+    # beta1 is 0: one moment a parameter, whole or cut over the chips, and two counters.
+    assert 0.25 <= step["memory"]["optimizer"] / step["memory"]["parameters"] < 1.01
     assert step["memory"]["total"] == sum(v for k, v in step["memory"].items() if k != "total")
     assert step["loops_of_unknown_length"] == 0
     # Gradients of all parameters are summed over the chips, in float32 or less.
