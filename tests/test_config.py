@@ -52,7 +52,10 @@ def test_empty_is_the_default():
             {"generator": {"attention": {"head": 8}}},
             "unknown config key config.generator.attention.head; did you mean config.generator.attention.heads?",
         ),
-        ({"mesh": {"qqqqqq": 8}}, "unknown config key config.mesh.qqqqqq; known: data, fsdp, shard_optimizer, slices, tensor"),
+        (
+            {"mesh": {"qqqqqq": 8}},
+            "unknown config key config.mesh.qqqqqq; known: data, fsdp, shard_optimizer, slices, tensor",
+        ),
     ],
 )
 def test_unknown_key_says_the_nearest_known_one(values, said):
