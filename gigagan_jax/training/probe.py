@@ -93,7 +93,7 @@ def update_sizes(updates: Params, params: Params, rate: jax.Array) -> tuple[jax.
     """(change of the parameters relative to their norm, root mean square of the update at learning rate 1)"""
     total = lambda tree: sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))
     squares = total(updates)
-    size = sum(x.size for x in jax.tree.leaves(params))
+    size = float(sum(x.size for x in jax.tree.leaves(params)))  # more than an int32 in a model of billions
     return rate * jnp.sqrt(squares / total(params)), jnp.sqrt(squares / size)
 
 
