@@ -60,6 +60,7 @@ def test_whole_step(variant):
     assert ("loss/clip" in metrics) == (max(config.loss.clip) > 0)
     assert ("loss/v" in metrics) == ("loss/g_v" in metrics) == (config.loss.vision_aided > 0)
     assert ("loss/d_match" in metrics) == (config.condition == "text" and config.loss.match_d > 0)
+    assert metrics.pop("health").shape == (len(step.probe.names),)
     assert all(m.shape == () and m.dtype == "float32" for m in metrics.values())
 
     if arg == "tiny":
