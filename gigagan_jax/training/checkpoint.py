@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
 _CHECK_SECONDS = 3600  # for process 0 to compare all files of a checkpoint with their checksums
+_LOGGERS = ("absl", "asyncio")  # that Orbax's threads complain to
 _ITEMS = ("state", "data", "config", "frozen", "measured")
 
 
@@ -104,7 +105,8 @@ class _Heard(logging.Filter):
     error: BaseException | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info is None or "orbax" not in record.pathname:
+        left = record.name == "asyncio" and "never retrieved" in record.getMessage()  # the second of two failed writes
+        if record.exc_info is None or not ("orbax" in record.pathname or left):
             return True
         self.error = self.error or (record.exc_info[1] if isinstance(record.exc_info, tuple) else None)
         return False  # it is raised too, as one line
@@ -133,7 +135,8 @@ class Checkpoints:
         else:
             self._clean()
             self._retention = Retention(self.folder, config.checkpoint)
-        logging.getLogger("absl").addFilter(self._heard)
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(self._heard)
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -299,6 +302,7 @@ class Checkpoints:
     def _unwritten(self, error: BaseException) -> UserError:
         # A full disk or a quota; TensorStore reports them as ValueError.
         self._failed = True
+        _quiet_about_closed_loops()
         return UserError(
             f"cannot write a checkpoint to {self.folder}: {_first_line(error)}; free some space or mend the folder, "
             "and run the same command again"
@@ -310,7 +314,9 @@ class Checkpoints:
             if "_manager" in self.__dict__ and not self._failed:
                 self._writing(self._manager.close)
         finally:
-            logging.getLogger("absl").removeFilter(self._heard)
+            # After a failed save tasks that nobody waits for complain when they are collected, at the very end.
+            for name in () if self._failed else _LOGGERS:
+                logging.getLogger(name).removeFilter(self._heard)
 
     def _broken(self, step: int, why: str) -> UserError:
         others = [s for s in self.steps() if s < step]
@@ -364,15 +370,7 @@ class Checkpoints:
         return self._restore(step, state=item)["state"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        # One array that cannot be read ends the restore while others are still being read; each of those then complains,
-        # in a thread, that nobody listens any more. The one line below is what there is to say.
-        report = sys.unraisablehook
-
-        def quiet(problem: Any) -> None:
-            if "Event loop is closed" not in str(problem.exc_value):
-                report(problem)
-
-        sys.unraisablehook = quiet
+        _quiet_about_closed_loops()
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except UserError:
@@ -380,6 +378,22 @@ class Checkpoints:
         except Exception as e:
             # Orbax and TensorStore raise whatever the damage leads to; the first line says what they met.
             raise self._broken(step, f"{type(e).__name__}: {_first_line(e)[:300]}") from e
+
+
+def _quiet_about_closed_loops() -> None:
+    """One array that cannot be read or written ends the whole while others are still on their way; each of those then
+    complains, in a thread, that nobody listens any more. What there is to say is raised.
+    """
+    report = sys.unraisablehook
+    if getattr(report, "about_closed_loops", False):
+        return
+
+    def quiet(problem: Any) -> None:
+        if "Event loop is closed" not in str(problem.exc_value):
+            report(problem)
+
+    quiet.about_closed_loops = True  # type: ignore[attr-defined]
+    sys.unraisablehook = quiet
 
 
 def _first_line(e: BaseException) -> str:
