@@ -225,3 +225,13 @@ def test_hadolint_finds_nothing_and_signals_reach_python():
         kept = (ROOT / ".dockerignore").read_text().splitlines()
         assert {f"!{c}" for c in copied} <= set(kept)
         assert all((ROOT / c).exists() for c in copied)
+
+
+def test_flags_that_launchers_pass_on_are_flags_of_the_trainer():
+    text = (ROOT / "launch" / "common.sh").read_text()
+    named = set(" ".join(re.findall(r'^trainer_flags\+?="([^"]*)"', text, re.MULTILINE)).split())
+    said = subprocess.run(
+        [sys.executable, "-m", "gigagan_jax.train", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    known = set(re.findall(r"--([a-z_]+)", said.stdout))
+    assert {"config", "workdir", "profile_steps"} <= named <= known
