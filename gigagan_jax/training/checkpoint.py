@@ -299,10 +299,13 @@ class Checkpoints:
         except (OSError, ValueError) as e:
             raise self._unwritten(e) from e
 
-    def _unwritten(self, error: BaseException) -> UserError:
-        # A full disk or a quota; TensorStore reports them as ValueError.
+    def _unwritten(self, error: BaseException) -> Exception:
         self._failed = True
         _quiet_about_closed_loops()
+        # The state could not be had, since another process was lost: not the disk's fault.
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            return jax.errors.JaxRuntimeError(_first_line(error))
+        # A full disk or a quota; TensorStore reports them as ValueError.
         return UserError(
             f"cannot write a checkpoint to {self.folder}: {_first_line(error)}; free some space or mend the folder, "
             "and run the same command again"
