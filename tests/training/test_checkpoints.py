@@ -248,3 +248,19 @@ def test_the_config_is_read_from_the_newest_that_has_one(three):
     cut(three / "checkpoints" / "6" / "config" / "metadata")
     with pytest.raises(UserError, match=r"generator\.z_dim: 8 -> 16"):
         open_workdir(three, small(generator__z_dim=16))
+
+
+def test_a_save_that_breaks_with_another_process_is_not_called_a_full_disk(tmp_path):
+    """What is lost then is the other process: the watch over processes names it."""
+    checkpoints = Checkpoints(tmp_path, small())
+
+    def lost():
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:22412")
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device"):
+        checkpoints._writing(full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Connection closed by peer"):
+        checkpoints._writing(lost)
