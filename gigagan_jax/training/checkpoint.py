@@ -137,6 +137,7 @@ class Checkpoints:
             self._retention = Retention(self.folder, config.checkpoint)
         for name in _LOGGERS:
             logging.getLogger(name).addFilter(self._heard)
+        _quiet_about_closed_loops()
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -301,7 +302,6 @@ class Checkpoints:
 
     def _unwritten(self, error: BaseException) -> Exception:
         self._failed = True
-        _quiet_about_closed_loops()
         # The state could not be had, since another process was lost: not the disk's fault.
         if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
             return jax.errors.JaxRuntimeError(_first_line(error))
@@ -373,7 +373,6 @@ class Checkpoints:
         return self._restore(step, state=item)["state"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        _quiet_about_closed_loops()
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except UserError:
@@ -387,16 +386,20 @@ def _quiet_about_closed_loops() -> None:
     """One array that cannot be read or written ends the whole while others are still on their way; each of those then
     complains, in a thread, that nobody listens any more. What there is to say is raised.
     """
-    report = sys.unraisablehook
-    if getattr(report, "about_closed_loops", False):
+    unraisable, excepthook = sys.unraisablehook, sys.excepthook
+    if getattr(unraisable, "about_closed_loops", False):
         return
 
     def quiet(problem: Any) -> None:
         if "Event loop is closed" not in str(problem.exc_value):
-            report(problem)
+            unraisable(problem)
+
+    def quiet_print(kind: Any, value: Any, trace: Any) -> None:
+        if "Event loop is closed" not in str(value):
+            excepthook(kind, value, trace)
 
     quiet.about_closed_loops = True  # type: ignore[attr-defined]
-    sys.unraisablehook = quiet
+    sys.unraisablehook, sys.excepthook = quiet, quiet_print
 
 
 def _first_line(e: BaseException) -> str:
