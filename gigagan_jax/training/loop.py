@@ -28,6 +28,7 @@ from gigagan_jax.models.pretrained.text_spec import tokenizer_options
 from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, with_shardings
 from gigagan_jax.training.goodput import Goodput
 from gigagan_jax.training.logging import MetricLogger, Progress
+from gigagan_jax.training.occupied import alone
 from gigagan_jax.training.profiling import Profiler
 from gigagan_jax.training.recovery import Guard
 from gigagan_jax.training.speed import Speed, facts
@@ -160,9 +161,15 @@ class Run:
           UserError: bad data, a workdir of another run, a damaged checkpoint, a run that went wrong (docs/health.md).
           Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
         """
-        open_workdir(self.workdir, self.config)
         first = jax.process_index() == 0
         about = facts(self.config, self.networks, self.mesh)
+        with contextlib.ExitStack() as stack:
+            if first:
+                stack.enter_context(alone(self.workdir))
+            open_workdir(self.workdir, self.config)
+            return self._watched(first, about)
+
+    def _watched(self, first: bool, about: dict[str, Any]) -> GanState:
         with (
             Goodput(self.workdir, about, enabled=first, began=self.began, stops=(Interrupted,)) as goodput,
             Profiler(self.workdir, self.profile_steps, lambda: goodput("profile")) as profiler,
