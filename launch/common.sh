@@ -14,7 +14,7 @@ die() {
 
 # The comment at the top of the launcher.
 usage() {
-  sed -n '2,$ { /^#/!q; s/^# \{0,1\}//p; }' "$0"
+  sed -n '2,$ { /^#/!q; s/^# \{0,1\}//p; }' "launch/${0##*/}" # from the repository's root, where launchers go
 }
 
 # quote WORD...: the words as one line that any shell reads as they are.

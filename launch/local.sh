@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One machine: trains, and starts again after an interruption (exit code 75) until the run is done.
+# One machine: trains, and starts again after an interruption (exit code 75) until the run is done. SIGTERM or Ctrl-C to
+# this script save and stop.
 #   launch/local.sh [--dry-run] --config=configs/digits.py --workdir=DIR [--config.key=value ...]
 # PYTHON names the interpreter. All flags but a leading --dry-run go to the trainer as they are.
 set -euo pipefail
@@ -15,9 +16,27 @@ if [ -n "$dry_run" ]; then
   run "${command[@]}"
   exit 0
 fi
+child='' stopped=''
+forward() {
+  stopped=yes
+  [ -z "$child" ] || kill "-$1" "$child" 2>/dev/null || true
+}
+trap 'forward TERM' TERM
+trap 'forward INT' INT
+set -m # the trainer in a group of its own: what a terminal sends reaches it once, by the above
 while :; do
-  code=0
-  "${command[@]}" || code=$?
-  [ "$code" -eq 75 ] || exit "$code"
+  "${command[@]}" &
+  child=$!
+  while :; do
+    code=0
+    wait "$child" || code=$?
+    kill -0 "$child" 2>/dev/null || break # a signal ends the wait, not the trainer
+  done
+  if [ -n "$stopped" ]; then
+    own=0
+    wait "$child" || own=$?
+    [ "$own" -eq 127 ] || code=$own # 127: forgotten, since it was waited for
+  fi
+  [ -z "$stopped" ] && [ "$code" -eq 75 ] || exit "$code"
   echo "stopped with its state saved; going on" >&2
 done

@@ -71,7 +71,7 @@ worker() {
   on "$which" bash gigagan_jax/launch/tpu_vm_worker.sh "$@"
 }
 
-# Of the training on the first machine: running, done, absent, or failed and the exit code.
+# Of the training on the first machine: running, done, stopped, absent, or failed and the exit code.
 outcome() {
   on first bash -c "[ -e gigagan_jax ] || exec echo absent; exec bash gigagan_jax/launch/tpu_vm_worker.sh outcome"
 }
@@ -103,9 +103,18 @@ create() {
   run "${tpus[@]}" create "$name" "${where[@]}" "${flags[@]}"
 }
 
-# ACTIVE (queued) or READY (direct), SUSPENDED or PREEMPTED when taken away; empty when there is nothing of that name.
+# ACTIVE (queued) or READY (direct), SUSPENDED or PREEMPTED when taken away; empty when there is nothing of that name,
+# UNREACHABLE when nobody can tell (no network, a login that is over).
 state_now() {
-  "${tpus[@]}" describe "$name" "${where[@]}" --format="$state" 2>/dev/null || true
+  local ask=("${tpus[@]}" describe "$name" "${where[@]}" --format="$state") why
+  if "${ask[@]}" 2>/dev/null; then
+    return
+  fi
+  why=$("${ask[@]}" 2>&1) || true
+  if [[ ! $why =~ NOT_FOUND|[Nn]ot\ found|does\ not\ exist ]]; then
+    echo "$why" >&2
+    echo UNREACHABLE
+  fi
 }
 
 wait_for_machines() {
@@ -172,14 +181,14 @@ in_order() {
 }
 
 keep() {
-  local now ended
+  local now ended first=yes
   if [ -n "$dry_run" ]; then
     anew
     echo "# every minute:"
     run "${tpus[@]}" describe "$name" "${where[@]}" --format="$state"
     outcome
     echo "# when they were taken away, this and all of the above again:"
-    run "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet
+    remove --quiet
     return
   fi
   while :; do
@@ -192,18 +201,26 @@ keep() {
             echo "the training is done; launch/tpu_vm.sh delete gives the machines back" >&2
             return 0
             ;;
-          failed*)
+          failed* | stopped)
+            if [ -n "$first" ]; then # of an earlier start: this one has flags that may mend it
+              in_order start
+              first=''
+              continue
+            fi
+            [ "$ended" != stopped ] || { echo "the training was stopped; start or keep goes on" >&2 && return 0; }
             echo "error: the training ended with exit code ${ended#failed }: see launch/tpu_vm.sh log" >&2
             return 1
             ;;
           absent) in_order install start ;;
         esac
+        [ "$ended" = unknown ] || first=''
         ;;
       '' | FAILED | SUSPENDED | PREEMPTED)
         if [ -n "$now" ]; then
           echo "$(date +%T) $name is $now: made anew" >&2
-          remove --quiet
+          remove --quiet || { sleep "${LOOK_SECONDS:-60}" && continue; }
         fi
+        first=''
         in_order anew # what is not given this time is asked for again in a minute
         ;;
     esac

@@ -65,6 +65,9 @@ StandardOutput=append:$HOME/gigagan.log
 StandardError=inherit
 Restart=on-failure
 RestartPreventExitStatus=2
+# Stopped with its state saved is no failure; a signal before there is a state to save is no success.
+SuccessExitStatus=75
+RestartForceExitStatus=75 SIGTERM SIGHUP SIGINT SIGPIPE
 RestartSec=15
 KillMode=mixed
 TimeoutStopSec=600
@@ -91,11 +94,14 @@ case ${1:-} in
     ;;
   stop) sudo systemctl disable --quiet --now gigagan ;;
   outcome)
-    # One word: running, done, absent, or failed and the exit code.
+    # One word: running, done, stopped, absent, or failed and the exit code.
+    said() { systemctl show gigagan --property="$1" --value; }
     systemctl cat gigagan >/dev/null 2>&1 || { echo absent && exit; }
-    case $(systemctl show gigagan --property=ActiveState --value) in
-      failed) echo "failed $(systemctl show gigagan --property=ExecMainStatus --value)" ;;
-      inactive) echo "done" ;;
+    case $(said ActiveState) in
+      failed) echo "failed $(said ExecMainStatus)" ;;
+      inactive) # exited (code 1) with 0; stopped, or not started since the machine was
+        [ "$(said ExecMainCode) $(said ExecMainStatus)" = "1 0" ] && echo "done" || echo stopped
+        ;;
       *) echo running ;;
     esac
     ;;

@@ -25,6 +25,22 @@ def test_local_starts_again_after_75_alone(stand, ends_with, ends, code):
     assert (stand.folder / "calls.stale").read_text() == "0\n" * len(ends)
 
 
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_local_passes_signals_on_and_waits(stand, tmp_path, sent, code):
+    """The trainer saves, and is not started again, nor left behind."""
+    names = {signal.SIGTERM: "TERM", signal.SIGINT: "INT"}
+    body = f"""trap 'sleep 0.5; touch "{tmp_path}/saved"; exit {code}' {names[sent]}; touch "{tmp_path}/up"\n"""
+    python = stand.program("fake_python", body + "while :; do sleep 0.1; done\n")
+    environment = os.environ | {"PYTHON": str(python), "CALLS": f"{tmp_path}/calls"}
+    child = subprocess.Popen(["bash", "launch/local.sh", *FLAGS], env=environment)
+    while not (tmp_path / "up").exists():
+        assert child.poll() is None
+    child.send_signal(sent)
+    assert child.wait(30) == code
+    assert (tmp_path / "saved").exists()
+    assert len(stand.calls()) == 1
+
+
 # ------------------------------------------------------------------------------------------------ SLURM
 
 
@@ -116,7 +132,11 @@ SYSTEMCTL = """
 case $1 in
   cat) [ -e "$MACHINE/etc/systemd/system/gigagan.service" ] ;;
   restart) "$BASH" "$HOME/gigagan_run.sh" ;;
-  show) [[ $* == *ActiveState* ]] && head -n1 "$MACHINE/active" || echo "${EXIT_STATUS:-0}" ;;
+  show) case $* in
+      *ActiveState*) head -n1 "$MACHINE/active" ;;
+      *ExecMainCode*) echo 1 ;;
+      *) echo "${EXIT_STATUS:-0}" ;;
+    esac ;;
 esac
 """
 VENV = 'mkdir -p "$HOME/gigagan_venv/bin"; ln -sf "$MACHINE/../bin/fake_python" "$HOME/gigagan_venv/bin/python"\n'
@@ -163,6 +183,7 @@ def test_the_service_starts_again_but_not_after_bad_input(stand, machine):
     assert stand.run("launch/tpu_vm.sh", "run", *TPU, *FLAGS).returncode == 0
     unit = (machine / "etc/systemd/system/gigagan.service").read_text()
     assert "\nRestart=on-failure\nRestartPreventExitStatus=2\n" in unit
+    assert "\nRestartForceExitStatus=75 SIGTERM " in unit  # to systemd a signal is no failure
     assert "\nWantedBy=multi-user.target\n" in unit  # after a reboot too
     assert f"\nExecStart=/bin/bash {machine}/home/gigagan_run.sh\n" in unit
     script = (machine / "home/gigagan_run.sh").read_text()
@@ -181,14 +202,45 @@ def test_keep_makes_a_slice_anew_that_was_taken_away(stand, machine):
     assert len(stand.calls("python")) == 2
 
 
-def test_keep_ends_with_the_training_and_says_its_exit_code(stand, machine):
-    (machine / "active").write_text("failed\n")
+@pytest.fixture
+def ended(stand, machine):
+    """That machine with the code, and a training that ended with an exit code: ended("failed")"""
     (machine / "etc/systemd/system/gigagan.service").touch()
     assert stand.run("launch/tpu_vm.sh", "install", *TPU).returncode == 0
+    return lambda state: (machine / "active").write_text(f"{state}\n")
+
+
+def test_keep_starts_what_had_failed_once_and_says_its_exit_code(stand, ended):
+    """The flags may be others than those that it failed with."""
+    ended("failed")
     done = stand.run("launch/tpu_vm.sh", "keep", *TPU, *FLAGS, EXIT_STATUS="2")
     assert done.returncode == 1
     assert "error: the training ended with exit code 2" in done.stderr
+    assert len(stand.calls("python")) == 1
     assert not any(c[4] == "delete" for c in stand.calls("gcloud"))
+
+
+@pytest.mark.parametrize("status, word", [("75", "stopped"), ("15", "stopped"), ("0", "done")])
+def test_a_training_that_saved_and_stopped_is_not_done(stand, ended, status, word):
+    ended("inactive")
+    done = stand.run("launch/tpu_vm.sh", "status", *TPU, EXIT_STATUS=status)
+    assert done.stdout.splitlines()[-1] == word
+    done = stand.run("launch/tpu_vm.sh", "keep", *TPU, *FLAGS, EXIT_STATUS=status)
+    assert done.returncode == 0
+    assert f"the training {'is done' if word == 'done' else 'was stopped'}" in done.stderr
+
+
+def test_keep_waits_for_an_answer_about_its_machines(stand, ended):
+    """No network, then there: nothing is asked for anew."""
+    ended("inactive")
+    silent = f'[ $(grep -c "" "$CALLS") -gt 6 ] || {{ [ "$4" != describe ] || {{ echo "no route" >&2; exit 1; }}; }}\n{GCLOUD}'
+    (stand.folder / "calls").write_text("")
+    stand.program("gcloud", silent)
+    done = stand.run("launch/tpu_vm.sh", "keep", *TPU, *FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert "no route" in done.stderr
+    assert "the training is done" in done.stderr
+    assert not any(c[4] in ("create", "delete") for c in stand.calls("gcloud"))
 
 
 def test_a_machine_that_is_not_given_is_said(stand, machine):
