@@ -8,7 +8,7 @@ decoding and resizing to 64 px:
     bare        a loop over the tars with Python's tarfile, no shuffle, one core
     pipeline    the training pipeline (random access in the shuffled order, tokens, batches) in one thread
     workers=N   the training pipeline with N worker processes, beside the package webdataset with N workers (pip install
-                'gigagan-jax[bench,test]')
+                -e '.[bench,test]')
     indexing    building the index of a thousand tars of a hundred examples, beside reading their headers one by one,
                 with none of it in the page cache
     memory      resident memory of the pipeline after each of ten epochs
@@ -242,7 +242,7 @@ def verb(argv: Sequence[str]) -> int:
             if all(map(importlib.util.find_spec, ("webdataset", "torch"))):
                 contestants[f"webdataset, workers={n}"] = lambda n=n: webdataset(folder, n)  # type: ignore[misc]
             else:
-                print("the packages webdataset and torch are not here: pip install 'gigagan-jax[bench,test]'")
+                print("the packages webdataset and torch are not here: pip install -e '.[bench,test]'")
         rates = compare(contestants, 3 * images, args.repeats)
         write_members(small, 1000, 100)
         seconds = indexing(small, args.repeats)

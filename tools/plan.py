@@ -4,7 +4,7 @@
                          [--json=FILE] [--html=FILE] [--sweep='mesh.fsdp:1,8,64;batch_size:512,1024']
     python tools/plan.py table [--scaling] results/*.json
 
-Needs the libtpu of `pip install "gigagan-jax[tpu]"`, and no TPU. Every time it prints is the compiler's estimate. For GPUs
+Needs the libtpu of `pip install -e '.[tpu]'`, and no TPU. Every time it prints is the compiler's estimate. For GPUs
 (h100:8x4) there is no compiler without the GPU: memory before temporaries and FLOPs only. See docs/planning.md.
 """
 

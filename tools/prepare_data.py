@@ -11,7 +11,7 @@ its files), or what a config trains on: --config=configs/laion.py --config.data.
 optional; --config.data.KEY=VALUE sets anything else, filters too: --config.data.filters.min_width=512.
 
 Work is done in processes, one for each core (--workers). Past one machine the same tasks run as an Apache Beam pipeline
-(pip install 'gigagan-jax[beam]'), with Beam's own flags after --:
+(pip install -e '.[beam]'), with Beam's own flags after --:
 
     python tools/prepare_data.py convert --path='gs://bucket/{00000..09999}.tar' --config.data.index=/shared/index \\
         --to=arrayrecord --out=gs://bucket/records --runner=FlinkRunner -- --flink_master=host:8081 --parallelism=64

@@ -198,7 +198,7 @@ class Storage:
                 except ImportError as e:
                     package = _PACKAGES.get(scheme)
                     extra = {"gcsfs": "gcs", "s3fs": "s3"}.get(package or "")
-                    how = f"pip install 'gigagan-jax[{extra}]'" if extra else str(e)
+                    how = f"pip install -e '.[{extra}]'" if extra else str(e)
                     raise UserError(
                         f"{path}: {scheme}:// needs the package {package or '(see below)'}: {how}"
                     ) from None

@@ -151,7 +151,7 @@ def devices(topology: Topology) -> Sequence[Any]:
 
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology={topology.name}: compiling for a TPU needs libtpu: pip install 'gigagan-jax[tpu]' "
+            f"--topology={topology.name}: compiling for a TPU needs libtpu: pip install -e '.[tpu]' "
             f"(jax {jax.__version__}; no TPU is needed)"
         )
     more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}

@@ -233,7 +233,7 @@ def test_a_training_that_saved_and_stopped_is_not_done(stand, ended, status, wor
 def test_keep_waits_for_an_answer_about_its_machines(stand, ended):
     """No network, then there: nothing is asked for anew."""
     ended("inactive")
-    silent = f'[ $(grep -c "" "$CALLS") -gt 6 ] || {{ [ "$4" != describe ] || {{ echo "no route" >&2; exit 1; }}; }}\n{GCLOUD}'
+    silent = f'[ $(grep -ac "" "$CALLS") -gt 6 ] || {{ [ "$4" != describe ] || {{ echo "no route" >&2; exit 1; }}; }}\n{GCLOUD}'
     (stand.folder / "calls").write_text("")
     stand.program("gcloud", silent)
     done = stand.run("launch/tpu_vm.sh", "keep", *TPU, *FLAGS)

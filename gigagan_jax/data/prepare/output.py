@@ -179,7 +179,7 @@ class Output:
         try:
             return fsspec.core.url_to_fs(self.folder)
         except ImportError as e:
-            how = f"pip install 'gigagan-jax[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else str(e)
+            how = f"pip install -e '.[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else str(e)
             raise UserError(f"{self.folder}: {scheme}:// needs another package: {how}") from None
         except ValueError:
             raise UserError(f"{self.folder}: no file system is known for {scheme}://") from None

@@ -163,7 +163,7 @@ def _import_beam(runner: str) -> Any:
         import apache_beam
         import apache_beam.runners.portability.fn_api_runner.fn_runner
     except ImportError:
-        raise UserError(f"--runner={runner} needs Apache Beam: pip install 'gigagan-jax[beam]'") from None
+        raise UserError(f"--runner={runner} needs Apache Beam: pip install -e '.[beam]'") from None
     finally:
         logging.disable(level)
     logging.getLogger("apache_beam").setLevel(logging.WARNING)
