@@ -41,10 +41,13 @@ def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = INTERRUPTED
+        distributed.fail("interrupted", code)
+        distributed.leave(code)
     except BrokenPipeError:
         # The reader of our output went away (`| head`); nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+        distributed.fail("its output was closed by who read it", code)
     except Exception as e:
         distributed.unexpected(e)
         raise

@@ -19,7 +19,7 @@ _PRODUCT = Path("/sys/class/dmi/id/product_name")  # says "Google Compute Engine
 # Key -> what it says when the machine goes. A machine that is only moved (MIGRATE_ON_HOST_MAINTENANCE) goes on.
 _NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
 _EVERY_SECONDS = 2.0
-_PATIENCE = 5  # questions without an answer, after which none is asked any more
+_PATIENCE, _RARELY = 5, 60.0  # questions without an answer, after which they are asked so many seconds apart
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def watch(url: str) -> Iterator[None]:
-    """While it is open, a notice is as good as a SIGTERM to this process.
+    """While it is open, a notice is as good as a SIGTERM to this process; one that stands from the start is only logged.
+
+    That one has stopped a run on this machine before, perhaps an hour ahead: stopping again would lead to no step at all.
 
     Args:
       url: "auto", "off", or the folder of `preempted` and `maintenance-event` on a server that answers like Google's.
@@ -67,14 +69,24 @@ def _on_google() -> bool:
 def _ask(url: str, over: threading.Event) -> None:
     # Straight to the machine's own server, whatever proxy the environment names.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    unanswered = 0
-    while not over.wait(_EVERY_SECONDS):
+    unanswered, pause, standing = 0, _EVERY_SECONDS, None
+    while not over.wait(pause):
         answers = {key: _answer(opener, f"{url}/{key}") for key in _NOTICES}
         unanswered = 0 if any(a is not None for a in answers.values()) else unanswered + 1
         if unanswered == _PATIENCE:
-            _log.warning("%s does not answer: maintenance and preemption will be seen by SIGTERM only", url)
-            return
-        said = [f"{key} is {answer}" for key, answer in answers.items() if answer == _NOTICES[key]]
+            _log.warning(
+                "%s does not answer: maintenance and preemption will be seen by SIGTERM only until it does", url
+            )
+        pause = _RARELY if unanswered >= _PATIENCE else _EVERY_SECONDS
+        if unanswered:
+            continue
+        notices = {f"{key} is {answer}" for key, answer in answers.items() if answer == _NOTICES[key]}
+        if standing is None and notices:
+            _log.warning(
+                "notice from %s, as this process starts: %s; going on until the machine goes", url, ", ".join(notices)
+            )
+        standing = notices if standing is None else standing & notices
+        said = sorted(notices - standing)
         if said and not over.is_set():
             _log.warning("notice from %s: %s; saving and stopping", url, ", ".join(said))
             os.kill(os.getpid(), signal.SIGTERM)

@@ -67,14 +67,34 @@ def test_a_notice_is_a_sigterm(server, came, key, text):
     assert came == [signal.SIGTERM]  # once
 
 
-def test_a_server_that_knows_nothing_is_left_alone(server, came, caplog):
+def test_a_notice_that_stands_from_the_start_stops_nothing_again(server, came, caplog):
+    """It stopped the run before this one, on the same machine; the next one counts."""
+    standing = {"/preempted": "FALSE", "/maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
+    server.answers = dict(standing)
+    with maintenance.watch(server.url):
+        wait(lambda: server.asked > 6)
+        assert not came
+        assert "going on until the machine goes" in caplog.text
+        server.answers["/maintenance-event"] = "NONE"
+        asked = server.asked
+        wait(lambda: server.asked > asked + 4)
+        server.answers = dict(standing)
+        wait(lambda: came)
+    assert came == [signal.SIGTERM]
+
+
+def test_a_server_that_does_not_answer_is_asked_rarely_and_not_given_up(server, came, caplog, monkeypatch):
+    monkeypatch.setattr(maintenance, "_RARELY", 0.5)
     with maintenance.watch(server.url):
         wait(lambda: caplog.records)
         asked = server.asked
         time.sleep(0.2)
-    assert server.asked == asked
-    assert "does not answer" in caplog.text
-    assert not came
+        assert server.asked == asked
+        assert "does not answer" in caplog.text
+        server.answers = {"/preempted": "FALSE", "/maintenance-event": "NONE"}
+        wait(lambda: server.asked > asked + 2)
+        server.answers = {"/preempted": "TRUE", "/maintenance-event": "NONE"}
+        wait(lambda: came)
 
 
 def test_flag_values(refused):

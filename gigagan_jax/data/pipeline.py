@@ -30,7 +30,7 @@ from gigagan_jax.data.quarantine import MIN_TRIED, Bad, Quarantine, describe
 from gigagan_jax.data.records import BadExample, Record, Source
 from gigagan_jax.data.tokenizers import Tokenizer
 from gigagan_jax.data.transforms import CROPS, FILTERS, random_flip, resize_and_crop
-from gigagan_jax.errors import UserError
+from gigagan_jax.errors import Unreachable, UserError
 from gigagan_jax.memory import begin_worker
 
 Batch = dict[str, np.ndarray]
@@ -284,7 +284,7 @@ class Pipeline:
             batch, asked, failure = next(self._batches)
         except RuntimeError as error:  # grain's word for a worker that was killed, for want of memory as a rule
             if self._workers and "worker" in str(error).lower():
-                raise UserError(
+                raise Unreachable(
                     f"a process that reads the data was lost ({str(error).splitlines()[0]}): if memory ran out, set fewer "
                     "config.data.workers or config.data.threads; the same command goes on from the last checkpoint"
                 ) from error

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.errors import Unreachable, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class Storage:
                 now = time.monotonic()
                 began = now if began is None else began
                 if now - began >= self.retry_seconds:
-                    raise UserError(
+                    raise Unreachable(
                         f"{path}: its storage has not answered for {now - began:.0f} s ({why}); check the network and the "
                         "credentials, and start again: the run goes on where it was (config.data.retry_seconds sets the time)"
                     ) from None

@@ -7,6 +7,7 @@ holds the checksums of its files, and is compared with them before a run goes on
 
 import asyncio
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -15,7 +16,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from gigagan_jax import distributed
 from gigagan_jax.config import Config, differences, from_dict, to_dict
-from gigagan_jax.errors import UserError
+from gigagan_jax.errors import Unreachable, UserError
 from gigagan_jax.training.integrity import CHECKSUMS, damage, write_checksums
 from gigagan_jax.training.retention import Retention
 
@@ -35,11 +36,21 @@ FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
 _CHECK_SECONDS = 3600  # for process 0 to compare all files of a checkpoint with their checksums
 _LOGGERS = ("absl", "asyncio")  # that Orbax's threads complain to
+# Of a file system that is away for a while, and of an old checkpoint that another machine still reads.
+_PASSING = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENOTCONN,
+    errno.ENOTEMPTY,
+)
 _ITEMS = ("state", "data", "config", "frozen", "measured")
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
-    """Makes the workdir of a run, or checks that it belongs to this one.
+    """Makes the workdir of a run, or checks that it belongs to this one; on process 0, as the others wait for its answers.
 
     Raises:
       UserError: it cannot be written, or was made with a config that differs in more than what may change in a run.
@@ -64,9 +75,10 @@ def open_workdir(workdir: Path, config: Config) -> None:
                     f"{workdir} holds a run of another config ({'; '.join(changed[:8])}{more}): "
                     "use another --workdir, or the settings it was started with"
                 )
-        if jax.process_index() == 0:
+        text = json.dumps(to_dict(config), indent=1)
+        if not (file.exists() and file.read_text() == text):
             temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(to_dict(config), indent=1))
+            temporary.write_text(text)
             os.replace(temporary, file)
     except OSError as e:
         raise UserError(
@@ -276,7 +288,7 @@ class Checkpoints:
         if config.checkpoint.wait:
             self.wait()
 
-    def check_metrics(self, metrics: Mapping[str, Any]) -> None:
+    def check_metrics(self, metrics: Collection[str]) -> None:
         """Raises UserError where the metric that the best checkpoints are kept by is not among those of the run."""
         self._retention.check(metrics)
 
@@ -302,9 +314,13 @@ class Checkpoints:
 
     def _unwritten(self, error: BaseException) -> Exception:
         self._failed = True
-        # The state could not be had, since another process was lost: not the disk's fault.
-        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+        # The state could not be had, or the others did not answer, since a process was lost: not the disk's fault.
+        if any(isinstance(e, jax.errors.JaxRuntimeError) or "Gloo" in str(e) for e in _causes(error)):
             return jax.errors.JaxRuntimeError(_first_line(error))
+        if isinstance(error, OSError) and (isinstance(error, TimeoutError) or error.errno in _PASSING):
+            return Unreachable(
+                f"cannot write a checkpoint to {self.folder} now: {_first_line(error)}; the same command goes on"
+            )
         # A full disk or a quota; TensorStore reports them as ValueError.
         return UserError(
             f"cannot write a checkpoint to {self.folder}: {_first_line(error)}; free some space or mend the folder, "
@@ -333,7 +349,7 @@ class Checkpoints:
 
     def check_frozen(self, step: int, identities: Mapping[str, str]) -> None:
         """Raises UserError where a checkpoint was trained with other frozen weights than those of `identities`."""
-        if not (self.folder / str(step) / "frozen").exists():
+        if distributed.from_zero(str((self.folder / str(step) / "frozen").exists()), _CHECK_SECONDS) == "False":
             return  # of a version that had no frozen networks
         stored = self._restore(step, frozen=ocp.args.JsonRestore())["frozen"]
         for role, identity in identities.items():
@@ -375,9 +391,13 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except UserError:
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # none of which says anything of the checkpoint
             raise
         except Exception as e:
+            if isinstance(e, OSError) and e.errno in _PASSING:
+                raise Unreachable(
+                    f"checkpoint {self.folder / str(step)} cannot be read now ({_first_line(e)}): its file system is away"
+                ) from e
             # Orbax and TensorStore raise whatever the damage leads to; the first line says what they met.
             raise self._broken(step, f"{type(e).__name__}: {_first_line(e)[:300]}") from e
 
@@ -400,6 +420,14 @@ def _quiet_about_closed_loops() -> None:
 
     quiet.about_closed_loops = True  # type: ignore[attr-defined]
     sys.unraisablehook, sys.excepthook = quiet, quiet_print
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error, and what it came of."""
+    out = [error]
+    while (cause := out[-1].__cause__ or out[-1].__context__) is not None and cause not in out:
+        out.append(cause)
+    return out
 
 
 def _first_line(e: BaseException) -> str:

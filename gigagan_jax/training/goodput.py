@@ -236,16 +236,16 @@ class Goodput:
         self._written: dict[str, float] = {}
         self._skipped = 0
         self.account = Account(read_events(workdir) if enabled else ())
-        self._file: Any = None
+        self._file: Path | None = None
         if enabled:
             path = workdir / GOODPUT_FILE
             try:
-                self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+                self._append(path, "")
                 if not _ends_whole(path):
-                    self._file.write("\n")
+                    self._append(path, "\n")
+                self._file = path
             except OSError as e:
                 _log.warning("%s cannot be written (%s): goodput is not kept", path, e.strerror or e)
-                self._file = None
         self._write({"event": "start", "time": round(began, 3), "about": dict(about or {})})
         if self._file is not None:
             # A thread, so that what a process did before it was killed is known though it was busy with one thing.
@@ -335,10 +335,7 @@ class Goodput:
             self._over.set()
             self.flush()
             self._write({"event": "end", "time": round(time.time(), 3), "exit": exit, "message": message})
-            if self._file is not None:
-                with contextlib.suppress(OSError):
-                    self._file.close()
-                self._file = None
+            self._file = None
 
     def __enter__(self) -> "Goodput":
         return self
@@ -362,17 +359,21 @@ class Goodput:
                 if not self._over.is_set():
                     self.flush()
 
+    @staticmethod
+    def _append(path: Path, text: str) -> None:
+        # Opened for each line, and closed: what a bucket has of a file is what was there at the last closing.
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+
     def _write(self, event: dict[str, Any]) -> None:
         with self._lock:
             self.account.add(event)
             if self._file is None:
                 return
             try:
-                self._file.write(json.dumps(event) + "\n")
+                self._append(self._file, json.dumps(event) + "\n")
             except OSError as e:  # a full disk is no reason to stop
                 _log.warning("%s cannot be written (%s): goodput is no longer kept", GOODPUT_FILE, e.strerror or e)
-                with contextlib.suppress(OSError):
-                    self._file.close()
                 self._file = None
 
 

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _FLUSH_SECONDS = 30.0  # so that TensorBoard can follow a run
+_FILE_SECONDS = 900.0  # of one events file: a bucket that is mounted has a file only when it is closed
 _RESERVED = ("step", "kimg", "time")
 
 # Of the progress line: groups of (text before the number, key in the metrics, format). What a run lacks is left out.
@@ -84,12 +85,12 @@ class MetricLogger:
             events = workdir / TENSORBOARD_FOLDER
             went_before = events.is_dir() and any(events.iterdir())
             events.mkdir(exist_ok=True)
-            # Line buffered: a line reaches the system as a whole.
-            self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._append("")  # can it be written?
             # Not SummaryWriter: its flush leaves behind what its thread has not taken up yet, and a second writer
             # within one second would empty the first one's file. The suffix keeps such files apart, in order.
-            self._events = EventsWriter(str(events / "events"), filename_suffix=f".{time.time_ns()}")
-            self._flushed = clock()
+            self._new_events = lambda: EventsWriter(str(events / "events"), filename_suffix=f".{time.time_ns()}")
+            self._events = self._new_events()
+            self._flushed = self._opened = clock()
             if went_before:
                 # TensorBoard's purge: it forgets what earlier files hold of this step and later ones.
                 self._event(last_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -118,7 +119,7 @@ class MetricLogger:
         line: dict[str, Any] = {"step": int(step), "kimg": float(kimg), "time": round(now, 3)}
         line |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         with self._writing():
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._append(json.dumps(line, allow_nan=False) + "\n")
             self._summary(step, [{"tag": name, "simple_value": number} for name, number in numbers.items()])
 
     def image(self, tag: str, step: int, image: np.ndarray) -> None:
@@ -145,18 +146,19 @@ class MetricLogger:
             return
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        self._file.close()
         _cut_after(self._path, step)
-        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def flush(self) -> None:
-        """Sends everything to the disk; to be called with each checkpoint, so that both agree."""
+        """Sends everything to the disk."""
         if self.enabled:
+            now = self._clock()
             with self._writing():
-                self._file.flush()
                 self._events.flush()
-            self._flushed = self._clock()
+                if now - self._opened > _FILE_SECONDS:
+                    self._events.close()
+                    self._events, self._opened = self._new_events(), now
+            self._flushed = now
 
     def close(self) -> None:
         """Flushes and closes; harmless when called again, and after what could not be written."""
@@ -167,8 +169,12 @@ class MetricLogger:
             try:
                 self._events.flush()
             finally:
-                self._file.close()
                 self._events.close()
+
+    def _append(self, text: str) -> None:
+        # Opened for each line, and closed: what a bucket has of a file is what was there at the last closing.
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(text)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -176,7 +182,7 @@ class MetricLogger:
             yield
         except OSError as e:
             raise UserError(
-                f"cannot write metrics to {self._file.name}: {e.strerror or e}; free some space or mend the folder, "
+                f"cannot write metrics to {self._path}: {e.strerror or e}; free some space or mend the folder, "
                 "and run the same command again"
             ) from None
 

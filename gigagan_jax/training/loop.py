@@ -21,10 +21,11 @@ from gigagan_jax.data.embeddings import Embeddings
 from gigagan_jax.data.records import Source
 from gigagan_jax.data.sources import make_source
 from gigagan_jax.data.tokenizers import Tokenizer, make_tokenizer
-from gigagan_jax.errors import UserError
+from gigagan_jax.errors import Unreachable, UserError
 from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.pretrained.frozen import clip_length, own_clip_tokens
 from gigagan_jax.models.pretrained.text_spec import tokenizer_options
+from gigagan_jax.training import alike
 from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, with_shardings
 from gigagan_jax.training.goodput import Goodput
 from gigagan_jax.training.logging import MetricLogger, Progress
@@ -41,8 +42,8 @@ _log = logging.getLogger(__name__)
 Hook = Callable[[GanState, float, MetricLogger], None]
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved.
+class Interrupted(BaseException):
+    """A signal asked the run to stop; its state is saved. Like KeyboardInterrupt it is no error that anybody should mend.
 
     Attributes:
       number: of the signal.
@@ -145,6 +146,7 @@ class Run:
         self._signals = _Signals()
         self.began = time.time()
         self.profile_steps: tuple[int, int] | None = None
+        self._word: str | None = None  # that this run has the workdir by
 
     @functools.cached_property
     def frozen(self) -> tuple[Params, dict[str, str]]:
@@ -165,8 +167,11 @@ class Run:
         about = facts(self.config, self.networks, self.mesh)
         with contextlib.ExitStack() as stack:
             if first:
-                stack.enter_context(alone(self.workdir))
-            open_workdir(self.workdir, self.config)
+                self._word = stack.enter_context(alone(self.workdir))
+                open_workdir(self.workdir, self.config)
+            else:
+                with contextlib.suppress(OSError):  # process 0 says what is wrong with it
+                    self.workdir.mkdir(parents=True, exist_ok=True)
             return self._watched(first, about)
 
     def _watched(self, first: bool, about: dict[str, Any]) -> GanState:
@@ -185,6 +190,7 @@ class Run:
         _log.info("data: %s %s", config.data.source, config.data.path)
         with make_pipeline(config, self.workdir, self.rows) as data:
             goodput.about({"data": data.about()})
+            alike.check(config, data.state()["source"], self.workdir, self._word)
             checkpoints = Checkpoints(self.workdir, config)
             try:
                 weights, identities = self.frozen
@@ -263,6 +269,7 @@ class Run:
         pending: list[tuple[int, int, dict[str, jax.Array], jax.Array | None]] = []  # (step, images, metrics, asked)
         agreement = distributed.Agreement(self.mesh) if jax.process_count() > 1 else None
         seen: set[bool] = set()
+        names: set[str] = set()  # of all metrics so far
 
         # Durations are in images: something is due when a multiple of its period was crossed in this step.
         def due(kimg: float) -> bool:
@@ -334,7 +341,10 @@ class Run:
                 logger.scalars(step, images / 1000, values)
                 if jax.process_index() == 0:
                     print(line, flush=True)
-                checkpoints.check_metrics(values)
+                # The penalty's metrics come with its first step; a run that is to stop is saved whatever was asked for.
+                names |= values.keys()
+                if jax.process_index() == 0 and not stop and True in seen:
+                    checkpoints.check_metrics(names)
             checkpoints.poll()
             if save:
                 with goodput("checkpoint"):
@@ -351,7 +361,12 @@ class Run:
         return state
 
     def _next(self, data: Iterator[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
-        batch, length = next(data), self.config.batch_size
+        try:
+            batch, length = next(data), self.config.batch_size
+        except Unreachable:
+            if self._signals.number:  # a worker that was started just then was told to end, too
+                raise Interrupted(self._signals.number, agreed=False) from None
+            raise
         return {
             k: sharding.from_rows(batch[k], self.rows, where, length) for k, where in self.step.batch_shardings.items()
         }

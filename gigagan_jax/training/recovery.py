@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from gigagan_jax import distributed
 from gigagan_jax.config import Config
 from gigagan_jax.data.order import reordered
 from gigagan_jax.data.pipeline import Pipeline
@@ -23,6 +24,7 @@ from gigagan_jax.training.state import GanState
 _log = logging.getLogger(__name__)
 
 REPORT_FILE = "health_report.json"
+_WAIT_SECONDS = 3600.0  # for the slowest process to be there
 
 
 class Guard:
@@ -106,7 +108,8 @@ class Guard:
         assert finding is not None
         checkpoints.wait()
         checkpoints.newest()  # puts damaged ones aside
-        steps, later = checkpoints.steps(), []
+        # All go by the list of process 0: a network disk may show another one elsewhere.
+        steps, later = json.loads(distributed.from_zero(json.dumps(checkpoints.steps()), _WAIT_SECONDS)), []
         # What is not finite never reaches a checkpoint: for that, each of them is good.
         while finding.name != "nonfinite" and steps:
             if self.monitor.good(checkpoints.position(steps[-1]).get("health"), finding):

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Retention:
         """Takes note of a checkpoint that is being written."""
         self._made[step] = self._judge(step, measured)
 
-    def check(self, metrics: Mapping[str, Any]) -> None:
+    def check(self, metrics: Collection[str]) -> None:
         """Raises UserError where `best_metric` is not among the metrics of the run."""
         name = self._settings.best_metric
         if self._settings.keep_best and name not in metrics:

@@ -1,10 +1,12 @@
 """Checkpoints without training: which are kept, what counts as damage, and what a run does about it."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -12,9 +14,10 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from gigagan_jax.config_run import CheckpointConfig
-from gigagan_jax.errors import UserError
+from gigagan_jax.errors import Unreachable, UserError
 from gigagan_jax.training.checkpoint import Checkpoints, open_workdir
 from gigagan_jax.training.integrity import CHECKSUMS, damage, write_checksums
+from gigagan_jax.training.loop import Interrupted, _Signals
 from gigagan_jax.training.retention import Made, kept
 from tests.runs import small
 
@@ -264,3 +267,38 @@ def test_a_save_that_breaks_with_another_process_is_not_called_a_full_disk(tmp_p
         checkpoints._writing(full)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Connection closed by peer"):
         checkpoints._writing(lost)
+
+
+def test_what_passes_is_not_called_the_disk_s_or_the_checkpoint_s_fault(three, monkeypatch):
+    """Launchers try again after 1, not after 2."""
+    checkpoints = Checkpoints(three, small())
+
+    def late():
+        raise TimeoutError("timed out") from jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: async_commit_complete")
+
+    def away(*args, **kwargs):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def lost(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        checkpoints._writing(late)
+    with pytest.raises(Unreachable, match="Stale file handle") as stale:
+        checkpoints._writing(away)
+    assert stale.value.code == 1
+    monkeypatch.setattr(checkpoints._manager, "restore", away)
+    with pytest.raises(Unreachable, match="cannot be read now"):
+        checkpoints.restore(6, abstract())
+    monkeypatch.setattr(checkpoints._manager, "restore", lost)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        checkpoints.restore(6, abstract())
+    checkpoints._failed = True  # nothing of it is to be waited for
+
+
+def test_a_signal_while_a_checkpoint_is_read_says_nothing_of_the_checkpoint(three, monkeypatch):
+    checkpoints = Checkpoints(three, small())
+    monkeypatch.setattr(checkpoints._manager, "restore", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted), _Signals():
+        checkpoints.restore(6, abstract())
+    checkpoints.close()

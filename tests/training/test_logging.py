@@ -110,6 +110,17 @@ def test_tensorboard_can_follow_without_a_flush(tmp_path):
         assert [e.step for e in events(tmp_path) if e.summary.value] == [1, 2]
 
 
+def test_events_of_a_long_run_are_in_several_files(tmp_path):
+    """What a lost machine had open is not all of them."""
+    now = 0.0
+    with MetricLogger(tmp_path, clock=lambda: now) as log:
+        for step in range(1, 5):
+            log.scalars(step, step / 10, {"a": 1})
+            now += 500
+    assert [e.step for e in events(tmp_path) if e.summary.value] == [1, 2, 3, 4]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
 def test_other_processes_write_nothing(tmp_path):
     with MetricLogger(tmp_path / "run", enabled=False) as log:
         log.scalars(1, 0.1, {"a": 1.0})

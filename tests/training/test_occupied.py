@@ -12,9 +12,10 @@ import time
 
 import pytest
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.errors import Unreachable, UserError
+from gigagan_jax.training import alike, occupied
 from gigagan_jax.training.loop import Run
-from gigagan_jax.training.occupied import FILE, alone
+from gigagan_jax.training.occupied import ALIVE, LOCK, alone
 from tests.runs import small
 
 HOLD = """
@@ -49,29 +50,70 @@ def test_a_second_run_is_kept_out_and_changes_nothing(holder, tmp_path, refused)
 def test_a_killed_run_leaves_the_workdir_free(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
+    began = time.monotonic()
     with alone(tmp_path):
-        assert json.loads((tmp_path / FILE).read_text())["process"] == os.getpid()
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
     with alone(tmp_path):  # and so does one that ended
         pass
+    assert time.monotonic() - began < 5
+    assert not (tmp_path / ALIVE).exists()
 
 
-def test_a_holder_on_another_machine_is_waited_for(holder, tmp_path, refused):
-    (tmp_path / FILE).write_text(json.dumps({"host": "far", "process": 7}))
-    began = time.monotonic()
-    with pytest.raises(UserError, match="process 7 on far"), alone(tmp_path, patience=1.5):
+def test_a_lock_of_another_machine_is_waited_for_and_left_to_launchers(holder, tmp_path, monkeypatch):
+    (tmp_path / LOCK).write_text(json.dumps({"host": "far", "boot": "other", "process": 7}))
+    with pytest.raises(Unreachable, match="process 7 on far"), alone(tmp_path, patience=1.5):
         pass
-    assert time.monotonic() - began > 1.5
-    holder.kill()
-    holder.wait()
-    with alone(tmp_path, patience=1.5):
+    monkeypatch.setattr(occupied, "_boot", lambda: "other")
+    with pytest.raises(UserError, match="process 7 on far") as now, alone(tmp_path):
         pass
+    assert now.value.code == 2
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+def no_locks(monkeypatch):
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", none)
-    with alone(tmp_path):
-        pass
-    assert "cannot be locked (No locks available)" in caplog.text
+
+
+def test_where_there_are_no_locks_signs_of_life_keep_out(tmp_path, monkeypatch, caplog):
+    """As on a bucket that two machines have mounted."""
+    no_locks(monkeypatch)
+    with alone(tmp_path, beat=0.2):
+        assert "cannot be locked (No locks available)" in caplog.text
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(occupied, "_boot", lambda: "elsewhere")
+            with pytest.raises(UserError, match="another run is in it"), alone(tmp_path, beat=0.5):
+                pass
+    (tmp_path / ALIVE).write_text(json.dumps({"host": "far", "boot": "gone", "process": 7, "count": 3}))
+    with alone(tmp_path, beat=0.2) as word:  # it has died
+        assert occupied.read(tmp_path)["run"] == word
+
+
+# ---------------------------------------------------------------- processes of one run
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """second(what process 0 says): this is process 1 of 2."""
+
+    def second(theirs, run):
+        monkeypatch.setattr("jax.process_count", lambda: 2)
+        monkeypatch.setattr("jax.process_index", lambda: 1)
+        monkeypatch.setattr(alike.distributed, "from_zero", lambda mine, seconds: json.dumps([theirs, run]))
+
+    return second
+
+
+def test_processes_that_differ_are_told_apart(tmp_path, second, refused):
+    with alone(tmp_path) as word:
+        second(alike._said(small(), "a"), word)
+        alike.check(small(), "a", tmp_path, None)
+        alike.check(small(data__threads=3, data__path="/elsewhere"), "a", tmp_path, None)
+        refused(lambda: alike.check(small(), "b", tmp_path, None), "process 1", "the data is b here and a there")
+        other = small(generator__z_dim=16, log_kimg=7.0)
+        refused(lambda: alike.check(other, "a", tmp_path, None), "config.generator.z_dim is 16 here", "log_kimg is 7.0")
+        refused(lambda: alike.check(small(), "a", tmp_path / "own", None, seconds=0.1), "is not that of process 0")
+        (tmp_path / "own").mkdir()
+        with alone(tmp_path / "own"):
+            refused(lambda: alike.check(small(), "a", tmp_path / "own", None, seconds=0.1), "not that of process 0")
