@@ -175,25 +175,40 @@ def test_sigterm_to_one_of_four_stops_all_in_the_same_step_and_the_run_goes_on(f
     assert data_a == data_b
 
 
-def test_what_one_has_to_say_ends_all(tmp_path):
-    """One of them does not find its data; the other waits for it."""
-    images = tmp_path / "images"
-    images.mkdir()
-    port = socket.socket()
-    port.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{port.getsockname()[1]}"
-    port.close()
+def two(workdir, *flags_of_second):
+    """Two processes, the second with flags of its own -> (exit codes, lines of errors)"""
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{port.getsockname()[1]}"
     commands = [
-        [sys.executable, *COMMAND, f"--workdir={tmp_path / 'run'}", f"--coordinator={address}", "--num_processes=2",
-         f"--process_id={i}", *(["--config.data.source=folder", f"--config.data.path={images}"] if i else [])]
+        [sys.executable, *COMMAND, f"--workdir={workdir}", f"--coordinator={address}", "--num_processes=2",
+         f"--process_id={i}", *(flags_of_second if i else [])]
         for i in range(2)
     ]  # fmt: skip
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     children = [subprocess.Popen(c, **pipes) for c in commands]
     said = [c.communicate(timeout=120)[1] for c in children]
-    assert [c.returncode for c in children] == [2, 2]
     errors = [[line for line in text.splitlines() if line.startswith("error")] for text in said]
+    return [c.returncode for c in children], errors
+
+
+def test_what_one_has_to_say_ends_all(tmp_path):
+    """One of them does not find its data; the other waits for it."""
+    images = tmp_path / "images"
+    images.mkdir()
+    codes, errors = two(tmp_path / "run", "--config.data.source=folder", f"--config.data.path={images}")
+    assert codes == [2, 2]
     assert errors[1][0].startswith(f"error: no image in {images}")
+    assert errors[0] == [f"error: process 1 failed, and with it this one: {errors[1][0].removeprefix('error: ')}"]
+
+
+def test_processes_with_different_settings_do_not_train(tmp_path):
+    """Their parameters would differ, and nothing would say so."""
+    codes, errors = two(tmp_path / "run", "--config.g_optimizer.learning_rate=0.1")
+    assert codes == [2, 2]
+    assert errors[1][0].startswith(
+        "error: process 1 differs from process 0: config.g_optimizer.learning_rate is 0.1 here and 0.0025 there; start all"
+    )
     assert errors[0] == [f"error: process 1 failed, and with it this one: {errors[1][0].removeprefix('error: ')}"]
 
 
