@@ -16,7 +16,8 @@ alone would make the largest array, which one chip holds whole while it is used,
     starting point: the paper has one rate for both of its widths, and nobody trained these sizes.
 
 `:SIZE-bytes` needs no CLIP. Hardware: 64 TPU v5p chips or more, or 256 v5e or v6e, at batch 1024 (README: the planner's
-figures; docs/meshes.md: which mesh). With fewer devices than 64, `--config.mesh.fsdp=8`.
+figures; docs/meshes.md: which mesh). Parameters are cut over 16 chips, those of 10b over 64, which 16 GiB a chip ask for
+(v5p: `--config.mesh.fsdp=16`, which sends less). With fewer devices, `--config.mesh.fsdp=8`.
 """
 
 from ml_collections import ConfigDict
@@ -52,6 +53,6 @@ def get_config(arg: str = "1b") -> ConfigDict:
     d.attention_gain /= m**0.5
     for o in (c.g_optimizer, c.d_optimizer):
         o.learning_rate /= m
-    c.mesh.data, c.mesh.fsdp = -1, 64
+    c.mesh.data, c.mesh.fsdp = -1, 64 if size == "10b" else 16
     c.remat = True  # laion.py does without; here what would be kept is what does not fit
     return c

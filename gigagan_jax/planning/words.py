@@ -1,5 +1,6 @@
 """A plan as text: the report, one line of it, and the Markdown table of many."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,10 +140,19 @@ def _summary(plan: dict[str, Any]) -> list[str]:
 
 
 def markdown(plans: Sequence[dict[str, Any]]) -> str:
-    """The table of configs (rows) by topologies (columns), each in the order in which it first comes."""
+    """The table of configs (rows) by topologies (columns), each in the order in which it first comes.
+
+    Several plans of one config and topology, on other meshes or with other batches, share a cell.
+    """
     configs = list(dict.fromkeys(p["config"] for p in plans))
-    topologies = list(dict.fromkeys(_column(p) for p in plans))
-    cells = {(p["config"], _column(p)): _cell(p) for p in plans}
+    names: dict[tuple[str, int], str] = {}  # of columns: a topology may have been asked for by its shape or its size
+    for p in plans:
+        names.setdefault((p["topology"], p["slices"]), _column(p))
+    topologies = list(dict.fromkeys(names.values()))
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for p in plans:
+        found[p["config"], names[p["topology"], p["slices"]]].append(_cell(p))
+    cells = {place: "<br>or<br>".join(texts) for place, texts in found.items()}
     line = lambda values: "| " + " | ".join(values) + " |"
     return "\n".join(
         [

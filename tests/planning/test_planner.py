@@ -302,6 +302,15 @@ def test_the_table_is_made_from_files(made, tmp_path, capsys):
     )
 
 
+def test_plans_of_one_place_share_a_cell(made):
+    other = made | {"asked": "v5p:4x4x4" if made["asked"] != "v5p:4x4x4" else "v5p-128", "mesh": {"data": 2, "fsdp": 2}}
+    table = words.markdown([made, other]).splitlines()
+    assert len(table) == 3
+    assert table[0].count("|") == 3
+    assert "<br>or<br>" in table[2]
+    assert "data=2 fsdp=2" in table[2]
+
+
 def test_the_table_of_more_and_more_chips(made, tmp_path, capsys):
     more = made | {"asked": "v5p-16", "topology": "v5p:2x2x2", "chips": 8, "seconds": made["seconds"] * 1.1}
     for name, plan in (("a", made), ("b", more)):
