@@ -291,6 +291,7 @@ class Run:
             began = time.monotonic()
             if first_time:
                 _log.info("compiling the train step %s R1 (once)", "with" if with_r1 else "without")
+                distributed.report(None)  # however long it takes, it is no step that hangs
             last = pending[-1][2]["health"] if pending else None
             with goodput("data", behind=last):
                 batch = self._next(data)
