@@ -105,5 +105,5 @@ def test_other_machines_need_a_folder_that_all_see():
 
 def test_without_beam_its_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)  # as Python says that there is no such package
-    with pytest.raises(UserError, match=r"pip install 'gigagan-jax\[beam\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[beam\]'"):
         make("tar", tmp_path, runner="DirectRunner")

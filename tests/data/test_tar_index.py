@@ -154,7 +154,7 @@ def test_compressed_tars_are_refused(tmp_path, kind):
         ("{00000.tar", "not closed"),
         ("{3..1}.tar", "runs backwards"),
         ("ftp6://x/y.tar", "no file system is known for ftp6"),
-        ("gs://bucket/0.tar", "needs the package gcsfs: pip install 'gigagan-jax\\[gcs\\]'"),
+        ("gs://bucket/0.tar", "needs the package gcsfs: pip install -e '.\\[gcs\\]'"),
     ],
 )
 def test_bad_paths(tars, tmp_path, path, message):
