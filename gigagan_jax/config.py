@@ -321,8 +321,21 @@ def entry_levels(config: Config) -> tuple[int, ...]:
 
 # ---------------------------------------------------------------- comparing
 
+# What each machine of a run may have its own of: where things lie, and how they are read. That the data and the frozen
+# weights are the same is checked by their identities.
+OWN_FIELDS = (
+    "data.path",
+    "data.index",
+    "data.workers",
+    "data.threads",
+    "data.embeddings",
+    "text.path",
+    "clip.path",
+    "vision_aided.path",
+)
 # What may change between two runs in one workdir: it does not alter what the stored state means.
 FREE_FIELDS = (
+    *OWN_FIELDS,
     "total_kimg",
     "batch_size",
     "checkpoint_kimg",
@@ -333,18 +346,9 @@ FREE_FIELDS = (
     "evaluators",
     "mesh",
     "rules",
-    "data.path",
-    "data.index",
-    "data.workers",
-    "data.threads",
     "data.retry_seconds",
     "data.max_bad_fraction",
     "data.captions",
-    # Where frozen weights lie; that they are the same is checked by their identity.
-    "data.embeddings",
-    "text.path",
-    "clip.path",
-    "vision_aided.path",
     "generator.adaptive_form",
     "checkpoint",
     "snapshot",

@@ -24,12 +24,13 @@ from jax._src import distributed
 from jax._src.lib import _jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gigagan_jax.errors import Unreachable, UserError
+from gigagan_jax.errors import Unreachable, UserError, causes
 
 _log = logging.getLogger(__name__)
 _ERROR, _ALIVE = "gigagan_jax/error", "gigagan_jax/alive/"
 _watch: list["_Watch"] = []  # of this process, once it is joined to others
 _said = itertools.count()
+_SLOWEST_SECONDS = 3600  # for what one process does while the others wait for its word
 _READ_SECONDS = 5  # for the others to read why all end
 _place: list[int | None] = [
     None,
@@ -149,22 +150,22 @@ def report(step: int | None, example: int | None = None) -> None:
     _place[:] = step, example
 
 
-def from_zero(mine: str, seconds: float) -> str:
-    """What process 0 calls this with, on all processes. All call it equally often, and go on together.
+def from_zero(mine: Any) -> Any:
+    """What process 0 calls this with, on all processes. All call it equally often, and go on together, within an hour: process 0
+    may have all files of a checkpoint to compare, and others their data to open.
 
     Args:
-      mine: used on process 0 only
-      seconds: limit of the wait, for the slowest
+      mine: used on process 0 only; of what JSON knows
     """
     client = _client()
     if client is None or jax.process_count() == 1:
         return mine
     # Over the store and not by a collective: those of CPUs wait for half a minute only.
-    key, milliseconds = f"gigagan_jax/said/{next(_said)}", round(1000 * seconds)
+    key, milliseconds = f"gigagan_jax/said/{next(_said)}", 1000 * _SLOWEST_SECONDS
     if jax.process_index() == 0:
-        client.key_value_set(key, mine)
+        client.key_value_set(key, json.dumps(mine))
     client.wait_at_barrier(f"{key}/heard", milliseconds)
-    return client.blocking_key_value_get(key, milliseconds)
+    return json.loads(client.blocking_key_value_get(key, milliseconds))
 
 
 def _client() -> Any:
@@ -187,10 +188,7 @@ def unexpected(error: Exception) -> None:
     """What a verb cannot explain ends all processes; returns for a process alone."""
     if _client() is None or jax.process_count() == 1:
         return
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
-    if any(isinstance(c, jax.errors.JaxRuntimeError) for c in causes) and _watch:
+    if any(isinstance(c, jax.errors.JaxRuntimeError) for c in causes(error)) and _watch:
         # A collective that breaks says little; which process was lost is known as soon as it has been silent long enough.
         time.sleep(_watch[0].limit + 5)
     traceback.print_exception(error)

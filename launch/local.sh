@@ -16,10 +16,10 @@ if [ -n "$dry_run" ]; then
   run "${command[@]}"
   exit 0
 fi
-child='' stopped=''
+child='' stopped='' missed='' # signals that came while there was no trainer are told to the next one
 forward() {
   stopped=yes
-  [ -z "$child" ] || kill "-$1" "$child" 2>/dev/null || true
+  if [ -n "$child" ]; then kill "-$1" "$child" 2>/dev/null || true; else missed=$1; fi
 }
 trap 'forward TERM' TERM
 trap 'forward INT' INT
@@ -27,16 +27,11 @@ set -m # the trainer in a group of its own: what a terminal sends reaches it onc
 while :; do
   "${command[@]}" &
   child=$!
-  while :; do
-    code=0
-    wait "$child" || code=$?
-    kill -0 "$child" 2>/dev/null || break # a signal ends the wait, not the trainer
-  done
-  if [ -n "$stopped" ]; then
-    own=0
-    wait "$child" || own=$?
-    [ "$own" -eq 127 ] || code=$own # 127: forgotten, since it was waited for
-  fi
+  [ -z "$missed" ] || forward "$missed"
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends the wait, not the trainer
+  code=0
+  wait "$child" || code=$? # said again
+  child='' missed=''
   [ -z "$stopped" ] && [ "$code" -eq 75 ] || exit "$code"
   echo "stopped with its state saved; going on" >&2
 done

@@ -91,6 +91,7 @@ def test_a_server_that_does_not_answer_is_asked_rarely_and_not_given_up(server, 
         time.sleep(0.2)
         assert server.asked == asked
         assert "does not answer" in caplog.text
+        assert not came
         server.answers = {"/preempted": "FALSE", "/maintenance-event": "NONE"}
         wait(lambda: server.asked > asked + 2)
         server.answers = {"/preempted": "TRUE", "/maintenance-event": "NONE"}

@@ -289,8 +289,8 @@ class Pipeline:
                     "config.data.workers or config.data.threads; the same command goes on from the last checkpoint"
                 ) from error
             raise
-        if failure:
-            raise UserError(failure)
+        if failure is not None:
+            raise failure
         return batch, asked
 
     def _start(self) -> grain.DatasetIterator:
@@ -328,12 +328,12 @@ def _chunk_size(rows: int, readers: int) -> int:
 
 
 class _Chunks(grain.MapDataset):
-    """Element c: rows c * size and on, as (batch of `size`, what was asked for, "" or why the run cannot go on)."""
+    """Element c: rows c * size and on, as (batch of `size`, what was asked for, None or why the run cannot go on)."""
 
     def __init__(self, reader: "_Reader", order: Sequence[int], position: Callable[[int], int], size: int):
         super().__init__()
         self._reader, self._order, self._position, self._size = reader, order, position, size
-        self._failure = ""
+        self._failure: UserError | None = None
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -341,16 +341,16 @@ class _Chunks(grain.MapDataset):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        if self._failure:  # one search for a readable example is enough
+        if self._failure is not None:  # one search for a readable example is enough
             return {}, [], self._failure
         try:
             positions = [self._position(i) for i in range(index * self._size, (index + 1) * self._size)]
             examples = [self._reader(k, self._order[k]) for k in positions]
         except UserError as error:  # as data: what is raised in a worker process arrives as another exception
-            self._failure = str(error)
-            return {}, [], self._failure
+            self._failure = error
+            return {}, [], error
         batch = {key: np.stack([example[key] for example, _ in examples]) for key in examples[0][0]}
-        return batch, [asked for _, asked in examples], ""
+        return batch, [asked for _, asked in examples], None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,12 +434,14 @@ class _Reader:
             return bad
 
 
-def _concatenate(chunks: Sequence[tuple[Batch, list[Asked], str]]) -> tuple[Batch, list[Asked], str]:
-    failure = next((why for _, _, why in chunks if why), "")
-    if failure:
+def _concatenate(
+    chunks: Sequence[tuple[Batch, list[Asked], UserError | None]],
+) -> tuple[Batch, list[Asked], UserError | None]:
+    failure = next((why for _, _, why in chunks if why is not None), None)
+    if failure is not None:
         return {}, [], failure
     batch = {key: np.concatenate([chunk[key] for chunk, _, _ in chunks]) for key in chunks[0][0]}
-    return batch, [asked for _, some, _ in chunks for asked in some], ""
+    return batch, [asked for _, some, _ in chunks for asked in some], None
 
 
 def _check(true: bool, message: str) -> None:

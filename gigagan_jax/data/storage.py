@@ -4,7 +4,6 @@ A server that does not answer is asked again, with growing pauses, for `retry_se
 """
 
 import collections
-import errno
 import glob
 import hashlib
 import io
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from gigagan_jax.errors import Unreachable, UserError
+from gigagan_jax.errors import Unreachable, UserError, passing
 
 _log = logging.getLogger(__name__)
 
@@ -26,8 +25,6 @@ _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modi
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _OPEN_FILES = 128  # of one process
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
-# What a network file system says when its server is away; every other error of a local file is final.
-_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.EAGAIN)
 # What client libraries call credentials that are missing, which no waiting brings.
 _REFUSALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound")
 # A request that hangs must not wait as long as the whole patience.
@@ -230,7 +227,7 @@ class Storage:
             except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 raise
             except Exception as e:  # each client library has its own errors for a server that is away
-                if is_local(path) and not (isinstance(e, OSError) and e.errno in _PASSING):
+                if is_local(path) and not passing(e):
                     raise
                 why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}".rstrip(": ")
                 if isinstance(e, PermissionError) or type(e).__name__ in _REFUSALS:

@@ -8,24 +8,21 @@ from typing import Any
 import jax
 
 from gigagan_jax import distributed
-from gigagan_jax.config import Config, flatten, to_dict
+from gigagan_jax.config import OWN_FIELDS, Config, flatten, to_dict
 from gigagan_jax.errors import UserError
 from gigagan_jax.training import occupied
 
-_WAIT_SECONDS = 3600.0  # for the slowest to have opened its data
 _SEEN_SECONDS = 120.0  # until a network disk shows what another machine has written
-# What each machine may have its own of.
-_OWN = ("data.path", "data.workers", "data.threads", "data.embeddings", "text.path", "clip.path", "vision_aided.path")
 
 
-def check(config: Config, identity: str, workdir: Path, run: str | None, seconds: float = _SEEN_SECONDS) -> None:
+def check(config: Config, identity: str, workdir: Path, seconds: float = _SEEN_SECONDS) -> None:
     """Compares this process with process 0.
 
     Args:
       config: of this process
       identity: of its data set
-      workdir: of the run
-      run: the word that process 0 has written into the workdir; None on the others
+      workdir: of the run, held by process 0 (occupied.py)
+      seconds: to wait for what process 0 has written there
 
     Raises:
       UserError: another config, other data, or another folder of the same name.
@@ -33,8 +30,7 @@ def check(config: Config, identity: str, workdir: Path, run: str | None, seconds
     if jax.process_count() == 1:
         return
     mine = _said(config, identity)
-    said = json.loads(distributed.from_zero(json.dumps([mine, run]), _WAIT_SECONDS))
-    theirs, run = said[0], said[1]
+    theirs, run = distributed.from_zero([mine, occupied.read(workdir).get("run")])
     names = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
     if names:
         told = "; ".join(f"{k} is {mine.get(k)} here and {theirs.get(k)} there" for k in names[:8])
@@ -52,5 +48,5 @@ def check(config: Config, identity: str, workdir: Path, run: str | None, seconds
 
 
 def _said(config: Config, identity: str) -> dict[str, Any]:
-    values = {f"config.{k}": v for k, v in flatten(to_dict(config)).items() if k not in _OWN}
+    values = {f"config.{k}": v for k, v in flatten(to_dict(config)).items() if k not in OWN_FIELDS}
     return json.loads(json.dumps(values | {"the data": identity}))

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from gigagan_jax import distributed
 from gigagan_jax.config import Config, differences, from_dict, to_dict
-from gigagan_jax.errors import Unreachable, UserError
+from gigagan_jax.errors import Unreachable, UserError, causes, passing
 from gigagan_jax.training.integrity import CHECKSUMS, damage, write_checksums
 from gigagan_jax.training.retention import Retention
 
@@ -34,18 +34,7 @@ _log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
-_CHECK_SECONDS = 3600  # for process 0 to compare all files of a checkpoint with their checksums
 _LOGGERS = ("absl", "asyncio")  # that Orbax's threads complain to
-# Of a file system that is away for a while, and of an old checkpoint that another machine still reads.
-_PASSING = (
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENOTCONN,
-    errno.ENOTEMPTY,
-)
 _ITEMS = ("state", "data", "config", "frozen", "measured")
 
 
@@ -197,8 +186,7 @@ class Checkpoints:
           UserError: there are checkpoints, and all are damaged; none is moved then.
         """
         found = self._newest() if jax.process_index() == 0 else None
-        said = distributed.from_zero("" if found is None else str(found), _CHECK_SECONDS)
-        step = int(said) if said else None
+        step: int | None = distributed.from_zero(found)
         if step is not None:
             self._whole.add(step)
         return step
@@ -315,9 +303,10 @@ class Checkpoints:
     def _unwritten(self, error: BaseException) -> Exception:
         self._failed = True
         # The state could not be had, or the others did not answer, since a process was lost: not the disk's fault.
-        if any(isinstance(e, jax.errors.JaxRuntimeError) or "Gloo" in str(e) for e in _causes(error)):
+        if any(isinstance(e, jax.errors.JaxRuntimeError) or "Gloo" in str(e) for e in causes(error)):
             return jax.errors.JaxRuntimeError(_first_line(error))
-        if isinstance(error, OSError) and (isinstance(error, TimeoutError) or error.errno in _PASSING):
+        # The last is of an old checkpoint that another machine still reads, or of folders that come back while they go.
+        if isinstance(error, TimeoutError) or passing(error) or getattr(error, "errno", None) == errno.ENOTEMPTY:
             return Unreachable(
                 f"cannot write a checkpoint to {self.folder} now: {_first_line(error)}; the same command goes on"
             )
@@ -349,7 +338,7 @@ class Checkpoints:
 
     def check_frozen(self, step: int, identities: Mapping[str, str]) -> None:
         """Raises UserError where a checkpoint was trained with other frozen weights than those of `identities`."""
-        if distributed.from_zero(str((self.folder / str(step) / "frozen").exists()), _CHECK_SECONDS) == "False":
+        if not distributed.from_zero((self.folder / str(step) / "frozen").exists()):
             return  # of a version that had no frozen networks
         stored = self._restore(step, frozen=ocp.args.JsonRestore())["frozen"]
         for role, identity in identities.items():
@@ -394,7 +383,7 @@ class Checkpoints:
         except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # none of which says anything of the checkpoint
             raise
         except Exception as e:
-            if isinstance(e, OSError) and e.errno in _PASSING:
+            if passing(e):
                 raise Unreachable(
                     f"checkpoint {self.folder / str(step)} cannot be read now ({_first_line(e)}): its file system is away"
                 ) from e
@@ -420,14 +409,6 @@ def _quiet_about_closed_loops() -> None:
 
     quiet.about_closed_loops = True  # type: ignore[attr-defined]
     sys.unraisablehook, sys.excepthook = quiet, quiet_print
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """An error, and what it came of."""
-    out = [error]
-    while (cause := out[-1].__cause__ or out[-1].__context__) is not None and cause not in out:
-        out.append(cause)
-    return out
 
 
 def _first_line(e: BaseException) -> str:

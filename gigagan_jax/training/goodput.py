@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gigagan_jax.data.progress import duration
+from gigagan_jax.training.logging import append
 
 _log = logging.getLogger(__name__)
 
@@ -240,9 +241,9 @@ class Goodput:
         if enabled:
             path = workdir / GOODPUT_FILE
             try:
-                self._append(path, "")
+                append(path, "")
                 if not _ends_whole(path):
-                    self._append(path, "\n")
+                    append(path, "\n")
                 self._file = path
             except OSError as e:
                 _log.warning("%s cannot be written (%s): goodput is not kept", path, e.strerror or e)
@@ -359,19 +360,13 @@ class Goodput:
                 if not self._over.is_set():
                     self.flush()
 
-    @staticmethod
-    def _append(path: Path, text: str) -> None:
-        # Opened for each line, and closed: what a bucket has of a file is what was there at the last closing.
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
-
     def _write(self, event: dict[str, Any]) -> None:
         with self._lock:
             self.account.add(event)
             if self._file is None:
                 return
             try:
-                self._append(self._file, json.dumps(event) + "\n")
+                append(self._file, json.dumps(event) + "\n")
             except OSError as e:  # a full disk is no reason to stop
                 _log.warning("%s cannot be written (%s): goodput is no longer kept", GOODPUT_FILE, e.strerror or e)
                 self._file = None

@@ -85,7 +85,7 @@ class MetricLogger:
             events = workdir / TENSORBOARD_FOLDER
             went_before = events.is_dir() and any(events.iterdir())
             events.mkdir(exist_ok=True)
-            self._append("")  # can it be written?
+            append(self._path, "")  # can it be written?
             # Not SummaryWriter: its flush leaves behind what its thread has not taken up yet, and a second writer
             # within one second would empty the first one's file. The suffix keeps such files apart, in order.
             self._new_events = lambda: EventsWriter(str(events / "events"), filename_suffix=f".{time.time_ns()}")
@@ -119,7 +119,7 @@ class MetricLogger:
         line: dict[str, Any] = {"step": int(step), "kimg": float(kimg), "time": round(now, 3)}
         line |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         with self._writing():
-            self._append(json.dumps(line, allow_nan=False) + "\n")
+            append(self._path, json.dumps(line, allow_nan=False) + "\n")
             self._summary(step, [{"tag": name, "simple_value": number} for name, number in numbers.items()])
 
     def image(self, tag: str, step: int, image: np.ndarray) -> None:
@@ -171,11 +171,6 @@ class MetricLogger:
             finally:
                 self._events.close()
 
-    def _append(self, text: str) -> None:
-        # Opened for each line, and closed: what a bucket has of a file is what was there at the last closing.
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(text)
-
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -205,6 +200,12 @@ class MetricLogger:
         # What ended the run is said, not that its last metrics could not be written either.
         with contextlib.suppress(UserError) if exc[0] is not None else contextlib.nullcontext():
             self.close()
+
+
+def append(path: Path, text: str) -> None:
+    """Adds to a file, which is opened for it and closed: of a bucket that is mounted others see what was there at a closing."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _cut_after(path: Path, step: int) -> None:

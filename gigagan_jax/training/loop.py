@@ -146,7 +146,6 @@ class Run:
         self._signals = _Signals()
         self.began = time.time()
         self.profile_steps: tuple[int, int] | None = None
-        self._word: str | None = None  # that this run has the workdir by
 
     @functools.cached_property
     def frozen(self) -> tuple[Params, dict[str, str]]:
@@ -167,7 +166,7 @@ class Run:
         about = facts(self.config, self.networks, self.mesh)
         with contextlib.ExitStack() as stack:
             if first:
-                self._word = stack.enter_context(alone(self.workdir))
+                stack.enter_context(alone(self.workdir))
                 open_workdir(self.workdir, self.config)
             else:
                 with contextlib.suppress(OSError):  # process 0 says what is wrong with it
@@ -190,7 +189,7 @@ class Run:
         _log.info("data: %s %s", config.data.source, config.data.path)
         with make_pipeline(config, self.workdir, self.rows) as data:
             goodput.about({"data": data.about()})
-            alike.check(config, data.state()["source"], self.workdir, self._word)
+            alike.check(config, data.state()["source"], self.workdir)
             checkpoints = Checkpoints(self.workdir, config)
             try:
                 weights, identities = self.frozen

@@ -24,8 +24,8 @@ _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def alone(workdir: Path, patience: float = _FAR_SECONDS, beat: float = _BEAT_SECONDS) -> Iterator[str]:
-    """Holds the workdir, which is made where it is missing, for this process; gives a word that its file `run.alive` holds.
+def alone(workdir: Path, patience: float = _FAR_SECONDS, beat: float = _BEAT_SECONDS) -> Iterator[None]:
+    """Holds the workdir, which is made where it is missing, for this process.
 
     By a record lock: the system gives it up when the process ends, however it ends, workers of the data do not inherit it,
     and file servers know it. Disks in user space (a bucket that is mounted) know it within one machine only: so the process
@@ -39,13 +39,9 @@ def alone(workdir: Path, patience: float = _FAR_SECONDS, beat: float = _BEAT_SEC
       UserError: another process trains in it, or it cannot be written.
       Unreachable: another machine has the lock, and may be lost.
     """
-    try:
+    with _usable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         handle = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as e:
-        raise UserError(
-            f"--workdir={workdir} cannot be used: {e.strerror or e}; choose a folder you may write to"
-        ) from None
     over = threading.Event()
     me: dict[str, Any] = {
         "host": socket.gethostname(),
@@ -54,18 +50,31 @@ def alone(workdir: Path, patience: float = _FAR_SECONDS, beat: float = _BEAT_SEC
         "run": uuid.uuid4().hex,
     }
     try:
-        _take(handle, workdir, me, patience)
-        _look(workdir, beat)
-        _sign(workdir, me, 0)
-        threading.Thread(target=_live, args=(workdir, me, beat, over), daemon=True, name="alive").start()
+        locked = _take(handle, workdir, me, patience)
+        _look(workdir, me if locked else {}, beat)
+        with _usable(workdir):
+            _sign(workdir, me, 0)
+        thread = threading.Thread(target=_live, args=(workdir, me, beat, over), daemon=True, name="alive")
+        thread.start()
         try:
-            yield me["run"]
+            yield
         finally:
             over.set()
+            thread.join(beat)  # it may be writing
             with contextlib.suppress(OSError):
                 (workdir / ALIVE).unlink()
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _usable(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"--workdir={workdir} cannot be used: {e.strerror or e}; choose a folder you may write to"
+        ) from None
 
 
 def _boot() -> str:
@@ -81,7 +90,8 @@ def _occupied(workdir: Path, holder: dict[str, Any], kind: type[UserError] = Use
     return kind(f"--workdir={workdir}: another run is in it ({who}): stop that one first, or choose another folder")
 
 
-def _take(handle: int, workdir: Path, me: dict[str, Any], patience: float) -> None:
+def _take(handle: int, workdir: Path, me: dict[str, Any], patience: float) -> bool:
+    """Takes the lock; False where there are none."""
     end, said = time.monotonic() + patience, False
     while True:
         try:
@@ -90,7 +100,7 @@ def _take(handle: int, workdir: Path, me: dict[str, Any], patience: float) -> No
         except OSError as e:
             if e.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
                 _log.warning("%s cannot be locked (%s): its signs of life must do", workdir, e.strerror)
-                return
+                return False
         holder = _parsed(os.pread(handle, 1000, 0))
         if holder.get("boot") == me["boot"]:
             raise _occupied(workdir, holder)
@@ -106,12 +116,17 @@ def _take(handle: int, workdir: Path, me: dict[str, Any], patience: float) -> No
     with contextlib.suppress(OSError):
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(me).encode(), 0)
+    return True
 
 
-def _look(workdir: Path, beat: float) -> None:
-    """Raises UserError where a process of another machine lives in the workdir, though the lock could be had."""
+def _look(workdir: Path, holder: dict[str, Any], beat: float) -> None:
+    """Raises UserError where another process lives in the workdir.
+
+    Args:
+      holder: of the lock, on whose machine nobody else can; {} where there are no locks
+    """
     before = read(workdir)
-    if not before or before.get("boot") == _boot():  # of this machine: the lock would not have been given
+    if not before or before.get("boot") == holder.get("boot"):
         return
     _log.info(
         "a run on %s did not end by itself: looking for %.0f s whether it lives", before.get("host"), _BEATS * beat

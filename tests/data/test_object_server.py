@@ -66,11 +66,14 @@ def test_worker_processes_read_from_the_bucket_too(running, tars, tmp_path):
         np.testing.assert_array_equal(next(data)["image"], want["image"])
 
 
-def test_an_unreachable_server_ends_in_one_line(running, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreachable_server_ends_in_one_line(running, tmp_path, workers):
     source = TarSource("s3://bucket/{00000..00002}.tar", index=str(tmp_path), storage=Storage(retry_seconds=1))
     running.kill()
-    with stream(source, num_threads=0) as data, pytest.raises(UserError, match="has not answered for") as refused:
+    threads = {"num_threads": workers, "num_workers": workers}
+    with stream(source, **threads) as data, pytest.raises(UserError, match="has not answered for") as refused:
         next(data)
+    assert refused.value.code == 1  # launchers try again
     assert "\n" not in str(refused.value)
     assert "s3://bucket/0000" in str(refused.value)
 

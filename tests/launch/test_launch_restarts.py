@@ -32,7 +32,9 @@ def test_local_passes_signals_on_and_waits(stand, tmp_path, sent, code):
     body = f"""trap 'sleep 0.5; touch "{tmp_path}/saved"; exit {code}' {names[sent]}; touch "{tmp_path}/up"\n"""
     python = stand.program("fake_python", body + "while :; do sleep 0.1; done\n")
     environment = os.environ | {"PYTHON": str(python), "CALLS": f"{tmp_path}/calls"}
-    child = subprocess.Popen(["bash", "launch/local.sh", *FLAGS], env=environment)
+    # Where the tests run in the background Ctrl-C is ignored, and what is ignored from the start a shell cannot catch.
+    unignored = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    child = subprocess.Popen(["bash", "launch/local.sh", *FLAGS], env=environment, preexec_fn=unignored)
     while not (tmp_path / "up").exists():
         assert child.poll() is None
     child.send_signal(sent)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -309,6 +310,17 @@ def test_plans_of_one_place_share_a_cell(made):
     assert table[0].count("|") == 3
     assert "<br>or<br>" in table[2]
     assert "data=2 fsdp=2" in table[2]
+
+
+def test_the_tables_of_the_readme_are_those_of_the_plans():
+    root = Path(__file__).parents[2]
+    plan = lambda name: json.loads((root / "docs" / "plans" / f"{name}.json").read_text())
+    configs, topologies = ("laion", "scale-1b", "scale-3b", "scale-10b"), ("v5p-128", "v5p-512", "v5e-256", "v6e-256")
+    readme = (root / "README.md").read_text()
+    assert words.markdown([plan(f"{c}_{t}") for c in configs for t in topologies]) in readme
+    assert (
+        words.scaling([plan(name) for name in ("laion_v5p-128", "scaling/laion_512", "scaling/laion_4096")]) in readme
+    )
 
 
 def test_the_table_of_more_and_more_chips(made, tmp_path, capsys):

@@ -81,13 +81,14 @@ def test_where_there_are_no_locks_signs_of_life_keep_out(tmp_path, monkeypatch, 
     no_locks(monkeypatch)
     with alone(tmp_path, beat=0.2):
         assert "cannot be locked (No locks available)" in caplog.text
-        with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(occupied, "_boot", lambda: "elsewhere")
-            with pytest.raises(UserError, match="another run is in it"), alone(tmp_path, beat=0.5):
-                pass
+        for boot in (occupied._boot(), "elsewhere"):  # on this machine, and on another one
+            with monkeypatch.context() as where:
+                where.setattr(occupied, "_boot", lambda boot=boot: boot)
+                with pytest.raises(UserError, match="another run is in it"), alone(tmp_path, beat=0.5):
+                    pass
     (tmp_path / ALIVE).write_text(json.dumps({"host": "far", "boot": "gone", "process": 7, "count": 3}))
-    with alone(tmp_path, beat=0.2) as word:  # it has died
-        assert occupied.read(tmp_path)["run"] == word
+    with alone(tmp_path, beat=0.2):  # it has died
+        assert occupied.read(tmp_path)["process"] == os.getpid()
 
 
 # ---------------------------------------------------------------- processes of one run
@@ -100,20 +101,33 @@ def second(monkeypatch):
     def second(theirs, run):
         monkeypatch.setattr("jax.process_count", lambda: 2)
         monkeypatch.setattr("jax.process_index", lambda: 1)
-        monkeypatch.setattr(alike.distributed, "from_zero", lambda mine, seconds: json.dumps([theirs, run]))
+        monkeypatch.setattr(alike.distributed, "from_zero", lambda mine: [theirs, run])
 
     return second
 
 
 def test_processes_that_differ_are_told_apart(tmp_path, second, refused):
-    with alone(tmp_path) as word:
-        second(alike._said(small(), "a"), word)
-        alike.check(small(), "a", tmp_path, None)
-        alike.check(small(data__threads=3, data__path="/elsewhere"), "a", tmp_path, None)
-        refused(lambda: alike.check(small(), "b", tmp_path, None), "process 1", "the data is b here and a there")
+    with alone(tmp_path):
+        second(alike._said(small(), "a"), occupied.read(tmp_path)["run"])
+        alike.check(small(), "a", tmp_path)
+        alike.check(small(data__threads=3, data__path="/elsewhere"), "a", tmp_path)
+        refused(lambda: alike.check(small(), "b", tmp_path), "process 1", "the data is b here and a there")
         other = small(generator__z_dim=16, log_kimg=7.0)
-        refused(lambda: alike.check(other, "a", tmp_path, None), "config.generator.z_dim is 16 here", "log_kimg is 7.0")
-        refused(lambda: alike.check(small(), "a", tmp_path / "own", None, seconds=0.1), "is not that of process 0")
+        refused(lambda: alike.check(other, "a", tmp_path), "config.generator.z_dim is 16 here", "log_kimg is 7.0")
+        refused(lambda: alike.check(small(), "a", tmp_path / "own", seconds=0.1), "is not that of process 0")
         (tmp_path / "own").mkdir()
         with alone(tmp_path / "own"):
-            refused(lambda: alike.check(small(), "a", tmp_path / "own", None, seconds=0.1), "not that of process 0")
+            refused(lambda: alike.check(small(), "a", tmp_path / "own", seconds=0.1), "not that of process 0")
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, refused):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(occupied, "_sign", full)
+
+    def start():
+        with alone(tmp_path):
+            pass
+
+    refused(start, tmp_path, "No space left on device")
