@@ -186,7 +186,8 @@ def test_two_slurm_tasks_join(stand):
         "parser = argparse.ArgumentParser()\n"
         "distributed.add_flags(parser)\n"
         "distributed.join(parser.parse_known_args()[0])\n"
-        "print(jax.process_index(), jax.process_count(), flush=True)\n"
+        # In one write: the two share a pipe, and an unbuffered print writes word by word.
+        "sys.stdout.write(f'{jax.process_index()} {jax.process_count()}\\n')\n"
     )
     # `python -m gigagan_jax.train FLAGS`: the joining of it, without the training.
     python = stand.program("joins", f'shift 2; PYTHONPATH={ROOT} exec "{sys.executable}" "{script}" "$@"\n')

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -33,8 +34,11 @@ def test_local_passes_signals_on_and_waits(stand, tmp_path, sent, code):
     python = stand.program("fake_python", body + "while :; do sleep 0.1; done\n")
     environment = os.environ | {"PYTHON": str(python), "CALLS": f"{tmp_path}/calls"}
     # Where the tests run in the background Ctrl-C is ignored, and what is ignored from the start a shell cannot catch.
-    unignored = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    child = subprocess.Popen(["bash", "launch/local.sh", *FLAGS], env=environment, preexec_fn=unignored)
+    unignored = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-S", "-c", unignored, "bash", "launch/local.sh", *FLAGS]
+    child = subprocess.Popen(command, env=environment)
     while not (tmp_path / "up").exists():
         assert child.poll() is None
     child.send_signal(sent)
