@@ -32,10 +32,7 @@ _watch: list["_Watch"] = []  # of this process, once it is joined to others
 _said = itertools.count()
 _SLOWEST_SECONDS = 3600  # for what one process does while the others wait for its word
 _READ_SECONDS = 5  # for the others to read why all end
-_place: list[int | None] = [
-    None,
-    None,
-]  # of this process: steps done, and position in the data; None outside of the loop
+_place: list[int | None] = [None] * 2  # of this process: steps done, and position in the data; None outside of the loop
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--stall_seconds",
         type=int,
         default=3600,
-        help="processes that all answer but finish no step for so long are ended; 0: never (3600)",
+        help="processes that answer but finish no step for so long are ended, one alone too; 0: never (3600)",
     )
     parser.add_argument("--process_id", type=int, help="number of this one, from 0; with --coordinator")
 
@@ -148,6 +145,38 @@ def _terminated() -> None:
 def report(step: int | None, example: int | None = None) -> None:
     """Notes how far this process is, for the others to say should it be lost; None where it is in no loop of steps."""
     _place[:] = step, example
+
+
+@contextlib.contextmanager
+def steps_timed(stall: float) -> Iterator[None]:
+    """While it is open, a process alone that finishes no step for so long is ended, as several are by those that watch.
+
+    Args:
+      stall: seconds; 0 for never.
+    """
+    if not stall or _watch:
+        yield
+        return
+    over = threading.Event()
+    threading.Thread(target=_time_steps, args=(stall, over), daemon=True, name="watch").start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _time_steps(stall: float, over: threading.Event) -> None:
+    step, seconds = None, 0
+    while not over.wait(
+        1
+    ):  # counted, and not by the clock: a process that was stopped for a while (Ctrl-Z) does not hang
+        seconds = seconds + 1 if _place[0] == step is not None else 0
+        step = _place[0]
+        if seconds > stall:
+            _end(
+                f"no step was finished for {stall:g} s after step {step}: the data's disk or a device does not answer",
+                1,
+            )
 
 
 def from_zero(mine: Any) -> Any:

@@ -112,6 +112,7 @@ def verb(argv: Sequence[str]) -> int:
         with (
             report.at_the_end(args.workdir, enabled=jax.process_index() == 0),
             maintenance.watch(args.maintenance_url),
+            distributed.steps_timed(args.stall_seconds),
         ):
             run.train()
     except Interrupted as e:

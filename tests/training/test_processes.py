@@ -253,7 +253,8 @@ def test_a_save_that_fails_in_one_process_ends_all(tmp_path):
     assert all("Traceback" not in run.said(i) for i in (0, 1))
 
 
-def test_processes_that_answer_but_get_no_step_done_are_ended(tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_that_answer_but_get_no_step_done_are_ended(count, tmp_path):
     """Reading the data hangs, as on a disk over a network that is gone: pipes that nobody writes to."""
     images = tmp_path / "images"
     images.mkdir()
@@ -261,17 +262,17 @@ def test_processes_that_answer_but_get_no_step_done_are_ended(tmp_path):
         Image.new("RGB", (8, 8), (4 * i, 0, 0)).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text("a picture")
     data = ("--config.data.source=folder", f"--config.data.path={images}", "--config.data.threads=0")
-    run = Processes(tmp_path / "run", 2, 1, *data, "--stall_seconds=4", steps=LONG)
+    run = Processes(tmp_path / "run", count, 1, *data, "--stall_seconds=4", steps=LONG)
     run.until_step(2)
     for file in images.glob("*.png"):
         os.mkfifo(tmp_path / "pipe")
         os.replace(tmp_path / "pipe", file)
-    assert run.wait(60) == [1, 1]
+    assert run.wait(60) == [1] * count
     (line,) = re.findall(r"^error: .*", run.said(), re.MULTILINE)
-    assert re.match(
-        r"error: no process has finished a step for 4 s after step \d+: (behind the others is|all are at)", line
-    )
-    assert line.removeprefix("error: ") in run.said(1)
+    alone = r"no step was finished for 4 s after step \d+: the data's disk or a device"
+    joined = r"no process has finished a step for 4 s after step \d+: (behind the others is|all are at)"
+    assert re.match(f"error: {alone if count == 1 else joined}", line)
+    assert line.removeprefix("error: ") in run.said(count - 1)
 
 
 NOBODY = ("--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=1")
