@@ -105,7 +105,7 @@ def test_a_full_disk_during_a_save(whole, tmp_path):
         assert before < 12
         free()
         assert child(workdir, *fields).wait(300) == 0, log(workdir)
-        assert ("resume: restoring checkpoint 4" if before else "start: initialising") in log(workdir)
+        assert (f"resume: restoring checkpoint {before}" if before else "start: initialising") in log(workdir)
         assert same(read(whole, small())[0], read(workdir, small())[0])
 
 
