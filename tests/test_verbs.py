@@ -68,10 +68,11 @@ def test_train_prints_progress_and_draws(trained):
 
 def test_sample_grid_and_folder(trained, capsys, tmp_path):
     workdir, _ = trained
-    code, out, _ = call(
+    code, out, err = call(
         sample.verb, capsys, f"--workdir={workdir}", "--prompt=a handwritten seven", "--out", tmp_path / "grid.png"
     )
     assert code == 0
+    assert "read only" not in err
     assert "grid.png" in out
     assert read_metadata(tmp_path / "grid.png")["prompt"] == "a handwritten seven"
     code, _, _ = call(

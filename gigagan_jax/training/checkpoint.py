@@ -108,7 +108,7 @@ class _Heard(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         left = record.name == "asyncio" and "never retrieved" in record.getMessage()  # the second of two failed writes
         if record.exc_info is None or not ("orbax" in record.pathname or left):
-            return True
+            return "directory is read only" not in record.getMessage()  # said of what we ask for, as a warning
         self.error = self.error or (record.exc_info[1] if isinstance(record.exc_info, tuple) else None)
         return False  # it is raised too, as one line
 
