@@ -166,17 +166,27 @@ def steps_timed(stall: float) -> Iterator[None]:
 
 
 def _time_steps(stall: float, over: threading.Event) -> None:
-    step, seconds = None, 0
-    while not over.wait(
-        1
-    ):  # counted, and not by the clock: a process that was stopped for a while (Ctrl-Z) does not hang
-        seconds = seconds + 1 if _place[0] == step is not None else 0
-        step = _place[0]
-        if seconds > stall:
-            _end(
-                f"no step was finished for {stall:g} s after step {step}: the data's disk or a device does not answer",
-                1,
-            )
+    still = _Still()
+    while not over.wait(1):
+        if still.seconds({0: _place[0]}) > stall:
+            _end(f"no step was finished for {stall:g} s after step {_place[0]}: data or a device does not answer", 1)
+
+
+class _Still:
+    """For how long no process has finished a step, by what is asked of it about once a second."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, int | None] = {}
+        self._seconds, self._asked = 0.0, time.monotonic()
+
+    def seconds(self, steps: dict[int, int | None]) -> float:
+        """The same number of steps of each process for so long; compiling, evaluating and the like (None) are not timed."""
+        now = time.monotonic()
+        # A process that was stopped itself (Ctrl-Z) has not waited all that time.
+        passed, self._asked = min(now - self._asked, 10.0), now
+        self._seconds = 0.0 if steps != self._steps or None in steps.values() else self._seconds + passed
+        self._steps = steps
+        return self._seconds
 
 
 def from_zero(mine: Any) -> Any:
@@ -249,7 +259,7 @@ class _Watch:
         self._over = threading.Event()
         # Process -> (what it says, when its count last changed).
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}
-        self._moved: tuple[Any, float] = (None, time.monotonic())  # (steps of all processes, when they last changed)
+        self._still = _Still()
         self._heard = time.monotonic()
         threads = [threading.Thread(target=f, daemon=True, name="watch") for f in (self._talk, self._listen)]
         for thread in threads:
@@ -326,16 +336,14 @@ class _Watch:
                 fail(lost, 1)
                 _end(lost, 1)
         if self.me == 0 and self._stall:
-            self._look_at_steps(now)
+            self._look_at_steps()
 
     def _zero(self) -> list[tuple[str, str]]:
         return [(f"{_ALIVE}0", self._client.key_value_try_get(f"{_ALIVE}0"))]
 
-    def _look_at_steps(self, now: float) -> None:
+    def _look_at_steps(self) -> None:
         steps = {process: last["step"] for process, (last, _) in self._seen.items()}
-        if steps != self._moved[0] or None in steps.values():  # compiling, evaluating and the like are not timed
-            self._moved = (steps, now)
-        elif now - self._moved[1] > self._stall:
+        if self._still.seconds(steps) > self._stall:
             slow = [p for p in steps if steps[p] < max(steps.values())]
             whom = f"behind the others is {', '.join(map(self.said, slow))}" if slow else "all are at the same step"
             stalled = f"no process has finished a step for {self._stall:g} s after step {max(steps.values())}: {whom}"

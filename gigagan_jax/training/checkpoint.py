@@ -101,14 +101,17 @@ class _Path(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 class _Heard(logging.Filter):
-    """Keeps what Orbax's threads log when they fail: with several processes they hand it over only when all have ended."""
+    """Keeps what Orbax's threads log when they fail: with several processes they hand it over only when all have ended.
+
+    A warning that says no more than that we asked for reading only goes nowhere.
+    """
 
     error: BaseException | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         left = record.name == "asyncio" and "never retrieved" in record.getMessage()  # the second of two failed writes
         if record.exc_info is None or not ("orbax" in record.pathname or left):
-            return "directory is read only" not in record.getMessage()  # said of what we ask for, as a warning
+            return "directory is read only" not in record.getMessage()
         self.error = self.error or (record.exc_info[1] if isinstance(record.exc_info, tuple) else None)
         return False  # it is raised too, as one line
 

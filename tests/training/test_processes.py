@@ -269,7 +269,7 @@ def test_processes_that_answer_but_get_no_step_done_are_ended(count, tmp_path):
         os.replace(tmp_path / "pipe", file)
     assert run.wait(60) == [1] * count
     (line,) = re.findall(r"^error: .*", run.said(), re.MULTILINE)
-    alone = r"no step was finished for 4 s after step \d+: the data's disk or a device"
+    alone = r"no step was finished for 4 s after step \d+: data or a device"
     joined = r"no process has finished a step for 4 s after step \d+: (behind the others is|all are at)"
     assert re.match(f"error: {alone if count == 1 else joined}", line)
     assert line.removeprefix("error: ") in run.said(count - 1)
