@@ -16,6 +16,7 @@ from gigagan_jax import sharding
 from gigagan_jax.config import Config
 from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.layers.resample import pyramid
+from gigagan_jax.models.layers.scan import scan
 from gigagan_jax.training import losses, probe
 from gigagan_jax.training.augment import augment
 from gigagan_jax.training.batch import Batch, abstract_batch, batch_axes, batch_shardings
@@ -235,7 +236,7 @@ class TrainStep:
         stacked = {k: split(k, x) for k, x in batch.items()}
         first = {k: x[0] for k, x in stacked.items()}
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, (first, jnp.int32(0)))[0])
-        (grads, metrics), kept = jax.lax.scan(body, zeros, (stacked, jnp.arange(parts)))
+        (grads, metrics), kept = scan(body, zeros, (stacked, jnp.arange(parts)), parts)
         return grads, metrics | kept
 
     def progress(self, state: GanState) -> jax.Array:
@@ -403,8 +404,12 @@ class CompiledStep:
     def flops(self, *, with_r1: bool) -> int:
         """Floating-point operations of one step over all devices, from its trace; see flops.py."""
         key = jax.eval_shape(functools.partial(jax.random.key, 0))
-        run = functools.partial(self.step, with_r1=with_r1)
         nets = self.step.networks
+
+        def run(*args: Any) -> Any:
+            with sharding.use(self.mesh, self.config.rules):
+                return self.step(*args, with_r1=with_r1)
+
         return count_flops(run, nets.abstract(), abstract_batch(self.config), key, nets.frozen.abstract())
 
     def lower(self, *, with_r1: bool) -> Any:
