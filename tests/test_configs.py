@@ -11,8 +11,9 @@ from configs import ablation, scale
 from gigagan_jax.config import from_dict
 from gigagan_jax.errors import UserError
 from gigagan_jax.models.abstract import is_spec
+from gigagan_jax.training.batch import abstract_batch
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep, abstract_batch
+from gigagan_jax.training.step import TrainStep
 
 FILES = ("digits", "laion", "imagenet", "ablation", "scale")
 VARIANTS = [

@@ -25,9 +25,11 @@ from gigagan_jax.config import Config
 from gigagan_jax.errors import UserError
 from gigagan_jax.hardware import peak_flops
 from gigagan_jax.inference.pipeline import TextToImage
+from gigagan_jax.training.batch import abstract_batch
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.logging import configure
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep, abstract_batch
+from gigagan_jax.training.step import TrainStep
 
 
 def synthetic_batch(config: Config, shardings: dict[str, Any]) -> dict[str, jax.Array]:

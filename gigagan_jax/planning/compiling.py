@@ -20,8 +20,9 @@ from gigagan_jax.planning import collectives, profile, roofline
 from gigagan_jax.planning.hlo import Module
 from gigagan_jax.planning.topology import Topology, devices
 from gigagan_jax.training import dry_run
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep
+from gigagan_jax.training.step import TrainStep
 
 SLOWEST = 10
 SEARCHES = -0.25  # the least effort with which the compiler searches for windows

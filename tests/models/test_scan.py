@@ -16,8 +16,9 @@ from gigagan_jax.models.layers.scan import scan
 from gigagan_jax.models.pretrained.layers import Block, Encoder
 from gigagan_jax.planning import topology
 from gigagan_jax.training.batch import abstract_batch
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep
+from gigagan_jax.training.step import TrainStep
 
 LOOP = "stablehlo.while"
 

@@ -17,9 +17,10 @@ from gigagan_jax.errors import UserError
 from gigagan_jax.models.pretrained import clip
 from gigagan_jax.models.pretrained.frozen import Frozen
 from gigagan_jax.training import losses
+from gigagan_jax.training.batch import abstract_batch, batch_shardings
 from gigagan_jax.training.loop import make_pipeline
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep, abstract_batch, batch_shardings
+from gigagan_jax.training.step import TrainStep
 
 # Compilation is nearly all of the time. What is compared are sums in another order, not how well they are compiled.
 QUICK = {

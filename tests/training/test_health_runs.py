@@ -15,10 +15,11 @@ from gigagan_jax.data import embeddings
 from gigagan_jax.data.sources.digits import DigitsSource
 from gigagan_jax.models.abstract import path_name
 from gigagan_jax.training.checkpoint import Checkpoints, same
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.loop import Run
 from gigagan_jax.training.recovery import REPORT_FILE
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep
+from gigagan_jax.training.step import TrainStep
 
 BATCH = 16
 VICTIM = "generator/to_rgb/1"  # the module of G whose gradient is made NaN

@@ -18,8 +18,9 @@ from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.models.abstract import path_name
 from gigagan_jax.models.layers.equalized import conv
+from gigagan_jax.training.batch import abstract_batch, batch_shardings
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep, abstract_batch, batch_shardings
+from gigagan_jax.training.step import TrainStep
 
 # Compilation is nearly all of the time. What is compared are sums in another order, not how well they are compiled.
 QUICK = {

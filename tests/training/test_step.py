@@ -15,8 +15,10 @@ from gigagan_jax import sharding
 from gigagan_jax.config import MeshConfig
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.models.abstract import path_name
+from gigagan_jax.training.batch import abstract_batch, batch_shardings
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep, abstract_batch, batch_shardings, ema_decay
+from gigagan_jax.training.step import TrainStep, ema_decay
 
 STEPS = 5
 WITH_R1 = tuple(step % 4 == 0 for step in range(STEPS))

@@ -35,6 +35,6 @@ def scan(body: Body, carry: Any, stacked: Any, count: int) -> tuple[Any, Any]:
     parts = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
     outputs = []
     for i in range(count):
-        carry, out = body(carry, structure.unflatten([jnp.squeeze(part[i], 0) for part in parts]))
+        carry, out = body(carry, jax.tree.unflatten(structure, [jnp.squeeze(part[i], 0) for part in parts]))
         outputs.append(out)
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
