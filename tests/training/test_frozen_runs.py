@@ -16,16 +16,13 @@ from gigagan_jax.config import MeshConfig
 from gigagan_jax.data.sources.digits import DigitsSource
 from gigagan_jax.training.checkpoint import Checkpoints, same, with_shardings
 from gigagan_jax.training.state import Networks
+from tests.quick import FLAGS
 
 ROOT = Path(__file__).parents[2]
-# For child processes: one device, compiled fast.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
 
 
 def command(verb, *arguments, cwd=ROOT):
-    environment = os.environ | {"XLA_FLAGS": QUICK, "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"XLA_FLAGS": FLAGS, "HF_HUB_OFFLINE": "1"}
     call = [sys.executable, *verb, *arguments]
     return subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from gigagan_jax.training.checkpoint import same
+from tests import quick
 from tests.runs import read, small
 
 ROOT = Path(__file__).parents[2]
@@ -27,9 +28,6 @@ FLAGS = (
     *(f"--config.checkpoint_kimg={2 * BATCH / 1000}", "--config.snapshot.seeds=1", "--config.checkpoint.keep=9"),
 )
 COMMAND = ("-m", "gigagan_jax.train", *FLAGS)
-XLA_FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
 
 
 # The same meshes and lengths all through the file: what one test has compiled the next one finds.
@@ -48,7 +46,7 @@ class Processes:
         flags = (*FLAGS, *flags, f"--workdir={workdir}", f"--config.total_kimg={steps * BATCH / 1000}")
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{quick.FLAGS} --xla_force_host_platform_device_count={devices}",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         }
         name = f"{workdir}.{name}.{count}x{devices}"
