@@ -140,13 +140,13 @@ def _let_all_write() -> None:
     def write_mine(key: str, seconds: float, name: str, backend: Any, executable: Any, callbacks: Any = ()) -> None:
         if jax.process_index() == 0:
             write(key, seconds, name, backend, executable, *([callbacks] if len(_names(write)) > len(_WRITE) else []))
-        elif not callbacks and seconds >= jax.config.jax_persistent_cache_min_compile_time_secs:
+        elif not callbacks and seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]:
             try:
                 put(key, name, executable, backend, int(seconds))
             except Exception as e:  # as JAX does: a full disk is no reason not to train
                 _log.warning("cannot keep the compiled program %s: %s", name, e)
 
-    compiler._cache_write = write_mine
+    compiler._cache_write = write_mine  # type: ignore[assignment]
 
 
 def _names(function: Any) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Settings of XLA that compile fast and run slowly: most tests ask what is computed, and compiling takes nearly all their time."""
+"""XLA settings that compile fast and run slowly: most tests ask what is computed, and compiling is nearly all of their time."""
 
 import jax
 

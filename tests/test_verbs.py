@@ -127,6 +127,7 @@ def test_a_seed_is_the_same_image_in_any_batch(trained, capsys, tmp_path):
     assert np.array_equal(pixels(alone), pixels(among))
 
 
+@pytest.mark.slow
 def test_a_seed_is_the_same_image_on_any_mesh(trained, capsys, tmp_path):
     """One device in a child process, eight here."""
     workdir, _ = trained

@@ -26,7 +26,7 @@ from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.pretrained.frozen import clip_length, own_clip_tokens
 from gigagan_jax.models.pretrained.text_spec import tokenizer_options
 from gigagan_jax.training import alike
-from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, with_shardings
+from gigagan_jax.training.checkpoint import Checkpoints, with_shardings
 from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.goodput import Goodput
 from gigagan_jax.training.logging import MetricLogger, Progress
@@ -36,6 +36,7 @@ from gigagan_jax.training.recovery import Guard
 from gigagan_jax.training.speed import Speed, facts
 from gigagan_jax.training.state import GanState, Networks
 from gigagan_jax.training.step import TrainStep
+from gigagan_jax.training.workdir import open_workdir
 
 _log = logging.getLogger(__name__)
 

@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_on_a_bucket_whose_server_is_killed(folder, tmp_path):
     """The server goes while the step is compiled and comes back only when the reader has asked in vain."""
     workdir = tmp_path / "run"

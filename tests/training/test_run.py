@@ -15,8 +15,9 @@ import pytest
 from gigagan_jax import sharding
 from gigagan_jax.config import MeshConfig
 from gigagan_jax.errors import UserError
-from gigagan_jax.training.checkpoint import open_workdir, same
+from gigagan_jax.training.checkpoint import same
 from gigagan_jax.training.loop import Run
+from gigagan_jax.training.workdir import open_workdir
 from tests.runs import child, finished, log, read, small
 
 
