@@ -17,6 +17,7 @@ ROWS = (
     ("errors", "hardware", "memory", "page"),
     ("config_check", "config_data", "config_run"),
     ("config",),
+    ("config_migrations",),
     ("sharding", "distributed"),
     ("data", "models"),
     ("training", "inference", "evaluation", "interop"),
@@ -123,7 +124,7 @@ def heavy_imports(path, text):
     allowed = LIGHT | reads | {PACKAGE} | sys.stdlib_module_names
     names = imported(path, text)
     outside = {n for n in names if top(n) not in allowed}
-    beside = {n for n in names if n.startswith(f"{PACKAGE}.") and group(n) not in ("models", *sum(ROWS[:4], ()))}
+    beside = {n for n in names if n.startswith(f"{PACKAGE}.") and group(n) not in ("models", *sum(ROWS[:5], ()))}
     return sorted(outside | beside)
 
 

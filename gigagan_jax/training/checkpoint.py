@@ -34,6 +34,9 @@ _log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 _LOGGERS = ("absl", "asyncio")  # that Orbax's threads complain to
 _ITEMS = ("state", "data", "config", "frozen", "measured")
+# Whatever the file system: a checkpoint is finished when it has its name. Left to itself Orbax takes one without a file
+# commit_success.txt, which not every version of it has written, on a bucket as half written.
+_ATOMICITY = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.ATOMIC_RENAME)
 
 
 class _Path(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -93,7 +96,12 @@ class Checkpoints:
         """Made when it is first needed: a damaged checkpoint may be moved away before."""
         # What is known of older checkpoints is read by their retention: Orbax would stop at a damaged one.
         options = ocp.CheckpointManagerOptions(
-            read_only=True, save_interval_steps=0, create=False, lightweight_initialize=True
+            read_only=True,
+            save_interval_steps=0,
+            create=False,
+            temporary_path_class=_Path,
+            atomicity_options=_ATOMICITY,
+            lightweight_initialize=True,
         )
         if self._settings is not None:
             options = ocp.CheckpointManagerOptions(
@@ -101,6 +109,7 @@ class Checkpoints:
                 enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(timeout_secs=self._settings.timeout_seconds),
                 temporary_path_class=_Path,
+                atomicity_options=_ATOMICITY,
                 lightweight_initialize=True,
             )
         return ocp.CheckpointManager(self.folder, options=options, item_names=_ITEMS)
