@@ -26,6 +26,8 @@ from gigagan_jax.training.step import TrainStep
 
 SLOWEST = 10
 SEARCHES = -0.25  # the least effort with which the compiler searches for windows
+# A program for a machine that is not here can be written to JAX's compilation cache, but not read back.
+UNCACHED = {"jax_persistent_cache_min_compile_time_secs": 1e9}
 _STILL = 30.0  # seconds between two signs of life
 # All callers of an operation: the module that it is in may be far up.
 _FRAMES = 60
@@ -137,7 +139,7 @@ def compile_step(
         efforts = _efforts("exec_time_optimization", settings.effort) | _efforts(
             "memory_fitting", settings.memory_effort
         )
-        with phase(f"compiling {name} for {topology.title}"), _options(**efforts):
+        with phase(f"compiling {name} for {topology.title}"), _options(**efforts, **UNCACHED):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         message = " ".join(str(e).split())
@@ -281,7 +283,7 @@ def _efforts(kind: str, effort: float | None) -> dict[str, Any]:
 @contextlib.contextmanager
 def _options(**values: Any) -> Iterator[None]:
     """Within it, JAX's settings have these values; None leaves one as it is."""
-    before = {name: getattr(jax.config, name) for name, value in values.items() if value is not None}
+    before = {name: jax.config.values[name] for name, value in values.items() if value is not None}
     for name in before:
         jax.config.update(name, values[name])
     try:

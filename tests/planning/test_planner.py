@@ -74,7 +74,8 @@ def test_slices(refused):
 
 
 def compiled(function, *args):
-    return jax.jit(function).lower(*args).compile()
+    with compiling._options(**compiling.UNCACHED):
+        return jax.jit(function).lower(*args).compile()
 
 
 @pytest.fixture(scope="module")
