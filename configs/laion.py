@@ -17,7 +17,8 @@ from gigagan_jax import config as settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Variants: `:tiny` has every part at toy width, for tests and for a look at a CPU; `:bytes` needs no CLIP."""
+    """Variants: `:tiny` has every part at toy width, for tests and for a look at a CPU; `:bytes` needs no CLIP; `:small` is
+    `:bytes` with 44M parameters in float32, for timing on a CPU."""
     c = settings.default()  # the defaults are this model
     c.name = "laion"
     c.text.encoder, c.text.path = "clip", "openai/clip-vit-large-patch14"
@@ -29,13 +30,29 @@ def get_config(arg: str = "") -> ConfigDict:
     c.remat = False  # 16 images a v5p chip leave room for what the backward pass keeps: a quarter of the work less
     if arg == "tiny":
         shrink(c)
-    elif arg == "bytes":
-        c.name += "-bytes"
+    elif arg in ("bytes", "small"):
+        c.name += f"-{arg}"
         c.text.encoder, c.text.path, c.vision_aided.path = "bytes", "", ""
         c.loss.clip, c.loss.vision_aided = (0.0, 0.0), 0.0
+        if arg == "small":
+            make_small(c)
     elif arg:
-        raise ValueError(f"configs/laion.py has no variant {arg!r}; known: tiny, bytes")
+        raise ValueError(f"configs/laion.py has no variant {arg!r}; known: tiny, bytes, small")
     return c
+
+
+def make_small(c: ConfigDict) -> None:
+    """The same parts at 64 px: 23.1M generator, 21.0M discriminator; float32, two images a step."""
+    c.dtype = "float32"
+    c.batch_size = 2
+    c.text.width = 256
+    g, d = c.generator, c.discriminator
+    g.z_dim, g.w_dim = 512, 512
+    g.blocks, g.bank, g.attention_depth = (2, 1, 1, 1, 1), (2, 2, 2, 2, 2), (0, 0, 1, 1, 0)
+    d.blocks, d.attention_depth = (1, 1, 2, 2, 3), (0, 1, 1, 0, 0)
+    for net in (g, d):
+        net.channel_base, net.channel_max = 3072, 384
+        net.text.width, net.text.depth, net.text.heads = 256, 2, 4
 
 
 def shrink(c: ConfigDict) -> None:
