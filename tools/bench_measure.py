@@ -1,0 +1,222 @@
+"""Measuring: programs compiled with their seconds split up, runs that take turns, and what happens when memory runs out."""
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from bench_output import spread
+
+_TRACING = "/jax/core/compile/jaxpr_trace_duration"
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
+
+
+class Budget:
+    """Seconds that a bench may take.
+
+    Args:
+      seconds: in all; None for as many as it needs.
+      clock: seconds that do not go back.
+    """
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic):
+        self.seconds, self._clock = seconds, clock
+        self._start = clock()
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the bench began."""
+        return self._clock() - self._start
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; infinite without a budget."""
+        return float("inf") if self.seconds is None else self.seconds - self.spent
+
+    def fits(self, expected: float) -> bool:
+        """Is a job that is expected to take so long likely to end in time?"""
+        return expected <= self.left
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled program that can be run again and again.
+
+    Attributes:
+      name: such as "step_with_r1".
+      run: calls it once; gives arrays to wait for.
+      images: of one call.
+      flops: of one call, over all devices.
+      compiled: for its text and memory.
+      seconds: of compiling: `tracing`, `lowering`, `compiling`.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    images: int
+    flops: int
+    compiled: Any
+    seconds: dict[str, float]
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of it without running it."""
+        memory = self.compiled.memory_analysis()
+        part = lambda name: int(getattr(memory, f"{name}_size_in_bytes", 0) or 0)
+        return {
+            "batch": self.images,
+            "flops": self.flops,
+            "compile_seconds": self.seconds | {"all": sum(self.seconds.values())},
+            "program_bytes": {
+                "arguments": part("argument"),
+                "temporaries": part("temp"),
+                "outputs": part("output"),
+                "aliased": part("alias"),
+                "code": part("generated_code"),
+            },
+        }
+
+
+def compile_split(lower: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """Lowers and compiles.
+
+    Args:
+      lower: traces and lowers a function, as `jax.jit(f).lower(...)` does.
+
+    Returns:
+      (the compiled program, seconds of `tracing`, `lowering` and `compiling`)
+    """
+    traces: list[float] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == _TRACING:
+            traces.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        start = time.perf_counter()
+        lowered = lower()
+        lower_seconds = time.perf_counter() - start
+    finally:
+        unregister = getattr(jax.monitoring, "unregister_event_duration_listener", None)
+        if unregister is not None:
+            unregister(listen)
+    # The trace of the whole contains those of its parts.
+    tracing = min(max(traces, default=0.0), lower_seconds)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    compiling = time.perf_counter() - start
+    return compiled, {"tracing": tracing, "lowering": lower_seconds - tracing, "compiling": compiling}
+
+
+def take_turns(
+    programs: Sequence[Program], steps: int, repeats: int, enough: Callable[[float], bool] = lambda longest: False
+) -> dict[str, list[float]]:
+    """Seconds of one call of each program: A B C A B C ..., after one call of each to warm up.
+
+    Args:
+      programs: which.
+      steps: calls of a run, which is one measurement.
+      repeats: runs of each program.
+      enough: called before each turn but the first with the seconds that the longest took; True ends the measurement.
+    """
+    for program in programs:
+        jax.block_until_ready(program.run())
+    times: dict[str, list[float]] = {program.name: [] for program in programs}
+    longest = 0.0
+    for turn in range(repeats):
+        if turn and enough(longest):
+            break
+        begun = time.perf_counter()
+        for program in programs:
+            start = time.perf_counter()
+            out = None
+            for _ in range(steps):
+                out = program.run()
+            jax.block_until_ready(out)
+            times[program.name].append((time.perf_counter() - start) / steps)
+        longest = max(longest, time.perf_counter() - begun)
+    return times
+
+
+def figures(
+    program: Program, times: Sequence[float], peak: float | None, ceiling: float | None, devices: int
+) -> dict[str, Any]:
+    """Of one program: seconds with their spread, images/s, shares of the peak and of the measured ceiling.
+
+    Args:
+      program: which.
+      times: seconds of a call, one a run.
+      peak: FLOP/s of all devices by their maker; None where it is not known.
+      ceiling: FLOP/s of one device as measured; None where it was not.
+      devices: how many.
+    """
+    seconds = spread(times)
+    rate = program.flops / seconds["median"]
+    return {
+        "batch": program.images,
+        "seconds": seconds,
+        "images_per_second": program.images / seconds["median"],
+        "flops": program.flops,
+        "flops_per_second": rate,
+        "share_of_peak": rate / peak if peak else None,
+        "share_of_ceiling": rate / (ceiling * devices) if ceiling else None,
+    }
+
+
+def peak_bytes() -> dict[str, int] | None:
+    """Most bytes in use on the first device since the process began, and its limit; None where it does not say."""
+    stats: Mapping[str, int] = jax.devices()[0].memory_stats() or {}
+    found = {k: int(stats[k]) for k in ("peak_bytes_in_use", "bytes_limit") if k in stats}
+    return found or None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is it that the device's memory, or the host's, is full?"""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What became of a job.
+
+    Attributes:
+      result: what it returned; None where memory ran out twice.
+      batch: that it was done with.
+      notes: what went wrong on the way, one line each.
+    """
+
+    result: Any
+    batch: int
+    notes: tuple[str, ...] = ()
+
+
+def with_memory(job: Callable[[int], Any], batch: int, least: int, clean: Callable[[], None]) -> Attempt:
+    """Runs a job; where memory runs out, once more with half of the batch, and then no more.
+
+    Args:
+      job: takes the batch.
+      batch: to begin with.
+      least: the batch is a multiple of it.
+      clean: frees what a failed job left, before the next attempt and at the end.
+    """
+    notes: list[str] = []
+    for size in (batch, batch // 2):
+        if size < least or size % least:
+            notes.append(f"batch {size} does not divide over the devices")
+            break
+        try:
+            return Attempt(job(size), size, tuple(notes))
+        except Exception as e:
+            if not out_of_memory(e):
+                raise
+            lines = str(e).strip().splitlines()
+            notes.append(f"out of memory at batch {size}: {(lines or [type(e).__name__])[0][:200]}")
+            # The frames of the traceback hold the arrays.
+            e.__traceback__ = None
+        gc.collect()
+        clean()
+    return Attempt(None, batch, tuple(notes))
