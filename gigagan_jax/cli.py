@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from gigagan_jax import distributed
 from gigagan_jax.config import DEFAULT_RULES, Config, from_dict
+from gigagan_jax.config_migrations import upgrade
 from gigagan_jax.errors import UserError
 from gigagan_jax.memory import keep_memory
 from gigagan_jax.sharding import check_rules
@@ -87,13 +89,18 @@ def load_config(path: str, overrides: Sequence[str]) -> Config:
 
 
 def read_config_file(spec: str) -> ConfigDict:
-    """The ConfigDict of `FILE.py[:arg]`."""
+    """The ConfigDict of `FILE.py[:arg]`, or of the `config.json` of a run."""
     path, _, arg = spec.partition(":")
     file = Path(path)
     if not file.is_file():
         raise UserError(
             f"--config={spec}: there is no file {path}; for example configs/digits.py (from the repository's root)"
         )
+    if file.suffix == ".json":  # config.json of a run
+        try:
+            return ConfigDict(upgrade(json.loads(file.read_text()), path)[0])
+        except (OSError, ValueError) as e:
+            raise UserError(f"--config={spec}: {path} is not readable JSON ({e})") from None
     module_spec = importlib.util.spec_from_file_location(f"gigagan_config_{file.stem}", file)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config={spec}: {path} is not a Python file")

@@ -1,20 +1,28 @@
 """Compiled programs kept on disk, so that a run that starts again does not compile again."""
 
 import argparse
+import contextlib
+import importlib
+import inspect
+import logging
 import os
-import secrets
-import warnings
-from collections.abc import Sequence
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import compilation_cache, compiler, lru_cache
+from jax.experimental.compilation_cache import compilation_cache
 
 from gigagan_jax.errors import UserError
 
+_log = logging.getLogger(__name__)
 FOLDER = "compilation_cache"
+CHECKED = ".checked"  # as old as the newest file that is known to be whole
 _MIN_SECONDS = 0.1  # programs that compile faster are not worth a file
+_WRITTEN_SECONDS = 10  # a younger file may be in the middle of being written by another run
+# Parameters of the private functions below, in the order of jax 0.10.2 to 0.11.2; 0.10 has one more.
+_WRITE = ("cache_key", "compile_time_secs", "module_name", "backend", "executable")
+_PUT = ("cache_key", "module_name", "executable", "backend", "compile_time")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,49 +32,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="",
         help="folder of compiled programs, or off (<workdir>/compilation_cache, or $JAX_COMPILATION_CACHE_DIR where it is set)",
     )
-
-
-class _AtomicCache(lru_cache.LRUCache):
-    """JAX's cache, whose files appear whole: it would never replace one that a killed process had half written."""
-
-    def put(self, key: str, value: bytes) -> None:
-        name = f"{key}{lru_cache._CACHE_SUFFIX}"
-        if self.eviction_enabled or (self.path / name).exists():
-            super().put(key, value)
-            return
-        temporary = self.path / f".{secrets.token_hex(6)}.tmp"
-        try:
-            temporary.write_bytes(value)
-            temporary.rename(self.path / name)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-_write_by_process_0 = compiler._cache_write
-
-
-def _write(
-    cache_key: str,
-    compile_time_secs: float,
-    module_name: str,
-    backend: Any,
-    executable: Any,
-    host_callbacks: Sequence[Any],
-) -> None:
-    """JAX lets process 0 write for all. Processes on CPUs have programs of their own, which it would never write."""
-    if backend.platform != "cpu" or jax.process_index() == 0:
-        _write_by_process_0(cache_key, compile_time_secs, module_name, backend, executable, host_callbacks)
-    elif not host_callbacks and compile_time_secs >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]:
-        seconds = int(compile_time_secs)
-        try:
-            compilation_cache.put_executable_and_time(cache_key, module_name, executable, backend, seconds)
-        except Exception as e:  # as JAX does: a full disk is no reason not to train
-            warnings.warn(f"cannot keep the compiled program {module_name}: {e}")
-
-
-def _open(path: str) -> tuple[lru_cache.LRUCache, str]:
-    return _AtomicCache(path, max_size=jax.config.values["jax_compilation_cache_max_size"]), path
 
 
 def keep_programs(where: str, workdir: Path) -> Path | None:
@@ -100,6 +65,89 @@ def keep_programs(where: str, workdir: Path) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
-    compilation_cache.get_file_cache, compiler._cache_write = _open, _write
     compilation_cache.reset_cache()
+    if jax.process_index() == 0:
+        remove_broken(folder)
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        _let_all_write()
     return folder
+
+
+def remove_broken(folder: Path) -> None:
+    """Removes the programs that a killed process had half written: JAX warns of each at every start, and never replaces one.
+
+    Each file is read once, at the first start after it was written.
+    """
+    stamp = folder / CHECKED
+    try:
+        since = stamp.stat().st_mtime if stamp.exists() else 0.0
+        stamp.touch()
+        until = stamp.stat().st_mtime - _WRITTEN_SECONDS  # by the clock of the disk, as the files' times are
+        for file in folder.glob("*-cache"):
+            if since <= file.stat().st_mtime < until and not _whole(file):
+                file.unlink()
+        os.utime(stamp, (until, until))
+    except OSError as e:  # a disk that cannot be written to is no reason not to train; or another run was faster
+        _log.debug("the compiled programs in %s could not be checked: %s", folder, e)
+
+
+def _whole(file: Path) -> bool:
+    """Whether a program is there to its end; True where this cannot be told."""
+    with open(file, "rb") as f:
+        start = f.read(4)
+        f.seek(0)
+        reader: Any = zlib.decompressobj()
+        if start == b"\x28\xb5\x2f\xfd":  # Zstandard, which JAX takes where it finds a module for it
+            reader = _zstandard()
+        if reader is None:
+            return True
+        try:
+            while not reader.eof and (part := f.read(1 << 20)):
+                reader.decompress(part)
+        except Exception:  # each of the three modules has an error of its own
+            return False
+    return reader.eof
+
+
+def _zstandard() -> Any:
+    """What reads Zstandard here, or None: Python has a module of its own from 3.14 on."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("compression.zstd").ZstdDecompressor()
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("zstandard").ZstdDecompressor().decompressobj()
+    return None
+
+
+def _let_all_write() -> None:
+    """JAX lets process 0 write for all. Processes on CPUs have programs of their own, which it would never write.
+
+    JAX has no setting for this, so a private function is replaced, where it is the one that was tested.
+    """
+    try:
+        from jax._src import compilation_cache as files
+        from jax._src import compiler
+
+        write, put = compiler._cache_write, files.put_executable_and_time
+        known = _names(write) in (_WRITE, (*_WRITE, "host_callbacks")) and _names(put) == _PUT
+    except (ImportError, AttributeError):
+        known = False
+    if not known:
+        _log.warning(
+            "jax %s keeps the compiled programs of process 0 only: the others compile at each start", jax.__version__
+        )
+        return
+
+    def write_mine(key: str, seconds: float, name: str, backend: Any, executable: Any, callbacks: Any = ()) -> None:
+        if jax.process_index() == 0:
+            write(key, seconds, name, backend, executable, *([callbacks] if len(_names(write)) > len(_WRITE) else []))
+        elif not callbacks and seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]:
+            try:
+                put(key, name, executable, backend, int(seconds))
+            except Exception as e:  # as JAX does: a full disk is no reason not to train
+                _log.warning("cannot keep the compiled program %s: %s", name, e)
+
+    compiler._cache_write = write_mine  # type: ignore[assignment]
+
+
+def _names(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)

@@ -368,11 +368,29 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def is_fixed(name: str) -> bool:
+    """Must a field ("loss.clip") stay as it is within a workdir?"""
+    return not any(name == f or name.startswith(f + ".") for f in FREE_FIELDS)
+
+
+def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
+    """The config with other values of the fields {"loss.clip": ...}."""
+    if not fields:
+        return config
+    values = to_dict(config)
+    for name, value in fields.items():
+        group: Any = values
+        *groups, key = name.split(".")
+        for g in groups:
+            group = group[g]
+        group[key] = value
+    return from_dict(values)
+
+
 def differences(stored: Mapping[str, Any], current: Config) -> list[str]:
     """Lines "field: stored -> current" for fields that must not change within a workdir."""
     a, b = flatten(stored), flatten(to_dict(current))
-    fixed = lambda k: not any(k == f or k.startswith(f + ".") for f in FREE_FIELDS)
-    keys = [k for k in sorted(a.keys() | b.keys()) if fixed(k)]
+    keys = [k for k in sorted(a.keys() | b.keys()) if is_fixed(k)]
     missing = "(absent)"
     return [f"{k}: {a.get(k, missing)} -> {b.get(k, missing)}" for k in keys if a.get(k, missing) != b.get(k, missing)]
 

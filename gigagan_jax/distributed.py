@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import importlib
 import itertools
 import json
 import logging
@@ -20,8 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed
-from jax._src.lib import _jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gigagan_jax.errors import Unreachable, UserError, causes
@@ -32,6 +32,11 @@ _watch: list["_Watch"] = []  # of this process, once it is joined to others
 _said = itertools.count()
 _SLOWEST_SECONDS = 3600  # for what one process does while the others wait for its word
 _READ_SECONDS = 5  # for the others to read why all end
+# What is asked of the store that JAX's processes share. JAX has no public name for it.
+_STORE = (
+    *("key_value_set", "key_value_dir_get", "key_value_try_get"),
+    *("blocking_key_value_get", "wait_at_barrier"),
+)
 _place: list[int | None] = [None] * 2  # of this process: steps done, and position in the data; None outside of the loop
 
 
@@ -98,7 +103,7 @@ def join(args: argparse.Namespace) -> None:
                 shutdown_timeout_seconds=3 * args.heartbeat_seconds,
             )
     except (RuntimeError, ValueError) as e:
-        distributed.global_state.client = None  # nothing more is to be said or asked there
+        _forget_store()
         where = args.coordinator or "found by --distributed"
         first = (str(e).splitlines() or [type(e).__name__])[0]
         if "std::bad_cast" in first or "DEADLINE" in first:  # the former: see _own_last_words
@@ -110,7 +115,14 @@ def join(args: argparse.Namespace) -> None:
             "with the same --coordinator, and reach it"
         ) from None
     _log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and _client() is None:
+        _log.warning(
+            "jax %s shows no store that processes share: one that fails or is lost ends the others without a word, after "
+            "%d s, and steps that stall are not noticed",
+            jax.__version__,
+            30 + 2 * args.heartbeat_seconds,
+        )
+    elif jax.process_count() > 1:
         _watch.append(_Watch(args.heartbeat_seconds, args.stall_seconds))
 
 
@@ -120,18 +132,32 @@ def _own_last_words() -> Iterator[None]:
 
     The client calls what it is given, but cannot convert the argument: std::terminate is what comes of it, and is ours.
     """
-    make = _jax.get_distributed_runtime_client
+    # JAX has no public way to say it: a private function gets one argument more, where it is known to have a name for it.
+    name, argument = "get_distributed_runtime_client", "missed_heartbeat_callback"
+    module: Any = _private("jaxlib._jax")
+    make: Any = getattr(module, name, None)
     try:
         library = ctypes.CDLL("libstdc++.so.6")
+        if f"{argument}:" not in (make.__doc__ or ""):
+            raise AttributeError(argument)
         library._ZSt13set_terminatePFvvE(_terminated)
-    except (OSError, AttributeError):  # another C++ library: JAX's words, then
+    except (OSError, AttributeError):  # another C++ library, or another JAX
+        _log.warning("should process 0 be lost, it is jax %s that says so, in a page of text", jax.__version__)
         yield
         return
-    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=lambda status: None)
+    setattr(module, name, functools.partial(make, **{argument: lambda status: None}))
     try:
         yield
     finally:
-        _jax.get_distributed_runtime_client = make
+        setattr(module, name, make)
+
+
+def _private(module: str) -> Any:
+    """A private module of JAX; None where this JAX has none of that name."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
 
 
 @ctypes.CFUNCTYPE(None)
@@ -196,9 +222,11 @@ def from_zero(mine: Any) -> Any:
     Args:
       mine: used on process 0 only; of what JSON knows
     """
-    client = _client()
-    if client is None or jax.process_count() == 1:
+    if jax.process_count() == 1:
         return mine
+    client = _client()
+    if client is None:
+        return _broadcast(mine)
     # Over the store and not by a collective: those of CPUs wait for half a minute only.
     key, milliseconds = f"gigagan_jax/said/{next(_said)}", 1000 * _SLOWEST_SECONDS
     if jax.process_index() == 0:
@@ -207,9 +235,29 @@ def from_zero(mine: Any) -> Any:
     return json.loads(client.blocking_key_value_get(key, milliseconds))
 
 
+def _broadcast(mine: Any) -> Any:
+    """The same by collectives: first how long it is, then the bytes."""
+    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    padded = np.zeros(length, np.uint8)
+    padded[: min(length, text.size)] = text[:length]
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+
+
 def _client() -> Any:
-    """The key-value store that JAX's processes share; None for a process alone."""
-    return distributed.global_state.client
+    """The key-value store that JAX's processes share; None for a process alone, or where it is not the tested one."""
+    client = getattr(_state(), "client", None)
+    return client if all(hasattr(client, name) for name in _STORE) else None
+
+
+def _forget_store() -> None:
+    """After a failure to join: nothing more is to be said or asked there."""
+    if hasattr(_state(), "client"):
+        _state().client = None
+
+
+def _state() -> Any:
+    return getattr(_private("jax._src.distributed"), "global_state", None)
 
 
 def fail(message: str, code: int) -> None:

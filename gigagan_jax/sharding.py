@@ -227,6 +227,14 @@ def use(mesh: Any, rules: Mapping[str, str]) -> Iterator[None]:
         _current.reset(token)
 
 
+def platform() -> str:
+    """What the current mesh's devices are ("cpu", "gpu", "tpu"), whatever the host is; without a mesh JAX's default."""
+    current = _current.get()
+    if current is None or not isinstance(current[0], Mesh):
+        return jax.default_backend()
+    return current[0].devices.flat[0].platform
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` with the sharding that its logical axis `names` have in the current mesh."""
     current = _current.get()

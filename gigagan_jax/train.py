@@ -24,6 +24,7 @@ from gigagan_jax.training.logging import MetricLogger, configure
 from gigagan_jax.training.loop import Hook, Interrupted, Run
 from gigagan_jax.training.profiling import parse_steps
 from gigagan_jax.training.state import GanState
+from gigagan_jax.training.workdir import as_begun
 
 _log = logging.getLogger(__name__)
 _FRESH_SEEDS = 1_000_000  # far from those of the snapshots
@@ -99,6 +100,7 @@ def verb(argv: Sequence[str]) -> int:
         raise cli.UserError("--workdir=DIR is needed: the run's checkpoints, metrics and images go there")
     if args.devices:
         raise cli.UserError("--devices goes with --dry_run")
+    config = as_begun(args.workdir, config)
     compilation.keep_programs(args.compilation_cache, args.workdir)
     run = Run(config, args.workdir)
     run.began = process_began()

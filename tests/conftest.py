@@ -3,7 +3,8 @@
 # ruff: noqa: E402  (the environment comes before JAX)
 
 import os
-import tempfile
+import time
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of the time of the tests: little optimisation, and a program that several processes run is compiled once.
@@ -12,9 +13,12 @@ FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_lev
 FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # errors of XLA, which pytest is told not to capture, but none of its warnings
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
-_cache = tempfile.TemporaryDirectory(prefix="gigagan_jax_tests_", ignore_cleanup_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "2"
+# Sessions, workers and child processes share what they compile; JAX's key holds the program, the flags and the versions.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gigagan_jax_tests"
+CACHE.mkdir(parents=True, exist_ok=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+_KEPT_DAYS = 7
 
 import jax
 import pytest
@@ -39,6 +43,18 @@ def pytest_runtest_logreport(report):
 
 def pytest_collectreport(report):
     _note(report)  # a module that skips itself, with all its tests
+
+
+def pytest_sessionstart(session):
+    """Forgets programs that no session has read for a week."""
+    if hasattr(session.config, "workerinput"):
+        return
+    for file in CACHE.iterdir():
+        try:
+            if time.time() - file.stat().st_mtime > _KEPT_DAYS * 86400:
+                file.unlink()
+        except FileNotFoundError:  # another session was first
+            continue
 
 
 def pytest_sessionfinish(session):

@@ -12,12 +12,9 @@ from gigagan_jax import sharding
 from gigagan_jax.config import MeshConfig, from_dict
 from gigagan_jax.training.checkpoint import Checkpoints, with_shardings
 from gigagan_jax.training.state import Networks
+from tests.quick import FLAGS
 
 ROOT = Path(__file__).parents[1]
-# For child processes: one device, compiled fast.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
 
 
 def small(**fields):
@@ -46,7 +43,7 @@ def child(workdir: Path, *extra: str, **more) -> subprocess.Popen:
     command = [sys.executable, "-m", "gigagan_jax.train", "--config=configs/digits.py:tiny", f"--workdir={workdir}"]
     fields = ["--config.total_kimg=0.64", "--config.checkpoint_kimg=0.032", "--config.snapshot_kimg=10", *extra]
     # Compiled once, by the first child: what is tested here is the state, not the compiler.
-    environment = {k: v for k, v in (os.environ | {"XLA_FLAGS": QUICK} | more).items() if v is not None}
+    environment = {k: v for k, v in (os.environ | {"XLA_FLAGS": FLAGS} | more).items() if v is not None}
     with open(workdir.parent / f"{workdir.name}.log", "a") as out:
         return subprocess.Popen(command + fields, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
 

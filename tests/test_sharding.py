@@ -15,8 +15,8 @@ from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.errors import UserError
 from gigagan_jax.models.abstract import path_name
+from gigagan_jax.training.batch import abstract_batch, batch_shardings
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import abstract_batch, batch_shardings
 
 FSDP = sharding.abstract_mesh(MeshConfig(data=1, fsdp=64, tensor=1), 64)
 MIXED = sharding.abstract_mesh(MeshConfig(data=8, fsdp=4, tensor=2), 64)

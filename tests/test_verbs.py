@@ -12,11 +12,9 @@ from PIL import Image
 
 from gigagan_jax import cli, sample, train
 from gigagan_jax.inference.images import read_metadata
+from tests.quick import FLAGS
 
 ROOT = Path(__file__).parents[1]
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
 TINY = "--config=configs/digits.py:tiny"
 
 
@@ -47,7 +45,7 @@ def fails(verb, capsys, *args):
 def trained(tmp_path_factory):
     """A finished tiny run, by the command line in a process of its own with one device."""
     workdir = tmp_path_factory.mktemp("verbs") / "run"
-    environment = os.environ | {"XLA_FLAGS": QUICK}
+    environment = os.environ | {"XLA_FLAGS": FLAGS}
     command = [sys.executable, "-W", "error", "-m", "gigagan_jax.train", TINY, f"--workdir={workdir}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -129,13 +127,14 @@ def test_a_seed_is_the_same_image_in_any_batch(trained, capsys, tmp_path):
     assert np.array_equal(pixels(alone), pixels(among))
 
 
+@pytest.mark.slow
 def test_a_seed_is_the_same_image_on_any_mesh(trained, capsys, tmp_path):
     """One device in a child process, eight here."""
     workdir, _ = trained
     args = [f"--workdir={workdir}", "--prompt=the digit 3", "--num=5", "--truncation=0.7"]
     assert call(sample.verb, capsys, *args, "--out", tmp_path / "eight")[0] == 0
     command = [sys.executable, "-m", "gigagan_jax.sample", *args, "--out", str(tmp_path / "one")]
-    environment = os.environ | {"XLA_FLAGS": QUICK}
+    environment = os.environ | {"XLA_FLAGS": FLAGS}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     for a, b in zip(sorted((tmp_path / "eight").iterdir()), sorted((tmp_path / "one").iterdir()), strict=True):
         assert a.name == b.name
@@ -224,7 +223,7 @@ def test_truncated_image_is_skipped_and_named(tmp_path):
     whole = (data / "07.png").read_bytes()
     (data / "07.png").write_bytes(whole[: len(whole) // 2])
     command = [sys.executable, "-m", "gigagan_jax.train", *folder_run(data, "--config.total_kimg=0.064")]
-    environment = os.environ | {"XLA_FLAGS": QUICK}
+    environment = os.environ | {"XLA_FLAGS": FLAGS}
     done = subprocess.run([*command, f"--workdir={workdir}"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "07.png" in done.stderr

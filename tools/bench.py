@@ -54,6 +54,7 @@ DRY_OVERRIDES = (
     "vision_aided.head_depth=1",
 )
 DRY_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+DRY_FLAGS_BEFORE_0_11 = "--xla_cpu_use_fusion_emitters=false"  # unknown to later compilers
 DRY_TRAIN_SECONDS, OWN_SECONDS = 2.0, 5.0
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -120,9 +121,10 @@ def verb(argv: Sequence[str]) -> int:
         config = cli.load_config(args.config, overrides)
         return run(args, config, training_config(args.train, TRAIN_OVERRIDES, args.budget))
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DRY_FLAGS}".strip()
     import jax
 
+    fast = DRY_FLAGS if jax.version.__version_info__ >= (0, 11) else f"{DRY_FLAGS} {DRY_FLAGS_BEFORE_0_11}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}".strip()
     jax.config.update("jax_platforms", "cpu")
     from bench_inputs import write_tiny_clip
 

@@ -118,7 +118,7 @@ def compare(
             if Path(ready["package"]).resolve() != side.root:
                 raise UserError(f"the {name} process imported {ready['package']} instead of {side.root}")
             lines.write({"job": f"against/{name}", **ready})
-            print(f"  {name}: compiled in {ready['lower_seconds'] + ready['compile_seconds']:.0f} s", flush=True)
+            print(f"  {name}: compiled, and one step done, in {ready['first_step_seconds']:.0f} s", flush=True)
         ratios: dict[str, list[float]] = {"seconds": [], "cpu_seconds": []}
         found: dict[str, dict[str, list[float]]] = {name: {k: [] for k in ratios} for name in sides}
         for pair in range(pairs):

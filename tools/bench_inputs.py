@@ -17,7 +17,7 @@ from gigagan_jax.models.abstract import Params, is_spec, path_name
 from gigagan_jax.models.pretrained import files
 from gigagan_jax.models.pretrained.frozen import Frozen
 from gigagan_jax.models.pretrained.text_spec import NEEDS, architecture, text_spec
-from gigagan_jax.training.step import abstract_batch
+from gigagan_jax.training.batch import abstract_batch
 
 UNKNOWN = -1  # the label of an example whose class is not known: it forbids no caption
 

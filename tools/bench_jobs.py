@@ -25,9 +25,10 @@ from gigagan_jax.inference.latents import truncate, z_of_seed
 from gigagan_jax.models.pretrained.frozen import Frozen
 from gigagan_jax.models.pretrained.text_spec import text_spec
 from gigagan_jax.planning.topology import NETWORKS
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.flops import count_flops
 from gigagan_jax.training.state import GanState, Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep
+from gigagan_jax.training.step import TrainStep
 
 FIRST_RUNS = 3  # of a program that was just compiled; the figures that count are those of the turns
 TRACED_STEPS = 3
@@ -78,6 +79,7 @@ class Bench:
         self.ceilings: dict[str, float] = {}
         self.state: GanState | None = None
         self._weights: Any = None
+        self._steps: dict[int, CompiledStep] = {}  # by batch: programs that kinds of step share are compiled once
 
     def fresh(self) -> GanState:
         """The state; a new one where a step that failed has taken the last."""
@@ -101,6 +103,7 @@ class Bench:
     def close(self) -> None:
         """Frees all there is."""
         self.programs.clear()
+        self._steps.clear()
         self.state = self._weights = None
 
     # -- jobs
@@ -190,16 +193,16 @@ class Bench:
     def _step(self, name: str, with_r1: bool, batch: int) -> Program:
         config = dataclasses.replace(self.config, batch_size=batch)
         networks = self.networks if batch == self.config.batch_size else Networks(config)
-        step = CompiledStep(TrainStep(networks), self.mesh)
-        compiled, seconds = compile_split(lambda: step.lower(with_r1=with_r1))
+        step = self._steps.setdefault(batch, CompiledStep(TrainStep(networks), self.mesh))
+        programs, seconds = compile_split(lambda: step.compile(with_r1=with_r1))
         weights = self.weights(networks.frozen)
         data, key, one = synthetic_batch(config, step.batch_shardings), step.key(), step.scalar(1.0)
 
         def run() -> Any:
-            self.state, metrics = compiled(self.fresh(), data, key, weights, one)
+            self.state, metrics = step(self.fresh(), data, key, weights, one, with_r1=with_r1)
             return metrics
 
-        return Program(name, run, batch, step.flops(with_r1=with_r1), compiled, seconds)
+        return Program(name, run, batch, step.flops(with_r1=with_r1), list(programs.values()), seconds)
 
     def _sampling(self, batch: int) -> Program:
         config, mesh = self.config, self.mesh
@@ -239,7 +242,7 @@ class Bench:
             jax.ShapeDtypeStruct((), jnp.float32),
             frozen.abstract(),
         )
-        compiled, seconds = compile_split(lambda: jitted.lower(*abstract))
+        compiled, seconds = compile_split(lambda: jitted.lower(*abstract).compile())
         weights = self.weights(frozen)
         placed = {k: jax.device_put(x, where[k]) for k, x in given.items()}
         psi = jax.device_put(np.float32(1.0), everywhere)
@@ -249,7 +252,7 @@ class Bench:
             # An average that is cut further than its parameters is put together first, as sampling does.
             return compiled(jax.device_put(state.g_ema, params), state.w_avg, placed, psi, weights)
 
-        return Program("sampling", run, batch, count_flops(generate, *abstract), compiled, seconds)
+        return Program("sampling", run, batch, count_flops(generate, *abstract), [compiled], seconds)
 
     def turns_job(self) -> dict[str, Any]:
         """All programs in turn, A B C A B C ...: what is compared was measured within the same seconds."""
@@ -276,7 +279,8 @@ class Bench:
         for name in ("step", "step_with_r1"):
             if name in self.programs:
                 program = self.programs[name]
-                rows[name] = profile(program.run, program.compiled.as_text(), TRACED_STEPS)
+                texts = [compiled.as_text() for compiled in program.compiled]
+                rows[name] = profile(program.run, texts, TRACED_STEPS)
         return {"results": rows}
 
     # -- what they are expected to take

@@ -3,7 +3,7 @@
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,17 @@ def trace(run: Callable[[], Any], steps: int, folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.xplane.pb"))
 
 
-def device_seconds(file: Path) -> tuple[dict[str, float], dict[str, int]]:
+Kernel = tuple[str, str]  # its name, and that of its program where the trace has it
+
+
+def device_seconds(file: Path) -> tuple[dict[Kernel, float], dict[Kernel, int]]:
     """Seconds and runs of each kernel in a trace, by the name of its HLO operation, or by its own where that is not noted.
 
     Kernels are on the planes of the devices; on a CPU they are on threads of the host. A loop is left out where what it runs
     is there too.
     """
-    seconds: dict[str, float] = defaultdict(float)
-    runs: dict[str, int] = defaultdict(int)
+    seconds: dict[Kernel, float] = defaultdict(float)
+    runs: dict[Kernel, int] = defaultdict(int)
     data = jax.profiler.ProfileData.from_file(str(file))
     planes = [p for p in data.planes if p.name.startswith("/device:")]
     device = bool(planes)
@@ -50,8 +53,9 @@ def device_seconds(file: Path) -> tuple[dict[str, float], dict[str, int]]:
                 name = str(name or event.name)
                 if name.startswith(("while", "call", "conditional")):
                     continue
-                seconds[name] += event.duration_ns * 1e-9
-                runs[name] += 1
+                kernel = (name, str(stats.get("hlo_module", "")))
+                seconds[kernel] += event.duration_ns * 1e-9
+                runs[kernel] += 1
     return dict(seconds), dict(runs)
 
 
@@ -59,8 +63,34 @@ class Names:
     """From the name of a kernel to the instruction that it was made from.
 
     Args:
-      text: of the compiled program.
+      texts: of the compiled programs of a step, by the names of their HLO modules where several share names.
     """
+
+    def __init__(self, texts: Sequence[str]):
+        self._programs = {_program(text): _Table(text) for text in texts}
+
+    def place(self, kernel: str, program: str) -> tuple[str, str]:
+        """(module of the model, forward, recomputed or backward) of a kernel.
+
+        Args:
+          kernel: name in the trace.
+          program: name of its HLO module; empty where the trace has none.
+        """
+        tables = [self._programs[program]] if program in self._programs else list(self._programs.values())
+        for table in tables:
+            if found := table.place(kernel):
+                return found
+        return f"unknown: {_NUMBER.sub('', kernel)[:60]}", "forward"
+
+
+def _program(text: str) -> str:
+    """Name of the HLO module."""
+    found = re.match(r"HloModule ([\w.\-]+)", text)
+    return found[1] if found else ""
+
+
+class _Table:
+    """The instructions of one program."""
 
     def __init__(self, text: str):
         self.module = Module(text)
@@ -70,26 +100,19 @@ class Names:
         # Kernels are named as their instruction with "_" for what is no letter.
         self._plain = {re.sub(r"\W", "_", name): i for name, i in self._exact.items()}
 
-    def find(self, kernel: str) -> Instruction | None:
-        """The instruction of a kernel; None for one of a library."""
-        return self._exact.get(kernel) or self._plain.get(re.sub(r"\W", "_", kernel))
-
-    def place(self, kernel: str) -> tuple[str, str]:
-        """(module of the model, forward, recomputed or backward) of a kernel."""
-        instruction = self.find(kernel)
+    def place(self, kernel: str) -> tuple[str, str] | None:
+        """As `Names.place`; None for a kernel of a library."""
+        instruction = self._exact.get(kernel) or self._plain.get(re.sub(r"\W", "_", kernel))
         if instruction is None:
-            return f"unknown: {_NUMBER.sub('', kernel)[:60]}", "forward"
-        name = self._op_name(instruction)
+            return None
+        name = instruction.op_name
+        if not name and instruction.opcode == "fusion":
+            inside = self.module.computations.get(instruction.attribute("calls"), [])
+            name = next((i.op_name for i in reversed(inside) if i.op_name), "")
         return module_name(name, self.module.stack(instruction.frame)), way(name)
 
-    def _op_name(self, instruction: Instruction) -> str:
-        if instruction.op_name or instruction.opcode != "fusion":
-            return instruction.op_name
-        inside = self.module.computations.get(instruction.attribute("calls"), [])
-        return next((i.op_name for i in reversed(inside) if i.op_name), "")
 
-
-def tables(seconds: dict[str, float], runs: dict[str, int], names: Names, steps: int) -> dict[str, Any]:
+def tables(seconds: dict[Kernel, float], runs: dict[Kernel, int], names: Names, steps: int) -> dict[str, Any]:
     """Seconds of one step by module and by kernel, slowest first.
 
     Returns:
@@ -101,12 +124,13 @@ def tables(seconds: dict[str, float], runs: dict[str, int], names: Names, steps:
         return {"device_seconds": 0.0, "known": 0.0, "modules": [], "kernels": []}
     modules: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     kernels, known = [], 0.0
-    for kernel, spent in seconds.items():
-        module, direction = names.place(kernel)
+    for key, spent in seconds.items():
+        kernel = key[0]
+        module, direction = names.place(*key)
         known += 0.0 if module.startswith("unknown: ") else spent
         modules[module][direction] += spent / steps
         row = {"kernel": kernel, "module": module, "way": direction, "seconds": spent / steps}
-        kernels.append(row | {"share": spent / total, "runs": runs[kernel] / steps})
+        kernels.append(row | {"share": spent / total, "runs": runs[key] / steps})
     rows: Iterable[dict[str, Any]] = (
         {"module": name, "seconds": sum(ways.values()), "share": sum(ways.values()) * steps / total, **ways}
         for name, ways in modules.items()
@@ -120,7 +144,7 @@ def tables(seconds: dict[str, float], runs: dict[str, int], names: Names, steps:
     }
 
 
-def profile(run: Callable[[], Any], text: str, steps: int) -> dict[str, Any]:
+def profile(run: Callable[[], Any], texts: Sequence[str], steps: int) -> dict[str, Any]:
     """The tables of a program, or {"missing": why} where this JAX or this device gives no trace that can be read."""
     if not hasattr(jax.profiler, "ProfileData"):
         return {"missing": "this JAX cannot read a trace (jax.profiler.ProfileData)"}
@@ -134,4 +158,4 @@ def profile(run: Callable[[], Any], text: str, steps: int) -> dict[str, Any]:
             return {"missing": f"no trace: {(str(e).splitlines() or [type(e).__name__])[0][:200]}"}
     if not seconds:
         return {"missing": "the trace has no kernels"}
-    return tables(seconds, runs, Names(text), steps) | {"steps": steps}
+    return tables(seconds, runs, Names(texts), steps) | {"steps": steps}

@@ -9,7 +9,11 @@ from typing import Any
 import jax
 from bench_output import spread
 
-_TRACING = "/jax/core/compile/jaxpr_trace_duration"
+_PHASES = {
+    "/jax/core/compile/jaxpr_trace_duration": "tracing",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
+    "/jax/core/compile/backend_compile_duration": "compiling",
+}
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
 
 
@@ -49,7 +53,7 @@ class Program:
       run: calls it once; gives arrays to wait for.
       images: of one call.
       flops: of one call, over all devices.
-      compiled: for its text and memory.
+      compiled: what it runs, one after the other; for their text and memory.
       seconds: of compiling: `tracing`, `lowering`, `compiling`.
     """
 
@@ -57,16 +61,18 @@ class Program:
     run: Callable[[], Any]
     images: int
     flops: int
-    compiled: Any
+    compiled: Sequence[Any]
     seconds: dict[str, float]
 
     def facts(self) -> dict[str, Any]:
         """What is known of it without running it."""
-        memory = self.compiled.memory_analysis()
-        part = lambda name: int(getattr(memory, f"{name}_size_in_bytes", 0) or 0)
+        memory = [program.memory_analysis() for program in self.compiled]
+        # The programs of a step run one after the other: what the larger needs is what it needs.
+        part = lambda name: max(int(getattr(m, f"{name}_size_in_bytes", 0) or 0) for m in memory)
         return {
             "batch": self.images,
             "flops": self.flops,
+            "programs": len(self.compiled),
             "compile_seconds": self.seconds | {"all": sum(self.seconds.values())},
             "program_bytes": {
                 "arguments": part("argument"),
@@ -78,36 +84,23 @@ class Program:
         }
 
 
-def compile_split(lower: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """Lowers and compiles.
-
-    Args:
-      lower: traces and lowers a function, as `jax.jit(f).lower(...)` does.
+def compile_split(compile_all: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """Calls what traces, lowers and compiles, and nothing else.
 
     Returns:
-      (the compiled program, seconds of `tracing`, `lowering` and `compiling`)
+      (what it returned, seconds of `tracing`, `lowering` and `compiling`, as JAX reports them)
     """
-    traces: list[float] = []
+    seconds = dict.fromkeys(_PHASES.values(), 0.0)
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == _TRACING:
-            traces.append(duration_secs)
+        if event in _PHASES:
+            seconds[_PHASES[event]] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        start = time.perf_counter()
-        lowered = lower()
-        lower_seconds = time.perf_counter() - start
+        return compile_all(), seconds
     finally:
-        unregister = getattr(jax.monitoring, "unregister_event_duration_listener", None)
-        if unregister is not None:
-            unregister(listen)
-    # The trace of the whole contains those of its parts.
-    tracing = min(max(traces, default=0.0), lower_seconds)
-    start = time.perf_counter()
-    compiled = lowered.compile()
-    compiling = time.perf_counter() - start
-    return compiled, {"tracing": tracing, "lowering": lower_seconds - tracing, "compiling": compiling}
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def take_turns(

@@ -14,8 +14,9 @@ from bench_measure import compile_split, peak_bytes, with_memory
 from gigagan_jax import sharding
 from gigagan_jax.config import Config
 from gigagan_jax.errors import UserError
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep
+from gigagan_jax.training.step import TrainStep
 
 BATCHES = 64  # of different images; they are seen again and again
 LOG_SECONDS = 10.0
@@ -66,10 +67,9 @@ def _train(
 ) -> dict[str, Any]:
     networks = Networks(config)
     step = CompiledStep(TrainStep(networks), mesh)
-    programs, compile_seconds = {}, {}
-    for with_r1 in (True, False):  # the first step has R1
-        name = "step_with_r1" if with_r1 else "step"
-        programs[with_r1], compile_seconds[name] = compile_split(lambda r1=with_r1: step.lower(with_r1=r1))  # type: ignore[misc]
+    compile_seconds = {}
+    for name, with_r1 in (("step_with_r1", True), ("step", False)):
+        compile_seconds[name] = compile_split(lambda r1=with_r1: step.compile(with_r1=r1))[1]  # type: ignore[misc]
     state, key, one = networks.init(mesh), step.key(), step.scalar(1.0)
     data = endless(discs(config, BATCHES), step.batch_shardings)
     under_way: collections.deque[Any] = collections.deque()
@@ -85,7 +85,7 @@ def _train(
     steps = 0
     while steps == 0 or left() > 0:
         with_r1 = steps % config.loss.r1_interval == 0
-        state, metrics = programs[with_r1](state, next(data), key, {}, one)
+        state, metrics = step(state, next(data), key, {}, one, with_r1=with_r1)
         steps += 1
         seen |= {k: metrics[k] for k in LOSSES if k in metrics}
         under_way.append(metrics["loss/g"])

@@ -12,6 +12,7 @@ from flax import nnx, struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gigagan_jax import sharding
+from gigagan_jax.models.renames import place_at
 
 Params = dict[str, Any]
 
@@ -80,7 +81,7 @@ class Module:
         def one(path: tuple, s: Spec, where: NamedSharding) -> jax.Array:
             value = np.full(s.shape, s.mean, np.float32)
             if s.std:
-                stream = zlib.crc32(f"{self.name}/{path_name(path)}".encode())
+                stream = zlib.crc32(f"{self.name}/{place_at(self.name, path_name(path))}".encode())
                 noise = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), stream]))
                 value += np.float32(s.std) * noise.standard_normal(s.shape, np.float32)
             return jax.make_array_from_callback(s.shape, where, lambda index: value[index])

@@ -20,8 +20,9 @@ from gigagan_jax.planning import collectives, profile, roofline
 from gigagan_jax.planning.hlo import Module
 from gigagan_jax.planning.topology import Topology, devices
 from gigagan_jax.training import dry_run
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep
+from gigagan_jax.training.step import TrainStep
 
 SLOWEST = 10
 SEARCHES = -0.25  # the least effort with which the compiler searches for windows
@@ -133,10 +134,9 @@ def compile_step(
     traced = time.monotonic()
     out: dict[str, Any] = {"flops": flops, "seconds_at_peak": flops / topology.chip.flops}
     try:
-        efforts = {
-            "jax_exec_time_optimization_effort": settings.effort,
-            "jax_memory_fitting_effort": settings.memory_effort,
-        }
+        efforts = _efforts("exec_time_optimization", settings.effort) | _efforts(
+            "memory_fitting", settings.memory_effort
+        )
         with phase(f"compiling {name} for {topology.title}"), _options(**efforts):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
@@ -266,6 +266,16 @@ def _without_compiler(networks: Networks, mesh: AbstractMesh, topology: Topology
         "fits": memory["total"] <= topology.usable,
         "r1_interval": config.loss.r1_interval,
     }
+
+
+def _efforts(kind: str, effort: float | None) -> dict[str, Any]:
+    """The setting of JAX for an effort from -1 to 1: a number in jax 0.10, one of a few levels from 0.11 on."""
+    number, level = f"jax_{kind}_effort", f"jax_{kind.removeprefix('exec_time_')}_level"
+    if hasattr(jax.config, number):
+        return {number: effort}
+    if effort is None or not hasattr(jax.config, level):
+        return {}
+    return {level: "O0" if effort <= -0.5 else "O1" if effort < 0 else "O2" if effort == 0 else "O3"}
 
 
 @contextlib.contextmanager

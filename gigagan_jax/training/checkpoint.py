@@ -6,17 +6,14 @@ holds the checksums of its files, and is compared with them before a run goes on
 """
 
 import asyncio
-import contextlib
 import errno
 import functools
 import itertools
-import json
 import logging
 import math
-import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,70 +22,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gigagan_jax import distributed
-from gigagan_jax.config import Config, differences, from_dict, to_dict
+from gigagan_jax.config import Config, from_dict, to_dict
+from gigagan_jax.config_migrations import FORMAT_KEY, numbered, upgrade
 from gigagan_jax.errors import Unreachable, UserError, causes, passing
+from gigagan_jax.models import renames
 from gigagan_jax.training.integrity import CHECKSUMS, damage, write_checksums
 from gigagan_jax.training.retention import Retention
 
 _log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-CONFIG_FILE = "config.json"
 _LOGGERS = ("absl", "asyncio")  # that Orbax's threads complain to
 _ITEMS = ("state", "data", "config", "frozen", "measured")
-
-
-def open_workdir(workdir: Path, config: Config) -> None:
-    """Makes the workdir of a run, or checks that it belongs to this one; on process 0, as the others wait for its answers.
-
-    Raises:
-      UserError: it cannot be written, or was made with a config that differs in more than what may change in a run.
-    """
-    file, folder = workdir / CONFIG_FILE, workdir / FOLDER
-    if any(c in str(workdir.resolve()) for c in "[]"):
-        raise UserError(f"--workdir={workdir}: Orbax cannot write checkpoints under a path with [ or ]; choose another")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        # Before its first checkpoint a workdir holds nothing that another config could spoil.
-        if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-            raise UserError(f"{folder} is no folder that can be written: move it away, or choose another --workdir")
-        steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
-        stored = _stored(file, folder, steps)
-        if stored is not None:
-            if not isinstance(stored, dict):
-                raise UserError(f"{file} holds no config; remove it: the checkpoints hold the settings too")
-            changed = differences(stored, config)
-            if changed:
-                more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
-                raise UserError(
-                    f"{workdir} holds a run of another config ({'; '.join(changed[:8])}{more}): "
-                    "use another --workdir, or the settings it was started with"
-                )
-        text = json.dumps(to_dict(config), indent=1)
-        if not (file.exists() and file.read_text() == text):
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(text)
-            os.replace(temporary, file)
-    except OSError as e:
-        raise UserError(
-            f"--workdir={workdir} cannot be used: {e.strerror or e}; choose a folder you may write to"
-        ) from None
-    except ValueError as e:
-        raise UserError(
-            f"{file} is not readable JSON ({e}); remove it: the checkpoints hold the settings too"
-        ) from None
-
-
-def _stored(file: Path, folder: Path, steps: Sequence[int]) -> Any:
-    """The config of the run in a workdir: of its file, or where that was removed of the newest checkpoint; None without a run."""
-    if not steps:
-        return None
-    if file.exists():
-        return json.loads(file.read_text())
-    for step in reversed(steps):
-        with contextlib.suppress(OSError, ValueError):  # damaged: the one before says the same
-            return json.loads((folder / str(step) / "config" / "metadata").read_text())
-    return None
 
 
 class _Path(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -268,7 +213,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(dict(data)),
-            config=ocp.args.JsonSave(to_dict(config)),
+            config=ocp.args.JsonSave(numbered(to_dict(config))),
             frozen=ocp.args.JsonSave(dict(frozen or {})),
             measured=ocp.args.JsonSave(measured),
         )
@@ -336,8 +281,11 @@ class Checkpoints:
 
     def config(self, step: int) -> Config:
         """The config that a checkpoint was written with."""
-        restored = self._restore(step, config=ocp.args.JsonRestore())
-        return from_dict(restored["config"])
+        values, _ = upgrade(self._stored_config(step), str(self.folder / str(step)))
+        return from_dict(values)
+
+    def _stored_config(self, step: int) -> dict[str, Any]:
+        return self._restore(step, config=ocp.args.JsonRestore())["config"]
 
     def check_frozen(self, step: int, identities: Mapping[str, str]) -> None:
         """Raises UserError where a checkpoint was trained with other frozen weights than those of `identities`."""
@@ -371,14 +319,36 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint cannot be read.
         """
-        restored = self._restore(step, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        return restored["state"], restored["data"]
+        then = self._places(step, abstract)
+        restored = self._restore(step, state=ocp.args.StandardRestore(then), data=ocp.args.JsonRestore())
+        return self._places(step, restored["state"], like=abstract), restored["data"]
 
     def restore_partial(self, step: int, abstract: Any) -> Any:
         """Only the parts of the state that are in `abstract`, a dict; e.g. {"g_ema": ..., "w_avg": ...}."""
-        arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), abstract)
-        item = ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
-        return self._restore(step, state=item)["state"]
+        then = self._places(step, abstract)
+        arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), then)
+        item = ocp.args.PyTreeRestore(then, restore_args=arguments, partial_restore=True)
+        return self._places(step, self._restore(step, state=item)["state"], like=abstract)
+
+    def _places(self, step: int, state: Any, like: Any = None) -> Any:
+        """A state (or a dict of its parts) with its parameters where this checkpoint has them; with `like`, the way back."""
+        if not renames.RENAMED:
+            return state
+        number = int(self._stored_config(step).get(FORMAT_KEY, 0))
+        is_params = lambda x: isinstance(x, dict)
+
+        def moved(network: str, part: Any, example: Any) -> Any:
+            one = lambda x: renames.to_places_at(network, x, number) if is_params(x) else x
+            back = lambda x, y: renames.from_places_at(network, x, y, number) if is_params(x) else x
+            if like is None:
+                return jax.tree.map(one, part, is_leaf=is_params)
+            return jax.tree.map(back, part, example, is_leaf=is_params)
+
+        parts = {k: state[k] for k in state} if isinstance(state, dict) else vars(state)
+        examples = like if isinstance(like, dict) else {} if like is None else vars(like)
+        networks = {"g": "generator", "g_ema": "generator", "d": "discriminator", "v": "vision_aided"}
+        new = {k: moved(networks[k], x, examples.get(k)) for k, x in parts.items() if k in networks and x is not None}
+        return state | new if isinstance(state, dict) else state.replace(**new)
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:

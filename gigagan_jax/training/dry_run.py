@@ -15,8 +15,9 @@ from gigagan_jax import sharding
 from gigagan_jax.config import Config, digest
 from gigagan_jax.errors import UserError
 from gigagan_jax.models.abstract import Module, is_spec, path_name
+from gigagan_jax.training.batch import abstract_batch, batch_shardings
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep, abstract_batch, batch_shardings
+from gigagan_jax.training.step import TrainStep
 
 _MODULE_DEPTH = 2  # rows of the short table are "entry/0", "rest/1", ...
 

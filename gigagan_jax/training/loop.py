@@ -26,7 +26,8 @@ from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.pretrained.frozen import clip_length, own_clip_tokens
 from gigagan_jax.models.pretrained.text_spec import tokenizer_options
 from gigagan_jax.training import alike
-from gigagan_jax.training.checkpoint import Checkpoints, open_workdir, with_shardings
+from gigagan_jax.training.checkpoint import Checkpoints, with_shardings
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.goodput import Goodput
 from gigagan_jax.training.logging import MetricLogger, Progress
 from gigagan_jax.training.occupied import alone
@@ -34,7 +35,8 @@ from gigagan_jax.training.profiling import Profiler
 from gigagan_jax.training.recovery import Guard
 from gigagan_jax.training.speed import Speed, facts
 from gigagan_jax.training.state import GanState, Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep
+from gigagan_jax.training.step import TrainStep
+from gigagan_jax.training.workdir import open_workdir
 
 _log = logging.getLogger(__name__)
 
@@ -268,6 +270,7 @@ class Run:
         pending: list[tuple[int, int, dict[str, jax.Array], jax.Array | None]] = []  # (step, images, metrics, asked)
         agreement = distributed.Agreement(self.mesh) if jax.process_count() > 1 else None
         seen: set[bool] = set()
+        compiling = False
         names: set[str] = set()  # of all metrics so far
 
         # Durations are in images: something is due when a multiple of its period was crossed in this step.
@@ -294,6 +297,9 @@ class Run:
             last = pending[-1][2]["health"] if pending else None
             with goodput("data", behind=last):
                 batch = self._next(data)
+            if not compiling:
+                self.step.compile_ahead(state, batch, key, weights, scale)
+                compiling = True
             with profiler(step, compiles=first_time, done=last), goodput("compile" if first_time else "step"):
                 state, metrics = self.step(state, batch, key, weights, scale, with_r1=with_r1)
                 if first_time:

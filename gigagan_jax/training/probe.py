@@ -187,7 +187,6 @@ class Probe:
           squares, sizes: what `squares` and `update_sizes` gave for each network
         """
         values = {k: metrics.pop(k) for k in self.measures if k in metrics} | seen
-        values["loss/r1"] = metrics.get("loss/r1", jnp.asarray(jnp.nan))  # NaN: not in this step
         for net, each in squares.items():
             for part, value in zip(self._part_of[net], each, strict=True):
                 name = self.modules[net][part]

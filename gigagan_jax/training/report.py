@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gigagan_jax.config_migrations import FORMAT_KEY
 from gigagan_jax.errors import UserError
 from gigagan_jax.training.goodput import GOODPUT_FILE, Account, read_events
 from gigagan_jax.training.logging import METRICS_FILE
@@ -103,7 +104,7 @@ def read_run(workdir: Path) -> Run:
     grids, count = _grids(workdir / _SNAPSHOTS)
     return Run(
         workdir=workdir,
-        config=_json(workdir / _CONFIG_FILE),
+        config={k: v for k, v in _json(workdir / _CONFIG_FILE).items() if k != FORMAT_KEY},
         metrics=read_metrics(workdir / METRICS_FILE),
         account=Account(read_events(workdir)),
         grids=grids,

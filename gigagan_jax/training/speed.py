@@ -12,10 +12,11 @@ import jax
 from gigagan_jax import __version__
 from gigagan_jax.config import Config, digest
 from gigagan_jax.hardware import count_chips, peak_flops
+from gigagan_jax.training.batch import abstract_batch
 from gigagan_jax.training.flops import count_flops
 from gigagan_jax.training.goodput import Goodput
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep, abstract_batch
+from gigagan_jax.training.step import TrainStep
 
 _log = logging.getLogger(__name__)
 

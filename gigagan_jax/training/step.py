@@ -3,29 +3,46 @@
 `critics` are the parameters of what judges: of D alone, or {"d": ..., "v": ...} with the vision-aided heads V.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from gigagan_jax import sharding
-from gigagan_jax.config import Config
+from gigagan_jax.config import Config, OptimizerConfig
 from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.layers.resample import pyramid
+from gigagan_jax.models.layers.scan import scan
 from gigagan_jax.training import losses, probe
 from gigagan_jax.training.augment import augment
-from gigagan_jax.training.batch import Batch, abstract_batch, batch_axes, batch_shardings
-from gigagan_jax.training.flops import count_flops
+from gigagan_jax.training.batch import Batch, batch_axes
 from gigagan_jax.training.mismatch import wrong_captions
 from gigagan_jax.training.optim import learning_rate
 from gigagan_jax.training.state import GanState, Net, Networks
 
 NOTHING: Params = {}  # the frozen networks of a config that asks for none
 Metrics = dict[str, jax.Array]
+
+
+class HalfStep(NamedTuple):
+    """What the critics' half of a step hands to the generator's.
+
+    features: what frozen encoders said of the captions
+    metrics: so far
+    seen: further entries of the health vector
+    squares, sizes: of gradients and updates, by network; see probe.py
+    """
+
+    features: Batch
+    metrics: Metrics
+    seen: Metrics
+    squares: dict[str, list[jax.Array]]
+    sizes: dict[str, tuple[jax.Array, jax.Array]]
+
+    def penalty(self, with_r1: bool) -> Metrics:
+        """The metric that only a step with R1 has. It travels in `seen`, so that both kinds of step hand on the same."""
+        return {"loss/r1": self.seen["loss/r1"]} if with_r1 else {}
 
 
 def high_to_low(images: list[jax.Array], config: Config) -> list[jax.Array]:
@@ -235,7 +252,7 @@ class TrainStep:
         stacked = {k: split(k, x) for k, x in batch.items()}
         first = {k: x[0] for k, x in stacked.items()}
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, (first, jnp.int32(0)))[0])
-        (grads, metrics), kept = jax.lax.scan(body, zeros, (stacked, jnp.arange(parts)))
+        (grads, metrics), kept = scan(body, zeros, (stacked, jnp.arange(parts)), parts)
         return grads, metrics | kept
 
     def progress(self, state: GanState) -> jax.Array:
@@ -296,13 +313,32 @@ class TrainStep:
         `images` move on; where it is G's, D and V have made their half of the step, and G and its averages stay. The metric
         "health" is the vector of `self.probe`. `with_r1` is static.
         """
-        c, nets = self.config, self.networks
-        key_d, key_g = jax.random.split(jax.random.fold_in(key, state.step))
-        rate = lambda o, lazy=0: lr_scale * learning_rate(o, state.images, c.total_kimg, lazy_interval=lazy)
-        batch = self.encode(batch, frozen)
-        seen = probe.bad_rows(batch)
+        state, half = self.update_critics(state, batch, key, frozen, lr_scale, with_r1=with_r1)
+        state, metrics = self.update_generator(state, half, batch, key, frozen, lr_scale)
+        return state, metrics | half.penalty(with_r1)
 
-        grads, metrics = self.d_gradients(state, batch, key_d, with_r1, frozen)
+    def rate(self, config: OptimizerConfig, state: GanState, scale: jax.Array | float, lazy: int = 0) -> jax.Array:
+        """Learning rate of a network in this step."""
+        return scale * learning_rate(config, state.images, self.config.total_kimg, lazy_interval=lazy)
+
+    def update_critics(
+        self,
+        state: GanState,
+        batch: Batch,
+        key: jax.Array,
+        frozen: Params = NOTHING,
+        lr_scale: jax.Array | float = 1.0,
+        *,
+        with_r1: bool,
+    ) -> tuple[GanState, HalfStep]:
+        """The first half of a step: D and V. Reads of G's half its parameters only -> (state with new D and V, what is known)"""
+        c, nets = self.config, self.networks
+        key_d, _ = jax.random.split(jax.random.fold_in(key, state.step))
+        encoded = self.encode(batch, frozen)
+        seen = probe.bad_rows(encoded)
+
+        grads, metrics = self.d_gradients(state, encoded, key_d, with_r1, frozen)
+        seen["loss/r1"] = metrics.pop("loss/r1", jnp.asarray(jnp.nan, jnp.float32))  # NaN: not in this step
         d_grads, v_grads = self.split(grads)
         d_grads, v_grads = self.cut("d", d_grads), self.cut("v", v_grads)
         squares = {"d": probe.squares(d_grads)} | ({} if v_grads is None else {"v": probe.squares(v_grads)})
@@ -310,18 +346,35 @@ class TrainStep:
         finite = jnp.isfinite(metrics["loss/d"] + sum(metrics[f"grad_norm/{net}"] for net in squares))
         ok = seen["applied/d"] = finite & ~probe.any_bad(seen)
         d, v, sizes = state.d, state.v, {}
-        d, sizes["d"] = _update(nets.d_tx, d, d_grads, rate(c.d_optimizer, c.loss.r1_interval), ok)
+        d_rate = self.rate(c.d_optimizer, state, lr_scale, c.loss.r1_interval)
+        d, sizes["d"] = _update(nets.d_tx, d, d_grads, d_rate, ok)
         if v is not None:
-            v, sizes["v"] = _update(nets.v_tx, v, v_grads or {}, rate(c.v_optimizer), ok)
+            v, sizes["v"] = _update(nets.v_tx, v, v_grads or {}, self.rate(c.v_optimizer, state, lr_scale), ok)
         d, v = self.whole("d", d), None if v is None else self.whole("v", v)
+        features = {k: x for k, x in encoded.items() if k not in batch}
         state = state.replace(d=d, v=v)  # type: ignore[attr-defined]
+        return state, HalfStep(features, metrics, seen, squares, sizes)
 
-        grads, g_metrics = self.g_gradients(state, batch, key_g, frozen)
+    def update_generator(
+        self,
+        state: GanState,
+        half: HalfStep,
+        batch: Batch,
+        key: jax.Array,
+        frozen: Params = NOTHING,
+        lr_scale: jax.Array | float = 1.0,
+    ) -> tuple[GanState, Metrics]:
+        """The second half: G by the critics as they are now, and the averages -> (state of the next step, metrics)"""
+        c, nets = self.config, self.networks
+        _, key_g = jax.random.split(jax.random.fold_in(key, state.step))
+        metrics, seen, squares, sizes = dict(half.metrics), dict(half.seen), dict(half.squares), dict(half.sizes)
+
+        grads, g_metrics = self.g_gradients(state, batch | half.features, key_g, frozen)
         grads = self.cut("g", grads)
         squares["g"] = probe.squares(grads)
         g_metrics["grad_norm/g"] = jnp.sqrt(sum(squares["g"]))
-        ok = seen["applied/g"] = ok & jnp.isfinite(g_metrics["loss/g"] + g_metrics["grad_norm/g"])
-        g, sizes["g"] = _update(nets.g_tx, state.g, grads, rate(c.g_optimizer), ok)
+        ok = seen["applied/g"] = seen["applied/d"] & jnp.isfinite(g_metrics["loss/g"] + g_metrics["grad_norm/g"])
+        g, sizes["g"] = _update(nets.g_tx, state.g, grads, self.rate(c.g_optimizer, state, lr_scale), ok)
         g = self.whole("g", g)
         seen["health/diversity_z"] = probe.within_captions(metrics, g_metrics)
         w = g_metrics.pop("w")
@@ -334,7 +387,7 @@ class TrainStep:
         g_ema, w_avg = probe.guarded(ok, (g_ema, w_avg), (state.g_ema, state.w_avg))
         metrics |= g_metrics
         metrics["health"] = self.probe.pack(metrics, seen, squares, sizes)
-        return GanState(state.step + 1, images, g, d, g_ema, w_avg, v), metrics
+        return GanState(state.step + 1, images, g, state.d, g_ema, w_avg, state.v), metrics
 
 
 def ema_decay(config: Config, images: jax.Array) -> jax.Array:
@@ -353,79 +406,3 @@ def _update(
     params = jax.tree.map(lambda p, u: p - rate * u, net.params, updates)
     sizes = probe.update_sizes(updates, net.params, rate)
     return probe.guarded(ok, Net(params, opt), net), sizes
-
-
-class CompiledStep:
-    """The step on a mesh: two compiled programs (with and without R1), state donated, everything sharded.
-
-    Frozen networks are an argument of their own, sharded and not donated.
-
-    Attributes:
-      traces: `with_r1` of each tracing so far; two entries in a healthy run.
-    """
-
-    def __init__(self, step: TrainStep, mesh: Any):
-        self.step, self.mesh = step, mesh
-        self.config = step.config
-        self.traces: list[bool] = []
-        self.state_shardings = step.networks.shardings(mesh)
-        self.batch_shardings = batch_shardings(self.config, mesh)
-        self.frozen_shardings = step.networks.frozen.shardings(mesh)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self.key_sharding = everywhere
-        self._jit = jax.jit(
-            self._run,
-            static_argnames="with_r1",
-            donate_argnums=0,
-            in_shardings=(self.state_shardings, self.batch_shardings, everywhere, self.frozen_shardings, everywhere),
-            out_shardings=(self.state_shardings, everywhere),
-        )
-
-    def _run(
-        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params, lr_scale: jax.Array, with_r1: bool
-    ) -> tuple[GanState, Metrics]:
-        self.traces.append(with_r1)
-        with sharding.use(self.mesh, self.config.rules):
-            return self.step(state, batch, key, frozen, lr_scale, with_r1=with_r1)
-
-    def __call__(
-        self,
-        state: GanState,
-        batch: Batch,
-        key: jax.Array,
-        frozen: Params = NOTHING,
-        lr_scale: jax.Array | None = None,
-        *,
-        with_r1: bool,
-    ) -> tuple[GanState, Metrics]:
-        return self._jit(state, batch, key, frozen, self._one if lr_scale is None else lr_scale, with_r1)
-
-    def flops(self, *, with_r1: bool) -> int:
-        """Floating-point operations of one step over all devices, from its trace; see flops.py."""
-        key = jax.eval_shape(functools.partial(jax.random.key, 0))
-        run = functools.partial(self.step, with_r1=with_r1)
-        nets = self.step.networks
-        return count_flops(run, nets.abstract(), abstract_batch(self.config), key, nets.frozen.abstract())
-
-    def lower(self, *, with_r1: bool) -> Any:
-        """The step lowered for abstract arguments: to look at, or to compile for a device that is not here."""
-        key = jax.eval_shape(functools.partial(jax.random.key, 0))
-        nets = self.step.networks
-        scale = jax.ShapeDtypeStruct((), jnp.float32)
-        return self._jit.lower(
-            nets.abstract(), abstract_batch(self.config), key, nets.frozen.abstract(), scale, with_r1
-        )
-
-    def key(self) -> jax.Array:
-        """The run's key, the same on all hosts."""
-        data = jax.random.key_data(jax.random.key(self.config.seed))
-        host = jax.device_get(data)
-        return jax.random.wrap_key_data(jax.make_array_from_callback(host.shape, self.key_sharding, lambda i: host[i]))
-
-    @functools.cached_property
-    def _one(self) -> jax.Array:
-        return self.scalar(1.0)
-
-    def scalar(self, value: float) -> jax.Array:
-        """A number as the step takes it: float32, on all devices."""
-        return jax.make_array_from_callback((), self.key_sharding, lambda i: np.float32(value))

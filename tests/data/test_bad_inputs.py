@@ -92,6 +92,7 @@ def mutated(data, rng):
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_a_thousand_mutated_images_crash_nothing():
     rng = np.random.default_rng(0)
     image = photograph()
@@ -109,6 +110,7 @@ def test_a_thousand_mutated_images_crash_nothing():
     assert min(outcomes.values()) > 50
 
 
+@pytest.mark.slow
 def test_a_thousand_mutated_tars_crash_nothing(tmp_path):
     rng = np.random.default_rng(1)
     path = tmp_path / "0.tar"

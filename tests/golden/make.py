@@ -28,7 +28,7 @@ from gigagan_jax.training.state import Networks
 FOLDER = Path(__file__).parent / "specs"
 VARIANTS = (
     *(("digits", arg) for arg in ("", "tiny")),
-    *(("laion", arg) for arg in ("", "tiny", "bytes")),
+    *(("laion", arg) for arg in ("", "tiny", "bytes", "small")),
     *(("imagenet", arg) for arg in ("", "tiny")),
     *(("ablation", row) for row in ablation.ROWS),
     *(("scale", size + end) for end in ("", "-bytes") for size in scale.SIZES),

@@ -345,6 +345,7 @@ def planned(tmp_path_factory):
     return json.loads((folder / "plan.json").read_text()), folder
 
 
+@pytest.mark.slow
 def test_a_tpu_is_planned(planned):
     found, folder = planned
     assert (found["topology"], found["asked"], found["chips"]) == ("v5e:2x2", "v5e-4", 4)

@@ -15,10 +15,11 @@ from jax.sharding import SingleDeviceSharding
 
 from gigagan_jax.config_run import CheckpointConfig
 from gigagan_jax.errors import Unreachable, UserError
-from gigagan_jax.training.checkpoint import Checkpoints, open_workdir
+from gigagan_jax.training.checkpoint import Checkpoints
 from gigagan_jax.training.integrity import CHECKSUMS, damage, write_checksums
 from gigagan_jax.training.loop import Interrupted, _Signals
 from gigagan_jax.training.retention import Made, kept
+from gigagan_jax.training.workdir import open_workdir
 from tests.runs import small
 
 

@@ -13,6 +13,7 @@ from gigagan_jax.data import pipeline
 from gigagan_jax.data.sources.tar import TarSource
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.training.checkpoint import Checkpoints
+from tests import quick
 from tests.bad_files import expected, write_bad_tars
 from tests.img2dataset import write_tars
 from tests.object_server import Server
@@ -27,9 +28,6 @@ COMMAND = (
     *(f"--config.total_kimg={STEPS * BATCH / 1000}", f"--config.log_kimg={BATCH / 1000}", "--config.snapshot.seeds=1"),
     *("--config.data.max_bad_fraction=0.5", "--config.data.workers=1", "--config.data.threads=2"),
 )
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
 PATTERN = "{good/00000,good/00001,good/00002,bad/00000,bad/00001}.tar"
 
 
@@ -41,6 +39,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_on_a_bucket_whose_server_is_killed(folder, tmp_path):
     """The server goes while the step is compiled and comes back only when the reader has asked in vain."""
     workdir = tmp_path / "run"
@@ -49,7 +48,7 @@ def test_a_run_on_a_bucket_whose_server_is_killed(folder, tmp_path):
     lines, killed, back = [], False, False
     with (
         Server(folder) as server,
-        subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK}, **pipes) as run,
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": quick.FLAGS}, **pipes) as run,
     ):
         for line in run.stdout:
             lines.append(line)

@@ -17,16 +17,12 @@ from gigagan_jax.errors import UserError
 from gigagan_jax.models.pretrained import clip
 from gigagan_jax.models.pretrained.frozen import Frozen
 from gigagan_jax.training import losses
+from gigagan_jax.training.batch import abstract_batch, batch_shardings
 from gigagan_jax.training.loop import make_pipeline
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep, abstract_batch, batch_shardings
+from gigagan_jax.training.step import TrainStep
+from tests.quick import OPTIONS
 
-# Compilation is nearly all of the time. What is compared are sums in another order, not how well they are compiled.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 TOLERANCE = 1e-5
 
 
@@ -132,7 +128,7 @@ class Towers:
                 return losses.clip_contrastive(sharding.constrain(embedding, "batch", None), text, everyone, scale)
 
         run = jax.jit(
-            jax.value_and_grad(loss), in_shardings=(rows, self.frozen.shardings(mesh), rows), compiler_options=QUICK
+            jax.value_and_grad(loss), in_shardings=(rows, self.frozen.shardings(mesh), rows), compiler_options=OPTIONS
         )
         return jax.device_get(run(self.images, params, self.batch["tokens"]))
 
@@ -201,7 +197,7 @@ class Gradients:
 
         everywhere = NamedSharding(mesh, PartitionSpec())
         inputs = (networks.shardings(mesh), batch_shardings(config, mesh), everywhere, networks.frozen.shardings(mesh))
-        compiled = jax.jit(run, in_shardings=inputs, compiler_options=QUICK)
+        compiled = jax.jit(run, in_shardings=inputs, compiler_options=OPTIONS)
         return jax.device_get(compiled(state, self.batch, jax.random.key(3), params))
 
 
@@ -272,7 +268,7 @@ def test_the_step_in_micro_batches_has_the_negatives_of_the_global_batch(clip_fo
             rebuilt.append(losses.clip_contrastive(embedding, part["clip_text"], batch["clip_text"], scale))
         return said, sum(rebuilt) / 2
 
-    said, rebuilt = jax.jit(both, compiler_options=QUICK)(state, batch, params)
+    said, rebuilt = jax.jit(both, compiler_options=OPTIONS)(state, batch, params)
     assert float(said) == pytest.approx(float(rebuilt), rel=1e-5)
 
 

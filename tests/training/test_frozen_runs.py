@@ -16,16 +16,13 @@ from gigagan_jax.config import MeshConfig
 from gigagan_jax.data.sources.digits import DigitsSource
 from gigagan_jax.training.checkpoint import Checkpoints, same, with_shardings
 from gigagan_jax.training.state import Networks
+from tests.quick import FLAGS
 
 ROOT = Path(__file__).parents[2]
-# For child processes: one device, compiled fast.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
 
 
 def command(verb, *arguments, cwd=ROOT):
-    environment = os.environ | {"XLA_FLAGS": QUICK, "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"XLA_FLAGS": FLAGS, "HF_HUB_OFFLINE": "1"}
     call = [sys.executable, *verb, *arguments]
     return subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -114,6 +111,7 @@ def test_resume_with_all_losses_is_bit_exact(whole, tmp_path, pictures, clip_fol
     assert same(a, b)
 
 
+@pytest.mark.slow
 def test_samples_from_prompts(whole, tmp_path, clip_folder):
     """Ordinary, empty, emoji, right to left, longer than 77 tokens, 10,000 characters; the encoder moved since training."""
     moved = shutil.copytree(clip_folder, tmp_path / "moved")
@@ -138,6 +136,7 @@ def test_resume_with_other_weights_is_refused(whole, tmp_path, pictures, make_cl
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_stored_embeddings_train_the_same(whole, tmp_path, pictures, clip_folder):
     """`prepare_data.py embed`, then the same run without a text encoder in the step: the same parameters to rounding."""
     out, where = tmp_path / "embeddings", (f"--config.data.path={pictures}", f"--config.text.path={clip_folder}")

@@ -13,9 +13,10 @@ from configs.digits import get_config
 from gigagan_jax.config import from_dict
 from gigagan_jax.models.layers.resample import upsample
 from gigagan_jax.training import probe
+from gigagan_jax.training.batch import abstract_batch
 from gigagan_jax.training.health import HealthMonitor
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep, abstract_batch
+from gigagan_jax.training.step import TrainStep
 
 BATCH = 16
 MODULE = "generator/to_rgb/1"

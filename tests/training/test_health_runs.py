@@ -15,10 +15,11 @@ from gigagan_jax.data import embeddings
 from gigagan_jax.data.sources.digits import DigitsSource
 from gigagan_jax.models.abstract import path_name
 from gigagan_jax.training.checkpoint import Checkpoints, same
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.loop import Run
 from gigagan_jax.training.recovery import REPORT_FILE
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep
+from gigagan_jax.training.step import TrainStep
 
 BATCH = 16
 VICTIM = "generator/to_rgb/1"  # the module of G whose gradient is made NaN
@@ -193,6 +194,7 @@ def test_a_run_that_went_back_resumes_bit_for_bit(back, compiled, tmp_path):
     assert checkpoints(tmp_path, 10) == checkpoints(back[2], 10)
 
 
+@pytest.mark.slow
 def test_rollbacks_that_do_not_help_end(compiled, tmp_path, refused):
     config = tiny(nonfinite="rollback", max_skips=0, max_rollbacks=2)
     run = FaultyRun(config, tmp_path, compiled, {5: "d"}, again=True)
@@ -211,6 +213,7 @@ def test_back_to_the_start_where_nothing_was_saved(compiled, tmp_path):
     assert [m["health/rollbacks"] for m in lines(tmp_path)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_back_to_before_a_run_went_wrong(compiled, tmp_path, refused):
     """Saturation, by a limit that all steps are beyond, from step 4 on: the checkpoint of step 4 is not gone back to."""
     settings = {"grace": 3, "window": 1, "patience": 3, "max_gap": -1.0}
@@ -222,6 +225,7 @@ def test_back_to_before_a_run_went_wrong(compiled, tmp_path, refused):
     assert checkpoints(tmp_path, 4)["reorders"] == [[2 * BATCH, 1]]
 
 
+@pytest.mark.slow
 def test_a_stored_embedding_that_is_not_finite(clip_folder, tmp_path):
     """Text features made ahead of time, those of one example NaN: it is named, and nothing is learned."""
     c = get_config("tiny")

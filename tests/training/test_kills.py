@@ -1,6 +1,6 @@
 """One run, killed with `kill -9` at random times: bit for bit the uninterrupted one, and little is done twice.
 
-GIGAGAN_KILLS says how often; 30 take about ten minutes on two cores.
+Two kills in the default tier, five in the slow one; GIGAGAN_KILLS says how often there. 30 take about ten minutes on two cores.
 """
 
 import json
@@ -10,13 +10,13 @@ import re
 import signal
 import time
 
+import pytest
+
 from gigagan_jax.training.checkpoint import same
 from tests.runs import child, finished, log, read, saving, small
 
-KILLS = int(os.environ.get("GIGAGAN_KILLS", "5"))
+KILLS = int(os.environ.get("GIGAGAN_KILLS", "5"))  # of the slow tier
 INTERVAL = 4  # steps between checkpoints
-STEPS = 3 * INTERVAL * KILLS
-FLAGS = (f"--config.total_kimg={STEPS * 0.016}", f"--config.checkpoint_kimg={INTERVAL * 0.016}")
 
 BEGUN = "compiling the train step"
 
@@ -32,17 +32,20 @@ def last_step(workdir):
     return int(steps[-1]) if steps else 0
 
 
-def test_killed_at_random_times_is_bit_exact(tmp_path, capsys):
+@pytest.mark.parametrize("kills", [2, pytest.param(KILLS, marks=pytest.mark.slow)])
+def test_killed_at_random_times_is_bit_exact(tmp_path, capsys, kills):
     """Parameters, both optimizers, EMA, w_avg and data position. Every other life waits for its saves."""
+    steps = 3 * INTERVAL * kills
+    flags = (f"--config.total_kimg={steps * 0.016}", f"--config.checkpoint_kimg={INTERVAL * 0.016}")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert child(whole, *FLAGS).wait(900) == 0, log(whole)
+    assert child(whole, *flags).wait(900) == 0, log(whole)
     rng = random.Random(0)
     folder = cut / "checkpoints"
     during_a_save, repeated = 0, {True: [], False: []}
-    for kill in range(KILLS):
+    for kill in range(kills):
         waits = kill % 2 == 1
         start, lives = finished(folder), log(cut).count(BEGUN) if kill else 0
-        process = child(cut, *FLAGS, f"--config.checkpoint.wait={waits}")
+        process = child(cut, *flags, f"--config.checkpoint.wait={waits}")
         goal = start + rng.randint(1, 2 * INTERVAL - 1)
         in_save = kill % 3 == 0  # otherwise it is left to chance
         limit = time.monotonic() + 300
@@ -60,10 +63,10 @@ def test_killed_at_random_times_is_bit_exact(tmp_path, capsys):
         # While a checkpoint is written training goes on, unless it was told to wait; not beyond the next one.
         assert done - kept <= (2 * INTERVAL if saving(folder) and not waits else INTERVAL)
     assert during_a_save
-    assert child(cut, *FLAGS).wait(900) == 0, log(cut)
-    assert log(cut).count("resume: restoring") + log(cut).count("start: initialising") == KILLS + 1
+    assert child(cut, *flags).wait(900) == 0, log(cut)
+    assert log(cut).count("resume: restoring") + log(cut).count("start: initialising") == kills + 1
     (a, data_a), (b, data_b) = read(whole, small()), read(cut, small())
-    assert int(a.step) == int(b.step) == STEPS
+    assert int(a.step) == int(b.step) == steps
     assert same(a, b)
     assert all(data_a[k] == data_b[k] for k in ("examples_seen", "seed", "source"))
     # The metrics file shows each step once, with the numbers of the uninterrupted run.
@@ -72,7 +75,7 @@ def test_killed_at_random_times_is_bit_exact(tmp_path, capsys):
         for w in (whole, cut)
     ]
     assert losses[0] == losses[1]
-    assert len(losses[0]) == STEPS
+    assert len(losses[0]) == steps
     with capsys.disabled():
         most = {("waiting" if k else "not waiting"): max(v, default=0) for k, v in repeated.items()}
-        print(f"\n{KILLS} kills, {during_a_save} during a save; steps repeated at most: {most}, interval {INTERVAL}")
+        print(f"\n{kills} kills, {during_a_save} during a save; steps repeated at most: {most}, interval {INTERVAL}")

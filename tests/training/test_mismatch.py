@@ -12,9 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
 from gigagan_jax.data.tokenizers import ByteTokenizer
+from gigagan_jax.training.batch import batch_shardings
 from gigagan_jax.training.mismatch import group_size, mismatch, same_wish, wrong_captions
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep, batch_shardings
+from gigagan_jax.training.step import TrainStep
 
 tokenize = ByteTokenizer(24)
 mismatch_all = jax.jit(jax.vmap(mismatch))

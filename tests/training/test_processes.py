@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from gigagan_jax.training.checkpoint import same
+from tests import quick
 from tests.runs import read, small
 
 ROOT = Path(__file__).parents[2]
@@ -27,9 +28,6 @@ FLAGS = (
     *(f"--config.checkpoint_kimg={2 * BATCH / 1000}", "--config.snapshot.seeds=1", "--config.checkpoint.keep=9"),
 )
 COMMAND = ("-m", "gigagan_jax.train", *FLAGS)
-XLA_FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
 
 
 # The same meshes and lengths all through the file: what one test has compiled the next one finds.
@@ -48,7 +46,7 @@ class Processes:
         flags = (*FLAGS, *flags, f"--workdir={workdir}", f"--config.total_kimg={steps * BATCH / 1000}")
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{quick.FLAGS} --xla_force_host_platform_device_count={devices}",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         }
         name = f"{workdir}.{name}.{count}x{devices}"
@@ -126,6 +124,7 @@ def four(tmp_path_factory):
     return workdir, run.examples()
 
 
+@pytest.mark.slow
 def test_two_and_four_processes_parity_with_one(alone, four, tmp_path):
     two = Processes(tmp_path / "two", 2, 2, *SHARDED)
     assert two.wait() == [0, 0], two.said(1)
@@ -139,6 +138,7 @@ def test_two_and_four_processes_parity_with_one(alone, four, tmp_path):
     assert len(set(once)) == len(once) == STEPS * BATCH  # within the first epoch none comes again
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_resumes_on_two_on_one_and_on_four_parity(alone, four, tmp_path):
     """Each goes on from what the one before has left; in the end every example was used once, in the same order."""
     workdir = tmp_path / "run"
@@ -157,6 +157,7 @@ def test_a_checkpoint_of_four_resumes_on_two_on_one_and_on_four_parity(alone, fo
     assert_close(losses(workdir), losses(alone[0]))
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_four_stops_all_in_the_same_step_and_the_run_goes_on(four, tmp_path):
     workdir = tmp_path / "run"
     run = Processes(workdir, 4, 2, *SHARDED, name="stopped")
@@ -214,7 +215,12 @@ def test_processes_with_different_settings_do_not_train(tmp_path):
 
 @pytest.mark.parametrize(
     "count, lost, number",
-    [(4, 3, signal.SIGSTOP), (4, 2, signal.SIGKILL), (2, 0, signal.SIGSTOP), (2, 0, signal.SIGKILL)],
+    [
+        pytest.param(4, 3, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(4, 2, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(2, 0, signal.SIGSTOP, marks=pytest.mark.slow),
+        (2, 0, signal.SIGKILL),
+    ],
 )
 def test_a_lost_process_ends_the_others(count, lost, number, tmp_path):
     """All others end, not with code 0, within the limit and some seconds, each with one line that says who was lost."""
@@ -241,6 +247,7 @@ def test_a_lost_process_ends_the_others(count, lost, number, tmp_path):
         assert "Check failure stack trace" not in run.said(i)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_in_one_process_ends_all(tmp_path):
     """The others wait for its part of the checkpoint; what it has to say does not wait for them."""
     run = Processes(tmp_path / "run", 2, 2, *SHARDED)
@@ -253,6 +260,7 @@ def test_a_save_that_fails_in_one_process_ends_all(tmp_path):
     assert all("Traceback" not in run.said(i) for i in (0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_processes_that_answer_but_get_no_step_done_are_ended(count, tmp_path):
     """Reading the data hangs, as on a disk over a network that is gone: pipes that nobody writes to."""

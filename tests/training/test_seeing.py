@@ -12,12 +12,13 @@ from configs.digits import get_config
 from gigagan_jax import sharding
 from gigagan_jax.config import MeshConfig, from_dict
 from gigagan_jax.errors import UserError
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.goodput import Account, Goodput, read_events
 from gigagan_jax.training.loop import Run
 from gigagan_jax.training.report import write
 from gigagan_jax.training.speed import Speed, model_flops
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep
+from gigagan_jax.training.step import TrainStep
 
 
 @dataclasses.dataclass

@@ -18,15 +18,11 @@ from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.models.abstract import path_name
 from gigagan_jax.models.layers.equalized import conv
+from gigagan_jax.training.batch import abstract_batch, batch_shardings
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep, abstract_batch, batch_shardings
+from gigagan_jax.training.step import TrainStep
+from tests.quick import OPTIONS
 
-# Compilation is nearly all of the time. What is compared are sums in another order, not how well they are compiled.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 MESHES = {"slice2_data2_fsdp2": (2, 2, 1, 2), "data2_fsdp2_tensor2": (2, 2, 2)}  # data, fsdp, tensor, slices
 TOLERANCE = 1e-5  # of the largest element of each parameter's gradient
 # The gradient of a choice among filters is a difference of nearly equal sums over all pixels.
@@ -116,7 +112,7 @@ class Gradients:
             run,
             in_shardings=(where, batch_shardings(self.config, mesh), everywhere),
             out_shardings=({"d": where.d.params, "g": where.g.params}, everywhere),
-            compiler_options=QUICK,
+            compiler_options=OPTIONS,
         )
         return lambda key: jax.device_get(compiled(self.state, self.batch, jax.random.key(key)))
 

@@ -15,19 +15,14 @@ from gigagan_jax import sharding
 from gigagan_jax.config import MeshConfig
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.models.abstract import path_name
+from gigagan_jax.training.batch import abstract_batch, batch_shardings
+from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import CompiledStep, TrainStep, abstract_batch, batch_shardings, ema_decay
+from gigagan_jax.training.step import TrainStep, ema_decay
+from tests.quick import OPTIONS
 
 STEPS = 5
 WITH_R1 = tuple(step % 4 == 0 for step in range(STEPS))
-
-
-# Compilation is nearly all of the time, and what is computed is tested here, not how fast.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +43,10 @@ def batch_of(config, step):
 
 
 def compiled_step(config):
-    """A CompiledStep on two devices, its programs compiled with QUICK."""
+    """A CompiledStep on two devices, its programs compiled with OPTIONS."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=1), jax.devices()[:2])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=OPTIONS))
         return CompiledStep(TrainStep(Networks(config)), mesh)
 
 

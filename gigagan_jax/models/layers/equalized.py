@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.models.layers.resample import blur, downsample
+from gigagan_jax.models.layers.scan import scan
 from gigagan_jax.sharding import gather
 
 SQRT2 = math.sqrt(2.0)
@@ -141,9 +142,9 @@ class RmsNorm(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """`count` modules of one shape with their parameters stacked on a leading axis "layers" and applied by a scan.
+    """`count` modules of one shape with their parameters stacked on a leading axis "layers" and applied by `scan`.
 
-    Compiled once instead of `count` times; each parameter keeps its own value and gradient.
+    On TPUs and GPUs compiled once instead of `count` times; each parameter keeps its own value and gradient.
 
     Args:
       make: builds one module; called once.
@@ -170,7 +171,7 @@ class Stack(nnx.Module):
         body = lambda p, h, *a: nnx.merge(graph, p)(h, *a)
         if self.remat:
             body = jax.checkpoint(body)
-        return jax.lax.scan(lambda h, p: (body(p, h, *args), None), x, nnx.to_pure_dict(params))[0]
+        return scan(lambda h, p: (body(p, h, *args), None), x, nnx.to_pure_dict(params), self.count)[0]
 
 
 def run(block: nnx.Module, remat: bool, x: Any, *args: Any) -> Any:

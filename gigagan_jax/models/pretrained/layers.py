@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.models.layers.equalized import Stack, param, value
+from gigagan_jax.models.layers.scan import scan
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -139,7 +140,7 @@ class Block(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """`depth` blocks with stacked weights, compiled once.
+    """`depth` blocks with stacked weights, applied by `scan`.
 
     Args:
       make: builds one block.
@@ -166,5 +167,5 @@ class Encoder(nnx.Module):
             h = body(p, h, *args)
             return h, h if inner else None
 
-        end, every = jax.lax.scan(step, x, first) if last else (x, None)
+        end, every = scan(step, x, first, last) if last else (x, None)
         return [x if t == 0 else end if every is None or t == last else every[t - 1] for t in taps]
