@@ -20,7 +20,6 @@ from typing import Any
 from gigagan_jax import cli
 from gigagan_jax.config import Config
 from gigagan_jax.errors import UserError
-from gigagan_jax.memory import keep_memory
 
 # Of the small model that is trained at the end: configs/laion.py:small in bfloat16, of 30M parameters.
 TRAIN, TRAIN_OVERRIDES = (
@@ -66,7 +65,11 @@ def flags() -> cli.Parser:
     parser.add_argument("--batch", type=int, help="global batch: short for --config.batch_size")
     parser.add_argument("--budget", type=float, help="seconds that all of it may take (as many as it needs)")
     parser.add_argument("--json", type=Path, help="file of JSON lines, begun anew")
-    parser.add_argument("--steps", type=int, help="calls of a run, which is one measurement (20; 1 with --against)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="calls of a run, which is one measurement (what takes a second, 20 at most; 1 with --against)",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="runs of each program, which take turns")
     parser.add_argument("--sample_batch", type=int, default=1, help="images that a device samples at once")
     parser.add_argument(
@@ -119,7 +122,7 @@ def verb(argv: Sequence[str]) -> int:
         return against(args, overrides)
     if not args.dry:
         config = cli.load_config(args.config, overrides)
-        return run(args, config, training_config(args.train, TRAIN_OVERRIDES, args.budget))
+        return run(args, config, training_config(args, TRAIN_OVERRIDES))
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
@@ -133,22 +136,27 @@ def verb(argv: Sequence[str]) -> int:
         toy = [f"--config.{x}" for x in (*DRY_OVERRIDES, f"text.path={path}")]
         config = cli.load_config(str(ROOT / DRY), [*toy, *overrides])
         args.steps, args.random_frozen = args.steps or 1, True
+        args.train = args.train or str(ROOT / DRY_TRAIN)
         args.train_seconds = DRY_TRAIN_SECONDS if args.train_seconds is None else args.train_seconds
-        return run(args, config, training_config(args.train or str(ROOT / DRY_TRAIN), (), args.budget, always=True))
+        return run(args, config, training_config(args, ()))
 
 
-def training_config(
-    asked: str | None, overrides: Sequence[str], budget: float | None, always: bool = False
-) -> Config | None:
-    """The config of the job that trains; None where there is to be none."""
-    if asked == "off" or (asked is None and budget is None and not always):
+def training_config(args: argparse.Namespace, overrides: Sequence[str]) -> Config | None:
+    """The config of the job that trains; None where there is to be none.
+
+    Raises:
+      UserError: it cannot be read or trained here, or would train without end.
+    """
+    endless = args.budget is None and args.train_seconds is None
+    if args.train == "off" or args.train_seconds == 0 or (args.train is None and endless):
         return None
+    if endless:
+        raise UserError("--train would have no end: give --budget or --train_seconds")
     from bench_training import check
 
-    own = asked is None  # whoever names a config gets it as it is
+    # Whoever names a config gets it as it is.
     config = cli.load_config(
-        asked or str(ROOT / TRAIN.partition(":")[0]) + ":" + TRAIN.partition(":")[2],
-        [f"--config.{x}" for x in overrides] if own else [],
+        args.train or str(ROOT / TRAIN), [] if args.train else [f"--config.{x}" for x in overrides]
     )
     check(config)
     return config
@@ -187,8 +195,7 @@ def run(args: argparse.Namespace, config: Config, trained: Config | None) -> int
     from gigagan_jax.training.state import Networks
 
     budget = Budget(args.budget)
-    keep_memory()
-    sizes = Sizes(args.steps or 20, args.repeats, args.sample_batch, *((128, 2**20) if args.dry else (0, 0)))
+    sizes = Sizes(args.steps, args.repeats, args.sample_batch, *((128, 2**20) if args.dry else (0, 0)))
     bench = Bench(config, budget, sizes, random=args.random_frozen)
     lines = Lines(args.json)
     absent = without_files(bench.networks.frozen)
@@ -213,18 +220,17 @@ def run(args: argparse.Namespace, config: Config, trained: Config | None) -> int
 
         bench.close()
         assert trained is not None
-        until = budget.spent + args.train_seconds if args.train_seconds is not None else float("inf")
         started: list[float] = []
 
         def left() -> float:
-            if args.train_seconds is not None and not started:
-                started.append(budget.spent)  # compiling does not count
-            own = until - budget.spent if not started else started[0] + args.train_seconds - budget.spent
-            return min(own, budget.left - OWN_SECONDS)
+            rest = budget.left - OWN_SECONDS
+            if args.train_seconds is None:
+                return rest
+            started.append(budget.spent)  # the first is after compiling
+            return min(started[0] + args.train_seconds - budget.spent, rest)
 
         return train(trained, left, lines.write)
 
-    per_turn = lambda: sizes.steps * bench.step_seconds()
     jobs: list[tuple[str, Callable[[], dict[str, Any]], Callable[[], float]]] = [
         ("ceilings", bench.ceiling_job, lambda: 10.0),
         ("step", lambda: bench.step_job("step", False), bench.compile_guess),
@@ -234,10 +240,10 @@ def run(args: argparse.Namespace, config: Config, trained: Config | None) -> int
             lambda: bench.step_job("step_with_r1", True),
             lambda: 1.5 * took.get("step", bench.compile_guess()),
         ),
-        ("turns", bench.turns_job, lambda: 3 * per_turn()),
-        ("kernels", bench.kernels_job, lambda: 10 + 6 * bench.step_seconds()),
+        ("turns", bench.turns_job, lambda: 3 * bench.turn_seconds()),
+        ("kernels", bench.kernels_job, lambda: 10 + 2 * bench.turn_seconds()),
     ]
-    if trained is not None and args.train_seconds != 0:
+    if trained is not None:
         size = Networks(trained)
         jobs.append(("training", training, lambda: 2 * guess(size) + OWN_SECONDS))
     for name, job, expected in jobs:

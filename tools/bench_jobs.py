@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_inputs import draw_tokens, random_frozen, synthetic_batch
 from bench_kernels import profile
-from bench_measure import Budget, Program, compile_split, figures, peak_bytes, take_turns, with_memory
+from bench_measure import Budget, Program, calls_of_a_run, compile_split, figures, peak_bytes, take_turns, with_memory
 from bench_output import spread
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -39,14 +39,14 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-      steps: calls of a run.
+      steps: calls of a run; None for as many as take a second.
       repeats: runs of each program in the turns.
       sample_batch: images that sampling makes at once on each device.
       product: side of the matrices whose product is the ceiling; 0 for what suits the device.
       copy_bytes: size of the array that is copied; 0 likewise.
     """
 
-    steps: int = 20
+    steps: int | None = None
     repeats: int = 7
     sample_batch: int = 1
     product: int = 0
@@ -79,6 +79,7 @@ class Bench:
         self.ceilings: dict[str, float] = {}
         self.state: GanState | None = None
         self._weights: Any = None
+        self._calls: dict[str, int] = {}  # of a run, by program
         self._steps: dict[int, CompiledStep] = {}  # by batch: programs that kinds of step share are compiled once
 
     def fresh(self) -> GanState:
@@ -175,7 +176,8 @@ class Bench:
         return ({"out_of_memory": True} if done.result is None else done.result) | notes
 
     def _measure_alone(self, program: Program) -> dict[str, Any]:
-        times = take_turns([program], self.sizes.steps, FIRST_RUNS, self._enough)[program.name]
+        self._calls[program.name] = self.sizes.steps or calls_of_a_run(program)
+        times = take_turns({program: self._calls[program.name]}, FIRST_RUNS, self._enough)[program.name]
         self.programs[program.name] = program
         return program.facts() | self._figures(program, times) | {"device_bytes": peak_bytes()}
 
@@ -184,7 +186,9 @@ class Bench:
         peak = peak_flops(list(self.mesh.devices.flat)) if dtype == "bfloat16" else None
         # A CPU has no products of bfloat16: there its ceiling is that of float32.
         ceiling = self.ceilings.get(dtype) or self.ceilings.get("float32")
-        self.rates[program.name] = figures(program, times, peak, ceiling, self.mesh.devices.size)
+        self.rates[program.name] = figures(
+            program, self._calls[program.name], times, peak, ceiling, self.mesh.devices.size
+        )
         return self.rates[program.name]
 
     def _enough(self, longest: float) -> bool:
@@ -257,9 +261,12 @@ class Bench:
     def turns_job(self) -> dict[str, Any]:
         """All programs in turn, A B C A B C ...: what is compared was measured within the same seconds."""
         programs = list(self.programs.values())
-        times = take_turns(programs, self.sizes.steps, self.sizes.repeats, self._enough_for_turns)
+        # A third of what is left: the jobs after this one need the rest.
+        until = self.budget.spent + self.budget.left / 3
+        enough = lambda longest: self.budget.spent + longest > until
+        times = take_turns({p: self._calls[p.name] for p in programs}, self.sizes.repeats, enough)
         rows = {p.name: self._figures(p, times[p.name]) for p in programs}
-        out: dict[str, Any] = {"steps": self.sizes.steps, "results": rows, "device_bytes": peak_bytes()}
+        out: dict[str, Any] = {"results": rows, "device_bytes": peak_bytes()}
         if {"step", "step_with_r1"} <= rows.keys():
             interval = self.config.loss.r1_interval
             batches = {rows[k]["batch"] for k in ("step", "step_with_r1")}
@@ -268,10 +275,6 @@ class Bench:
                 mean = (plain * (interval - 1) + r1) / interval
                 out["mean_step"] = {"seconds": mean, "images_per_second": batches.pop() / mean}
         return out
-
-    def _enough_for_turns(self, longest: float) -> bool:
-        # A quarter of what is left stays for what comes after.
-        return longest > 0.75 * self.budget.left
 
     def kernels_job(self) -> dict[str, Any]:
         """The table of kernels and modules of each step, from a trace of a few."""
@@ -289,9 +292,9 @@ class Bench:
         """Seconds that the first program of a config is expected to take, by its size; from there on it is measured."""
         return guess(self.networks)
 
-    def step_seconds(self, *names: str) -> float:
-        """Seconds of one call of each of these programs, summed."""
-        return sum(self.rates[n]["seconds"]["median"] for n in names or self.programs)
+    def turn_seconds(self) -> float:
+        """Seconds of one run of each program."""
+        return sum(self._calls[n] * self.rates[n]["seconds"]["median"] for n in self.programs)
 
 
 def guess(networks: Networks) -> float:

@@ -14,6 +14,7 @@ _PHASES = {
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
     "/jax/core/compile/backend_compile_duration": "compiling",
 }
+RUN_SECONDS, MOST_CALLS = 1.0, 20
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
 
 
@@ -44,7 +45,7 @@ class Budget:
         return expected <= self.left
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Program:
     """A compiled program that can be run again and again.
 
@@ -103,14 +104,21 @@ def compile_split(compile_all: Callable[[], Any]) -> tuple[Any, dict[str, float]
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+def calls_of_a_run(program: Program) -> int:
+    """As many calls as take about a second, from 1 to 20; the program is called twice to find out."""
+    jax.block_until_ready(program.run())
+    start = time.perf_counter()
+    jax.block_until_ready(program.run())
+    return max(1, min(MOST_CALLS, round(RUN_SECONDS / max(time.perf_counter() - start, 1e-9))))
+
+
 def take_turns(
-    programs: Sequence[Program], steps: int, repeats: int, enough: Callable[[float], bool] = lambda longest: False
+    programs: Mapping[Program, int], repeats: int, enough: Callable[[float], bool] = lambda longest: False
 ) -> dict[str, list[float]]:
     """Seconds of one call of each program: A B C A B C ..., after one call of each to warm up.
 
     Args:
-      programs: which.
-      steps: calls of a run, which is one measurement.
+      programs: each with its calls of a run, which is one measurement.
       repeats: runs of each program.
       enough: called before each turn but the first with the seconds that the longest took; True ends the measurement.
     """
@@ -122,24 +130,25 @@ def take_turns(
         if turn and enough(longest):
             break
         begun = time.perf_counter()
-        for program in programs:
+        for program, calls in programs.items():
             start = time.perf_counter()
             out = None
-            for _ in range(steps):
+            for _ in range(calls):
                 out = program.run()
             jax.block_until_ready(out)
-            times[program.name].append((time.perf_counter() - start) / steps)
+            times[program.name].append((time.perf_counter() - start) / calls)
         longest = max(longest, time.perf_counter() - begun)
     return times
 
 
 def figures(
-    program: Program, times: Sequence[float], peak: float | None, ceiling: float | None, devices: int
+    program: Program, calls: int, times: Sequence[float], peak: float | None, ceiling: float | None, devices: int
 ) -> dict[str, Any]:
     """Of one program: seconds with their spread, images/s, shares of the peak and of the measured ceiling.
 
     Args:
       program: which.
+      calls: of a run.
       times: seconds of a call, one a run.
       peak: FLOP/s of all devices by their maker; None where it is not known.
       ceiling: FLOP/s of one device as measured; None where it was not.
@@ -149,6 +158,7 @@ def figures(
     rate = program.flops / seconds["median"]
     return {
         "batch": program.images,
+        "calls_of_a_run": calls,
         "seconds": seconds,
         "images_per_second": program.images / seconds["median"],
         "flops": program.flops,

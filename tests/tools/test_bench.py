@@ -143,14 +143,20 @@ def program(name, run):
 def test_programs_take_turns():
     order = []
     programs = [program(name, lambda name=name: order.append(name)) for name in "AB"]
-    times = bench_measure.take_turns(programs, 2, 3)
-    assert "".join(order) == "AB" + "AABB" * 3  # each once to warm up
+    times = bench_measure.take_turns(dict(zip(programs, (2, 1), strict=True)), 3)
+    assert "".join(order) == "AB" + "AAB" * 3  # each once to warm up
     assert [len(v) for v in times.values()] == [3, 3]
 
 
 def test_turns_end_when_the_budget_does():
-    times = bench_measure.take_turns([program("A", lambda: None)], 1, 100, lambda longest: longest > 0)
+    times = bench_measure.take_turns({program("A", lambda: None): 1}, 100, lambda longest: longest > 0)
     assert len(times["A"]) == 1
+
+
+def test_a_run_takes_a_second():
+    quick, slow = program("quick", lambda: None), program("slow", lambda: time.sleep(0.2))
+    assert bench_measure.calls_of_a_run(quick) == 20
+    assert 3 <= bench_measure.calls_of_a_run(slow) <= 5
 
 
 def test_a_spread_has_quartiles():
@@ -248,7 +254,8 @@ def lines(file):
         (("--dry", "--config=configs/digits.py"), "--dry"),
         (("--config=configs/digits.py", "--pin"), "--against"),
         (("--config=configs/digits.py", "--against=nowhere"), "no checkout"),
-        (("--config=configs/digits.py", "--train=configs/imagenet.py:tiny"), "bytes encoder"),
+        (("--config=configs/digits.py", "--train=configs/imagenet.py:tiny", "--budget=9"), "bytes encoder"),
+        (("--config=configs/digits.py", "--train=configs/digits.py"), "no end"),
         (("--config=configs/digits.py", "--no_such_flag"), "unknown argument"),
         (("--dry", "--json=/nowhere/x.jsonl"), "cannot be written"),
     ],
