@@ -277,7 +277,8 @@ def _efforts(kind: str, effort: float | None) -> dict[str, Any]:
         return {number: effort}
     if effort is None or not hasattr(jax.config, level):
         return {}
-    return {level: "O0" if effort <= -0.5 else "O1" if effort < 0 else "O2" if effort == 0 else "O3"}
+    # O0 and O1 do not search for windows, O2 and O3 do: as `Settings.searched` takes it.
+    return {level: "O0" if effort <= -0.5 else "O1" if effort < SEARCHES else "O2" if effort <= 0 else "O3"}
 
 
 @contextlib.contextmanager

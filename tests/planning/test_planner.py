@@ -407,3 +407,12 @@ def test_a_sweep_says_which_points_are_none(capsys, tmp_path):
     assert "does not divide over 8 devices" in out.out
     assert verb.verb(arguments) == 0
     assert "as found before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("effort", [-1.0, -0.5, -0.3, -0.25, -0.1, 0.0, 0.5])
+def test_a_level_searches_for_windows_where_its_effort_does(monkeypatch, effort):
+    """jax 0.11 has levels in the place of efforts; those from O2 on search."""
+    monkeypatch.setattr(compiling.jax, "config", type("Config", (), {"jax_optimization_level": "UNKNOWN"})())
+    (name, level), *_ = compiling._efforts("exec_time_optimization", effort).items()
+    assert name == "jax_optimization_level"
+    assert (level >= "O2") == compiling.Settings(effort=effort).searched
