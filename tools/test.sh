@@ -43,7 +43,8 @@ test_newest() {
   "$python_newest" -m pip install --quiet --disable-pip-version-check -e . pytest pytest-xdist scikit-image
   "$python_newest" -m pip list --disable-pip-version-check 2>/dev/null | grep -iE '^(jax|flax|orbax-checkpoint|grain|optax) '
   run=$(mktemp -d)
-  trap 'rm -rf "$run"' EXIT
+  # Bound now: the trap runs when this function's names are gone.
+  trap "rm -rf '$run'" EXIT
   # A run begins on one Python, goes on on the other, and is sampled on the first.
   train() { "$1" -m gigagan_jax.train --config=configs/digits.py:tiny --workdir="$run/digits" --config.total_kimg="$2" >"$run/log" 2>&1 || { cat "$run/log"; exit 1; }; }
   sample() { "$1" -m gigagan_jax.sample --workdir="$run/digits" --prompt="a handwritten seven" --out="$run/$2" >"$run/log" 2>&1 || { cat "$run/log"; exit 1; }; }
