@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     if arg == "tiny":
         c.name += "-tiny"
-        c.resolution, c.num_classes, c.batch_size = 16, 10, 16
+        c.resolution, c.num_classes, c.batch_size, c.dtype = 16, 10, 16, "float32"
         c.total_kimg, c.checkpoint_kimg, c.snapshot_kimg, c.log_kimg = 1.6, 0.8, 0.8, 0.16
         g.z_dim, g.w_dim, g.channel_base, g.channel_max = 16, 32, 256, 32
         g.blocks, g.bank, g.attention_depth = (1, 1, 1), (4, 4, 4), (0, 2, 0)

@@ -80,7 +80,7 @@ def test_whole_step(variant):
     else:
         # G's half is the same program with R1 and without: trace D's alone.
         def critics(state, batch, key, frozen):
-            return step.d_gradients(state, step.encode(batch, frozen), key, False, frozen)
+            return step.d_gradients(state, step.encode(batch, frozen), key, frozen)
 
         grads, without = jax.eval_shape(critics, state, batch, key, frozen)
         assert_same(grads, step.critics(state))

@@ -1,131 +1,110 @@
-"""Times the train step (with and without R1) and sampling of a config on the devices that are here; writes JSON.
+"""Times the train step (with and without R1), sampling and training of a config on the devices that are here.
 
-    python tools/bench.py --config=configs/digits.py [--config.key=value] [--steps=20] [--json=FILE]
+    python tools/bench.py --config=configs/laion.py --batch=32 --budget=480 --json=bench.jsonl
+    python tools/bench.py --config=configs/digits.py [--config.key=value] [--steps=20] [--repeats=7]
+    python tools/bench.py --dry                  (every job at toy size, on a CPU)
+    python tools/bench.py --against=DIR --config=configs/laion.py:small --pairs=7 --pin      (another checkout, in pairs)
     python tools/bench.py data [--json=FILE]     (reading tars; see tools/bench_data.py)
 
-Each figure is the median over `--repeats` runs of `--steps` steps. FLOPs are those of the traced program (matrix products
-and convolutions, recomputation included); the share of the peak is given for bfloat16 on devices whose peak is known.
+Jobs run in order of worth; one that is not expected to fit in what is left of the budget is left out and named. Each job's
+JSON line is on the disk before the next begins. Frozen networks that are not here get random weights. See docs/bench.md.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from gigagan_jax import cli, sharding
+from gigagan_jax import cli
 from gigagan_jax.config import Config
 from gigagan_jax.errors import UserError
-from gigagan_jax.hardware import peak_flops
-from gigagan_jax.inference.pipeline import TextToImage
-from gigagan_jax.training.batch import abstract_batch
-from gigagan_jax.training.compiled_step import CompiledStep
-from gigagan_jax.training.logging import configure
-from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep
+
+# Of the small model that is trained at the end: configs/laion.py:small in bfloat16, of 30M parameters.
+TRAIN, TRAIN_OVERRIDES = (
+    "configs/laion.py:small",
+    (
+        "dtype=bfloat16",
+        "batch_size=64",
+        "generator.channel_base=2560",
+        "generator.channel_max=320",
+        "discriminator.channel_base=2560",
+        "discriminator.channel_max=320",
+    ),
+)
+DRY, DRY_TRAIN = "configs/laion.py:tiny", "configs/digits.py:tiny"
+# Compiling is most of a dry run: few blocks, and little optimisation.
+DRY_OVERRIDES = (
+    "resolution=8",
+    "batch_size=4",
+    "dtype=float32",
+    "remat=false",
+    "generator.blocks=(1,1)",
+    "generator.bank=(1,2)",
+    "generator.attention_depth=(0,1)",
+    "generator.mapping_depth=2",
+    "generator.text.depth=1",
+    "discriminator.blocks=(1,1)",
+    "discriminator.attention_depth=(1,0)",
+    "discriminator.head_depth=2",
+    "discriminator.text.depth=1",
+    "vision_aided.layers=(1,)",
+    "vision_aided.head_depth=1",
+)
+DRY_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+DRY_FLAGS_BEFORE_0_11 = "--xla_cpu_use_fusion_emitters=false"  # unknown to later compilers
+DRY_TRAIN_SECONDS, OWN_SECONDS = 2.0, 5.0
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def synthetic_batch(config: Config, shardings: dict[str, Any]) -> dict[str, jax.Array]:
-    """A batch of noise with captions that all differ, in the shapes of the config."""
-    rng = np.random.default_rng(0)
-    out: dict[str, jax.Array] = {}
-    for name, spec in abstract_batch(config).items():
-        if name == "image":
-            value = rng.integers(0, 256, spec.shape, np.uint8)
-        elif name == "tokens":
-            value = rng.integers(3, 259, spec.shape, np.int32)
-            value[:, -1] = 2
-        elif name == "label":
-            # Without classes they are unknown: equal labels would leave no wrong caption that is valid.
-            value = rng.integers(0, config.num_classes, spec.shape) if config.num_classes else np.full(spec.shape, -1)
-        else:  # features and embeddings that are stored with the data
-            value = rng.standard_normal(spec.shape, np.float32)
-        value = value.astype(spec.dtype)
-        out[name] = jax.device_put(value, shardings[name])
-    return out
+def flags() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config")
+    parser.add_argument("--batch", type=int, help="global batch: short for --config.batch_size")
+    parser.add_argument("--budget", type=float, help="seconds that all of it may take (as many as it needs)")
+    parser.add_argument("--json", type=Path, help="file of JSON lines, begun anew")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="calls of a run, which is one measurement (what takes a second, 20 at most; 1 with --against)",
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each program, which take turns")
+    parser.add_argument("--sample_batch", type=int, default=1, help="images that a device samples at once")
+    parser.add_argument(
+        "--random_frozen", action="store_true", help="random weights for all frozen networks, also for those here"
+    )
+    parser.add_argument(
+        "--train", help=f"config of the model that trains at the end ({TRAIN} with 30M parameters), or off"
+    )
+    parser.add_argument("--train_seconds", type=float, help="that it trains at most (what is left of the budget)")
+    parser.add_argument("--commit", help="of this code, for the record where there is no git")
+    parser.add_argument("--dry", action="store_true", help="all jobs at toy size on a CPU")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout to compare the train step with")
+    parser.add_argument("--pairs", type=int, default=7, help="of measurements with --against")
+    parser.add_argument("--pin", action="store_true", help="--against: both on one core each")
+    parser.add_argument("--with_r1", action="store_true", help="--against: compare the step with R1")
+    return parser
 
 
-def seconds(run: Callable[[], Any], steps: int, repeats: int) -> float:
-    """Median seconds of one call of `run`, over `repeats` runs of `steps` calls after one to warm up."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        out = None
-        for _ in range(steps):
-            out = run()
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / steps)
-    return statistics.median(times)
-
-
-def figures(flops: int, best: float | None, took: float, images: int, compile_seconds: float) -> dict[str, Any]:
-    """One row of the result."""
-    return {
-        "seconds": took,
-        "images_per_second": images / took,
-        "compile_seconds": compile_seconds,
-        "flops": flops,
-        "share_of_peak": flops / took / best if best else None,
-    }
-
-
-def bench(config: Config, steps: int, repeats: int) -> dict[str, Any]:
-    """All figures of a config."""
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.batch_size, config.micro_batches, mesh, config.rules)
-    networks = Networks(config)
-    step = CompiledStep(TrainStep(networks), mesh)
-    state = networks.init(mesh)
-    weights = networks.frozen.load(mesh)[0]
-    batch, key = synthetic_batch(config, step.batch_shardings), step.key()
-    rows: dict[str, Any] = {}
-    for name, with_r1 in (("step", False), ("step_with_r1", True)):
-        print(f"compiling {name} ...", flush=True)
-
-        def run(with_r1: bool = with_r1) -> Any:
-            nonlocal state
-            state, metrics = step(state, batch, key, weights, with_r1=with_r1)
-            return metrics
-
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        took = time.perf_counter() - start
-        timed = seconds(run, steps, repeats)
-        flops = step.flops(with_r1=with_r1)
-        best = peak_flops(jax.devices()) if config.dtype == "bfloat16" else None
-        rows[name] = figures(flops, best, timed, config.batch_size, took - timed)
-    interval = config.loss.r1_interval
-    mean = (rows["step"]["seconds"] * (interval - 1) + rows["step_with_r1"]["seconds"]) / interval
-    rows["training"] = {"seconds": mean, "images_per_second": config.batch_size / mean}
-
-    sampler = TextToImage(config, mesh)
-    prompts, seeds = ["0"] * sampler.batch, list(range(sampler.batch))
-    start = time.perf_counter()
-    sampler(state.g_ema, state.w_avg, prompts, seeds)
-    first = time.perf_counter() - start
-    took = seconds(lambda: jnp.asarray(sampler(state.g_ema, state.w_avg, prompts, seeds)), steps, repeats)
-    rows["sampling"] = {"seconds": took, "images_per_second": sampler.batch / took, "compile_seconds": first - took}
-    stats = jax.devices()[0].memory_stats() or {}
-    return {
-        "config": config.name,
-        "batch_size": config.batch_size,
-        "dtype": config.dtype,
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "mesh": dict(mesh.shape),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "peak_bytes_in_use": stats.get("peak_bytes_in_use"),
-        "results": rows,
-    }
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that make no bench."""
+    for name in ("steps", "repeats", "sample_batch", "pairs", "batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value}: must be at least 1")
+    for name in ("budget", "train_seconds"):
+        value = getattr(args, name)
+        if value is not None and not value >= 0:
+            raise UserError(f"--{name}={value}: must be a number of seconds, 0 or more")
+    if args.dry and (args.config or args.against):
+        raise UserError("--dry has a config of its own: leave --config and --against out")
+    if not args.dry and not args.config:
+        raise UserError("--config is missing: for example --config=configs/digits.py, or --dry (see --help)")
+    if args.against is None and (args.pin or args.with_r1):
+        raise UserError("--pin and --with_r1 go with --against=DIR")
+    cli.writable(args.json)
 
 
 def verb(argv: Sequence[str]) -> int:
@@ -134,28 +113,182 @@ def verb(argv: Sequence[str]) -> int:
         import bench_data
 
         return bench_data.verb(argv[1:])
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    args, unknown = parser.parse_known_args(argv)
-    if args.steps < 1 or args.repeats < 1:
-        raise UserError("--steps and --repeats must be at least 1")
-    cli.writable(args.json)
-    config = cli.load_config(args.config, cli.config_overrides(unknown))
-    configure()
-    out = bench(config, args.steps, args.repeats)
-    print(f"{out['config']}, batch {out['batch_size']}, {out['dtype']}, on {out['devices']} x {out['device']}")
-    for name, row in out["results"].items():
-        share = f", {row['share_of_peak']:.1%} of peak" if row.get("share_of_peak") else ""
-        flops = f", {row['flops'] / 1e9:.2f} GFLOP" if row.get("flops") else ""
-        compile_time = f", compiled in {row['compile_seconds']:.0f} s" if "compile_seconds" in row else ""
-        rate = f"{row['images_per_second']:8.1f} images/s"
-        print(f"  {name:13} {row['seconds'] * 1e3:9.2f} ms {rate}{flops}{share}{compile_time}")
-    if args.json:
-        args.json.write_text(json.dumps(out, indent=1))
+    args, unknown = flags().parse_known_args(argv)
+    check_flags(args)
+    overrides = cli.config_overrides(unknown)
+    if args.batch is not None:
+        overrides.append(f"--config.batch_size={args.batch}")
+    if args.against is not None:
+        return against(args, overrides)
+    if not args.dry:
+        config = cli.load_config(args.config, overrides)
+        return run(args, config, training_config(args, TRAIN_OVERRIDES))
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    fast = DRY_FLAGS if jax.version.__version_info__ >= (0, 11) else f"{DRY_FLAGS} {DRY_FLAGS_BEFORE_0_11}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}".strip()
+    jax.config.update("jax_platforms", "cpu")
+    from bench_inputs import write_tiny_clip
+
+    with tempfile.TemporaryDirectory() as place:
+        path = write_tiny_clip(Path(place))
+        toy = [f"--config.{x}" for x in (*DRY_OVERRIDES, f"text.path={path}")]
+        config = cli.load_config(str(ROOT / DRY), [*toy, *overrides])
+        args.steps, args.random_frozen = args.steps or 1, True
+        args.train = args.train or str(ROOT / DRY_TRAIN)
+        args.train_seconds = DRY_TRAIN_SECONDS if args.train_seconds is None else args.train_seconds
+        return run(args, config, training_config(args, ()))
+
+
+def training_config(args: argparse.Namespace, overrides: Sequence[str]) -> Config | None:
+    """The config of the job that trains; None where there is to be none.
+
+    Raises:
+      UserError: it cannot be read or trained here, or would train without end.
+    """
+    endless = args.budget is None and args.train_seconds is None
+    if args.train == "off" or args.train_seconds == 0 or (args.train is None and endless):
+        return None
+    if endless:
+        raise UserError("--train would have no end: give --budget or --train_seconds")
+    from bench_training import check
+
+    # Whoever names a config gets it as it is.
+    config = cli.load_config(
+        args.train or str(ROOT / TRAIN), [] if args.train else [f"--config.{x}" for x in overrides]
+    )
+    check(config)
+    return config
+
+
+def against(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """The comparison with another checkout."""
+    from bench_against import compare
+    from bench_output import Lines, facts
+
+    config = cli.load_config(args.config, overrides)
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+    lines = Lines(args.json)
+    lines.write(facts(config, args.commit) | {"against": str(args.against)})
+    compare(
+        args.against,
+        args.config,
+        overrides,
+        lines,
+        pairs=args.pairs,
+        steps=args.steps or 1,
+        with_r1=args.with_r1,
+        pinned=args.pin,
+    )
     return 0
+
+
+def run(args: argparse.Namespace, config: Config, trained: Config | None) -> int:
+    """All jobs that fit. Exit code 1 where one failed for another reason than memory."""
+    from bench_inputs import without_files
+    from bench_jobs import Bench, Sizes, guess
+    from bench_measure import Budget
+    from bench_output import Lines, facts
+    from bench_report import closing, headline, one_job
+
+    from gigagan_jax.training.state import Networks
+
+    budget = Budget(args.budget)
+    sizes = Sizes(args.steps, args.repeats, args.sample_batch, *((128, 2**20) if args.dry else (0, 0)))
+    bench = Bench(config, budget, sizes, random=args.random_frozen)
+    lines = Lines(args.json)
+    absent = without_files(bench.networks.frozen)
+    bench.random = bench.random or bool(absent)
+    first = facts(config, args.commit) | {
+        "mesh": dict(bench.mesh.shape),
+        "parameters": [bench.networks.g.count(), bench.networks.d.count()],
+        "frozen": "random" if bench.random and bench.networks.frozen.towers else "read",
+        "not_in_the_cache": absent,
+        "budget": args.budget,
+    }
+    lines.write(first)
+    print(headline(first), flush=True)
+
+    took: dict[str, float] = {}
+    results: dict[str, dict[str, Any]] = {}
+    failed: list[str] = []
+    left_out: list[str] = []
+
+    def training() -> dict[str, Any]:
+        from bench_training import train
+
+        bench.close()
+        assert trained is not None
+        started: list[float] = []
+
+        def left() -> float:
+            rest = budget.left - OWN_SECONDS
+            if args.train_seconds is None:
+                return rest
+            started.append(budget.spent)  # the first is after compiling
+            return min(started[0] + args.train_seconds - budget.spent, rest)
+
+        return train(trained, left, lines.write)
+
+    jobs: list[tuple[str, Callable[[], dict[str, Any]], Callable[[], float]]] = [
+        ("ceilings", bench.ceiling_job, lambda: 10.0),
+        ("step", lambda: bench.step_job("step", False), bench.compile_guess),
+        ("sampling", bench.sampling_job, lambda: 0.4 * took.get("step", bench.compile_guess())),
+        (
+            "step_with_r1",
+            lambda: bench.step_job("step_with_r1", True),
+            lambda: 1.5 * took.get("step", bench.compile_guess()),
+        ),
+        ("turns", bench.turns_job, lambda: 3 * bench.turn_seconds()),
+        ("kernels", bench.kernels_job, lambda: 10 + 2 * bench.turn_seconds()),
+    ]
+    if trained is not None:
+        size = Networks(trained)
+        jobs.append(("training", training, lambda: 2 * guess(size) + OWN_SECONDS))
+    for name, job, expected in jobs:
+        needs_programs = name in ("turns", "kernels")
+        if needs_programs and not bench.programs:
+            lines.write({"job": name, "left_out": "no program was compiled"})
+            left_out.append(name)
+            continue
+        seconds = expected()
+        if not budget.fits(seconds):
+            why = f"expected {seconds:.0f} s, {max(budget.left, 0):.0f} s left"
+            lines.write({"job": name, "left_out": why})
+            print(f"{name}: left out ({why})", flush=True)
+            left_out.append(name)
+            continue
+        print(f"{name} ...", flush=True)
+        start = budget.spent
+        try:
+            results[name] = attempt(name, job, bench)
+        except UserError:
+            raise
+        except Exception as e:  # the next job may well run; a lent machine is not there tomorrow
+            message = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:300]}"
+            results[name] = {"error": message}
+            failed.append(name)
+            bench.forget_state()
+        took[name] = budget.spent - start
+        lines.write({"job": name, "took": took[name], "at": budget.spent, **results[name]})
+        print(one_job(name, results[name], took[name]), flush=True)
+    lines.write({"job": "end", "took": budget.spent, "left_out": left_out, "failed": failed})
+    print(closing(results, left_out, failed, budget.spent))
+    return 1 if failed else 0
+
+
+def attempt(name: str, job: Callable[[], dict[str, Any]], bench: Any) -> dict[str, Any]:
+    """The result of a job, or the line that says that memory ran out where the job itself has no smaller batch to try."""
+    from bench_measure import out_of_memory
+
+    try:
+        return job()
+    except Exception as e:
+        if not out_of_memory(e):
+            raise
+        bench.forget_state()
+        return {"out_of_memory": True, "notes": [(str(e).strip().splitlines() or [type(e).__name__])[0][:200]]}
 
 
 if __name__ == "__main__":

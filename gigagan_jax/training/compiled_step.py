@@ -1,8 +1,8 @@
 """The train step as compiled programs on a mesh.
 
-On TPUs and GPUs a step is one program, with R1 or without. On CPUs it is two, the critics' half and the generator's: both
-kinds of step share the second, so that a third less is compiled, and compiling needs half the memory. What is computed is
-the same.
+On TPUs and GPUs a step is one program, with R1 or without. On CPUs it is several, one after the other: gradients of the
+critics, those of R1 on top, the critics' update, and the generator's half. Both kinds of step share all but R1's, so that
+half as much is compiled, in smaller pieces that need less memory. What is computed is the same.
 """
 
 import functools
@@ -17,17 +17,20 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gigagan_jax import sharding
+from gigagan_jax.memory import release_memory
 from gigagan_jax.models.abstract import Params
-from gigagan_jax.training.batch import Batch, abstract_batch, batch_shardings
+from gigagan_jax.training.batch import Batch, abstract_batch, batch_axes, batch_shardings
 from gigagan_jax.training.flops import count_flops
 from gigagan_jax.training.state import GanState
-from gigagan_jax.training.step import NOTHING, HalfStep, Metrics, TrainStep
+from gigagan_jax.training.step import NOTHING, CriticGradients, HalfStep, Metrics, TrainStep
 
 # LLVM's last level of optimisation costs a sixth of the compile time on CPUs and makes no step faster (docs/performance.md).
 _CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 _COMPILERS = 2  # programs compiled side by side: each holds gigabytes while it is
 
-CRITICS, GENERATOR, WHOLE = "critics", "generator", "whole"
+# Programs of a step on CPUs, in the order in which a step with R1 calls them, and the whole step elsewhere.
+CRITICS, R1, UPDATE, GENERATOR = "critic_gradients", "r1", "update_critics", "generator"
+STEP, STEP_WITH_R1 = "step", "step_with_r1"
 
 
 def _options(platform: str) -> dict[str, Any]:
@@ -47,74 +50,126 @@ class CompiledStep:
       mesh: devices; their platform decides how many programs a step is.
 
     Attributes:
-      traces: `with_r1` of each tracing so far; two entries in a healthy run.
+      traces: names of the programs traced so far; each once in a healthy run.
     """
 
     def __init__(self, step: TrainStep, mesh: Any):
         self.step, self.mesh = step, mesh
         self.config = step.config
-        self.traces: list[bool] = []
+        self.traces: list[str] = []
         self.state_shardings = step.networks.shardings(mesh)
         self.batch_shardings = batch_shardings(self.config, mesh)
         self.frozen_shardings = step.networks.frozen.shardings(mesh)
-        everywhere = self.key_sharding = NamedSharding(mesh, PartitionSpec())
+        self.key_sharding = NamedSharding(mesh, PartitionSpec())
         platform = mesh.devices.flat[0].platform if isinstance(mesh, jax.sharding.Mesh) else ""
-        self.halves = platform == "cpu"
-        where, options = self.state_shardings, _options(platform)
-        judges, rest = self._cut(where)
+        self.in_parts = platform == "cpu"
+        self._jitted = self._parts(**_options(platform)) if self.in_parts else self._kinds(**_options(platform))
+        self._compiled: dict[str, Future] = {}
+        self._compiled_for: Any = None
+
+    def _kinds(self, **options: Any) -> dict[str, Any]:
+        """The whole step, of each kind, as jitted functions by name."""
+        where, everywhere = self.state_shardings, self.key_sharding
         inputs = (self.batch_shardings, everywhere, self.frozen_shardings, everywhere)
-        self._whole = jax.jit(
-            self._run,
-            static_argnames="with_r1",
-            donate_argnums=0,
-            in_shardings=(where, *inputs),
-            out_shardings=(where, everywhere),
-            **options,
-        )
-        self._critics = jax.jit(
-            self._run_critics,
-            static_argnames="with_r1",
-            donate_argnums=0,
-            in_shardings=(judges, rest, *inputs),
-            out_shardings=(judges, None),
-            **options,
-        )
-        self._generator = jax.jit(
-            self._run_generator,
-            donate_argnums=0,
-            in_shardings=(rest, judges, None, *inputs),
-            out_shardings=(rest, everywhere),
-            **options,
-        )
-        self._ahead: dict[tuple[str, bool], Future] = {}
-        self._ahead_for: Any = None
+        kinds = {STEP: False, STEP_WITH_R1: True}
+        return {
+            name: jax.jit(
+                functools.partial(self._whole, name, with_r1),
+                donate_argnums=0,
+                in_shardings=(where, *inputs),
+                out_shardings=(where, everywhere),
+                **options,
+            )
+            for name, with_r1 in kinds.items()
+        }
+
+    def _parts(self, **options: Any) -> dict[str, Any]:
+        """The parts of a step as jitted functions by name."""
+        judges, rest = self._cut(self.state_shardings)
+        batch, frozen, everywhere = self.batch_shardings, self.frozen_shardings, self.key_sharding
+        features = self._features_shardings()
+        where: Any = self.state_shardings
+        gradients = CriticGradients(self.step.critics(where), *(everywhere,) * 2, features)  # type: ignore[arg-type]
+        half = HalfStep(features, *(everywhere,) * 4)  # type: ignore[arg-type]
+        return {
+            CRITICS: jax.jit(
+                self._critic_gradients,
+                in_shardings=(judges, rest, batch, everywhere, frozen),
+                out_shardings=gradients,
+                **options,
+            ),
+            R1: jax.jit(
+                self._add_r1,
+                donate_argnums=2,
+                in_shardings=(judges, rest, gradients, batch, everywhere),
+                out_shardings=gradients,
+                **options,
+            ),
+            UPDATE: jax.jit(
+                self._update_critics,
+                donate_argnums=(0, 2),
+                in_shardings=(judges, rest, gradients, everywhere),
+                out_shardings=(judges, half),
+                **options,
+            ),
+            GENERATOR: jax.jit(
+                self._update_generator,
+                donate_argnums=0,
+                in_shardings=(rest, judges, half, batch, everywhere, frozen, everywhere),
+                out_shardings=(rest, everywhere),
+                **options,
+            ),
+        }
+
+    def _features_shardings(self) -> dict[str, NamedSharding]:
+        """Where the step puts what frozen encoders say of the captions."""
+        batch, frozen = abstract_batch(self.config), self.step.networks.frozen.abstract()
+        encoded = jax.eval_shape(self.step.encode, batch, frozen)
+        return {
+            k: NamedSharding(self.mesh, sharding.spec(batch_axes(k), x.shape, self.mesh, self.config.rules, k))
+            for k, x in encoded.items()
+            if k not in batch
+        }
 
     # -- what is traced
 
-    def _run(
-        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params, lr_scale: jax.Array, with_r1: bool
-    ) -> tuple[GanState, Metrics]:
-        self.traces.append(with_r1)
-        with sharding.use(self.mesh, self.config.rules):
-            return self.step(state, batch, key, frozen, lr_scale, with_r1=with_r1)
-
-    def _run_critics(
+    def _whole(
         self,
-        judges: Any,
-        rest: GanState,
+        name: str,
+        with_r1: bool,
+        state: GanState,
         batch: Batch,
         key: jax.Array,
         frozen: Params,
         lr_scale: jax.Array,
-        with_r1: bool,
-    ) -> tuple[Any, HalfStep]:
-        self.traces.append(with_r1)
+    ) -> tuple[GanState, Metrics]:
+        self.traces.append(name)
         with sharding.use(self.mesh, self.config.rules):
-            state = self._joined(judges, rest)
-            state, half = self.step.update_critics(state, batch, key, frozen, lr_scale, with_r1=with_r1)
+            return self.step(state, batch, key, frozen, lr_scale, with_r1=with_r1)
+
+    def _critic_gradients(
+        self, judges: Any, rest: GanState, batch: Batch, key: jax.Array, frozen: Params
+    ) -> CriticGradients:
+        self.traces.append(CRITICS)
+        with sharding.use(self.mesh, self.config.rules):
+            return self.step.critic_gradients(self._joined(judges, rest), batch, key, frozen)
+
+    def _add_r1(
+        self, judges: Any, rest: GanState, gradients: CriticGradients, batch: Batch, key: jax.Array
+    ) -> CriticGradients:
+        self.traces.append(R1)
+        with sharding.use(self.mesh, self.config.rules):
+            return self.step.add_r1(self._joined(judges, rest), gradients, batch, key)
+
+    def _update_critics(
+        self, judges: Any, rest: GanState, gradients: CriticGradients, lr_scale: jax.Array
+    ) -> tuple[Any, HalfStep]:
+        self.traces.append(UPDATE)
+        with sharding.use(self.mesh, self.config.rules):
+            state, half = self.step.update_critics(self._joined(judges, rest), gradients, lr_scale)
         return self._cut(state)[0], half
 
-    def _run_generator(
+    def _update_generator(
         self,
         rest: GanState,
         judges: Any,
@@ -124,9 +179,9 @@ class CompiledStep:
         frozen: Params,
         lr_scale: jax.Array,
     ) -> tuple[GanState, Metrics]:
+        self.traces.append(GENERATOR)
         with sharding.use(self.mesh, self.config.rules):
-            state = self._joined(judges, rest)
-            state, metrics = self.step.update_generator(state, half, batch, key, frozen, lr_scale)
+            state, metrics = self.step.update_generator(self._joined(judges, rest), half, batch, key, frozen, lr_scale)
         return self._cut(state)[1], metrics
 
     @staticmethod
@@ -150,85 +205,86 @@ class CompiledStep:
         *,
         with_r1: bool,
     ) -> tuple[GanState, Metrics]:
-        inputs = (batch, key, frozen, self._one if lr_scale is None else lr_scale)
-        if not self.halves:
-            ahead = self._program(WHOLE, with_r1)
-            return ahead(state, *inputs) if ahead else self._whole(state, *inputs, with_r1)
+        scale = self._one if lr_scale is None else lr_scale
+        if not self.in_parts:
+            return self._program(STEP_WITH_R1 if with_r1 else STEP)(state, batch, key, frozen, scale)
         judges, rest = self._cut(state)
-        ahead = self._program(CRITICS, with_r1)
-        first = (judges, rest, *inputs)
-        judges, half = ahead(*first) if ahead else self._critics(*first, with_r1)
+        gradients = self._program(CRITICS)(judges, rest, batch, key, frozen)
+        if with_r1:
+            gradients = self._program(R1)(judges, rest, gradients, batch, key)
+        judges, half = self._program(UPDATE)(judges, rest, gradients, scale)
         penalty = half.penalty(with_r1)
-        rest, metrics = (self._program(GENERATOR, False) or self._generator)(rest, judges, half, *inputs)
+        rest, metrics = self._program(GENERATOR)(rest, judges, half, batch, key, frozen, scale)
         return self._joined(judges, rest), metrics | penalty
 
-    def _program(self, name: str, with_r1: bool) -> Callable[..., Any] | None:
-        """A program that was compiled ahead, waited for; None where there is none."""
-        future = self._ahead.get((name, with_r1))
-        return None if future is None else future.result()
+    def _program(self, name: str) -> Callable[..., Any]:
+        """The program that was compiled ahead, waited for; where there is none, one that compiles when it is called."""
+        future = self._compiled.get(name)
+        return self._jitted[name] if future is None else future.result()
+
+    # -- compiling ahead
+
+    def programs(self, *, with_r1: bool) -> tuple[str, ...]:
+        """Names of the programs of a step, in the order in which they are called."""
+        if not self.in_parts:
+            return (STEP_WITH_R1 if with_r1 else STEP,)
+        return (CRITICS, R1, UPDATE, GENERATOR) if with_r1 else (CRITICS, UPDATE, GENERATOR)
 
     def compile_ahead(self, state: GanState, batch: Batch, key: jax.Array, frozen: Params, lr_scale: jax.Array) -> None:
-        """Starts to compile all programs of steps with arguments like these, side by side, those of a step with R1 first.
+        """Starts to compile all programs of steps with arguments like these, side by side.
 
         A call waits for the programs that it needs.
         """
-        like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        arguments = jax.tree.map(like, (state, batch, key, frozen, lr_scale))
-        if arguments == self._ahead_for:
+        arguments = jax.tree.map(_abstract, (state, batch, key, frozen, lr_scale))
+        if arguments == self._compiled_for:
             return
-        self._ahead_for = arguments
-        state, *inputs = arguments
-        judges, rest = self._cut(state)
-        traced_half: Future = Future()
-
-        def whole(with_r1: bool) -> Any:
-            return self._whole.lower(state, *inputs, with_r1).compile()
-
-        def critics(with_r1: bool) -> Any:
-            try:
-                traced = self._critics.trace(judges, rest, *inputs, with_r1)
-            except BaseException as e:
-                if with_r1:
-                    traced_half.set_exception(e)
-                raise
-            if with_r1:
-                traced_half.set_result(traced.out_info[1])
-            return traced.lower().compile()
-
-        def generator() -> Any:
-            half = jax.tree.map(like, traced_half.result())
-            return self._generator.lower(rest, judges, half, *inputs).compile()
-
+        self._compiled_for = arguments
+        compiler = _Compiler(self, arguments)
+        # Those of a step with R1, the first of a run, come first; the largest do not come last.
+        order = (CRITICS, UPDATE, GENERATOR, R1) if self.in_parts else (STEP_WITH_R1, STEP)
         pool = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="compile")
-        if self.halves:
-            self._ahead[CRITICS, True] = pool.submit(critics, True)
-            self._ahead[GENERATOR, False] = pool.submit(generator)
-            self._ahead[CRITICS, False] = pool.submit(critics, False)
-        else:
-            for with_r1 in (True, False):
-                self._ahead[WHOLE, with_r1] = pool.submit(whole, with_r1)
+        for name in order:
+            self._compiled[name] = pool.submit(compiler.compile, name)
         pool.shutdown(wait=False)
+
+    def compile(self, *, with_r1: bool) -> dict[str, Any]:
+        """Compiles the programs of one kind of step, one after the other; calls run them. Returns them by name.
+
+        A program that was compiled before is not compiled again: on CPUs the kinds of step share all but R1's.
+        """
+        out = {}
+        for name in self.programs(with_r1=with_r1):
+            if name not in self._compiled:
+                compiled = self._compiler.compile(name)
+                self._compiled[name] = Future()
+                self._compiled[name].set_result(compiled)
+            out[name] = self._compiled[name].result()
+        return out
+
+    @functools.cached_property
+    def _compiler(self) -> "_Compiler":
+        return _Compiler(self, self._abstract_arguments())
+
+    def _abstract_arguments(self) -> tuple[Any, ...]:
+        key = jax.eval_shape(functools.partial(jax.random.key, 0))
+        nets = self.step.networks
+        scale = jax.ShapeDtypeStruct((), jnp.float32)
+        return nets.abstract(), abstract_batch(self.config), key, nets.frozen.abstract(), scale
 
     # -- what is looked at
 
     def flops(self, *, with_r1: bool) -> int:
         """Floating-point operations of one step over all devices, from its trace; see flops.py."""
-        key = jax.eval_shape(functools.partial(jax.random.key, 0))
-        nets = self.step.networks
 
         def run(*args: Any) -> Any:
             with sharding.use(self.mesh, self.config.rules):
                 return self.step(*args, with_r1=with_r1)
 
-        return count_flops(run, nets.abstract(), abstract_batch(self.config), key, nets.frozen.abstract())
+        return count_flops(run, *self._abstract_arguments()[:-1])
 
     def lower(self, *, with_r1: bool) -> Any:
         """The whole step as one program, lowered for abstract arguments: to look at, or for a device that is not here."""
-        key = jax.eval_shape(functools.partial(jax.random.key, 0))
-        nets = self.step.networks
-        scale = jax.ShapeDtypeStruct((), jnp.float32)
-        batch = abstract_batch(self.config)
-        return self._whole.lower(nets.abstract(), batch, key, nets.frozen.abstract(), scale, with_r1)
+        return self._jitted[STEP_WITH_R1 if with_r1 else STEP].lower(*self._abstract_arguments())
 
     def key(self) -> jax.Array:
         """The run's key, the same on all hosts."""
@@ -243,3 +299,51 @@ class CompiledStep:
     def scalar(self, value: float) -> jax.Array:
         """A number as the step takes it: float32, on all devices."""
         return jax.make_array_from_callback((), self.key_sharding, lambda i: np.float32(value))
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+class _Compiler:
+    """Compiles the programs of a step for given arguments, each traced once; from several threads at a time.
+
+    Args:
+      step: whose programs.
+      arguments: (state, batch, key, frozen, lr_scale), abstract.
+    """
+
+    def __init__(self, step: CompiledStep, arguments: tuple[Any, ...]):
+        self._jitted = step._jitted
+        self._arguments = arguments
+        self._judges, self._rest = step._cut(arguments[0])
+        self._gradients: Future = Future()  # abstract CriticGradients, known when that program is traced
+        self._half: Future = Future()  # abstract HalfStep
+
+    def compile(self, name: str) -> Any:
+        """The compiled program; waits for what the trace of another one tells."""
+        tells = {CRITICS: self._gradients, UPDATE: self._half}.get(name)
+        try:
+            traced = self._jitted[name].trace(*self._arguments_of(name))
+        except BaseException as e:
+            if tells is not None and not tells.done():
+                tells.set_exception(e)
+            raise
+        if tells is not None and not tells.done():
+            out = traced.out_info if name == CRITICS else traced.out_info[1]
+            tells.set_result(jax.tree.map(_abstract, out))
+        compiled = traced.lower().compile()
+        release_memory()
+        return compiled
+
+    def _arguments_of(self, name: str) -> tuple[Any, ...]:
+        _, batch, key, frozen, scale = self._arguments
+        if name == CRITICS:
+            return self._judges, self._rest, batch, key, frozen
+        if name == R1:
+            return self._judges, self._rest, self._gradients.result(), batch, key
+        if name == UPDATE:
+            return self._judges, self._rest, self._gradients.result(), scale
+        if name == GENERATOR:
+            return self._rest, self._judges, self._half.result(), batch, key, frozen, scale
+        return self._arguments

@@ -133,11 +133,9 @@ def _kept(networks: Networks) -> int:
     frozen = networks.frozen.abstract()
     batch = jax.eval_shape(step.encode, batch, frozen)
     pg, critics = networks.g.abstract(), step.critics(networks.abstract())
-    gamma = jax.ShapeDtypeStruct((), jnp.float32)
-    d_loss = lambda p, g, b, k, gamma, f: step.d_loss(p, g, b, k, gamma, False, f)
     g_loss = lambda p, c, b, k, f: step.g_loss(p, c, b, k, f, b.get("clip_text"))
     most = 0
-    both = ((g_loss, pg, (critics, batch, key, frozen)), (d_loss, critics, (pg, batch, key, gamma, frozen)))
+    both = ((g_loss, pg, (critics, batch, key, frozen)), (step.d_loss, critics, (pg, batch, key, frozen)))
     for loss, own, args in both:
         pullback = jax.eval_shape(lambda p, *a, loss=loss: jax.vjp(lambda q: loss(q, *a)[0], p)[1], own, *args)
         sized = [x for x in jax.tree.leaves(pullback) if hasattr(x, "shape") and x.shape]

@@ -25,6 +25,21 @@ NOTHING: Params = {}  # the frozen networks of a config that asks for none
 Metrics = dict[str, jax.Array]
 
 
+class CriticGradients(NamedTuple):
+    """Gradients of the critics, before their update.
+
+    grads: of all critics, as `TrainStep.critics` has their parameters
+    metrics: so far
+    seen: further entries of the health vector
+    features: what frozen encoders said of the captions
+    """
+
+    grads: Params
+    metrics: Metrics
+    seen: Metrics
+    features: Batch
+
+
 class HalfStep(NamedTuple):
     """What the critics' half of a step hands to the generator's.
 
@@ -46,8 +61,14 @@ class HalfStep(NamedTuple):
 
 
 def high_to_low(images: list[jax.Array], config: Config) -> list[jax.Array]:
-    """The levels D sees, output image first."""
+    """The levels of generated images that D sees, output image first."""
     return images[::-1] if config.discriminator.multi_scale_input else images[-1:]
+
+
+def real_images(batch: Batch, config: Config) -> list[jax.Array]:
+    """The levels of the real images, float32 in [-1, 1], output size first."""
+    real = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+    return pyramid(real, len(config.resolutions) if config.discriminator.multi_scale_input else 1)
 
 
 class TrainStep:
@@ -124,17 +145,14 @@ class TrainStep:
         g_params: Params,
         batch: Batch,
         key: jax.Array,
-        gamma: jax.Array,
-        with_r1: bool,
         frozen: Params = NOTHING,
     ) -> tuple[jax.Array, Metrics]:
-        """Loss of D (and of V) on one micro-batch; eq. 6 with eq. 8, and R1."""
+        """Loss of D (and of V) on one micro-batch, without R1; eq. 6 with eq. 8."""
         c = self.config
         params, v_params = self.split(critics)
         key_z, key_wrong = jax.random.split(key)
         disc = self.networks.d.bind(params)
-        real = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-        reals = pyramid(real, len(c.resolutions) if c.discriminator.multi_scale_input else 1)
+        reals = real_images(batch, c)
         fakes = high_to_low(jax.lax.stop_gradient(self.fakes(g_params, batch, key_z)[0]), c)
         t, valid = self.captions(disc, batch, key_wrong)
 
@@ -150,28 +168,35 @@ class TrainStep:
             loss += c.loss.match_d * metrics["loss/d_match"]
             metrics["logits/wrong"] = wrong_real[-len(reals)].mean()
         metrics |= {"logits/real": real_[-len(reals)].mean(), "logits/fake": fake[-len(reals)].mean()}
-        metrics |= probe.of_discriminator(c, real, fakes[0], real_, fake)
+        metrics |= probe.of_discriminator(c, reals[0], fakes[0], real_, fake)
 
         if v_params is not None:
             with jax.named_scope("vision_aided"):
-                both = jnp.stack([fakes[0], real], axis=1)
+                both = jnp.stack([fakes[0], reals[0]], axis=1)
                 seen = self.vision_logits(v_params, frozen, both, batch, jax.random.fold_in(key, 2))
                 fake_v, real_v = ([x[:, source] for x in seen] for source in (0, 1))
                 metrics["loss/v"] = losses.over_pairs(losses.gan_d, self.weights_vision, fake_v, real_v)
             loss += metrics["loss/v"]
 
-        if with_r1:
-            own = None if t is None else t[:, :1]
-            by = 1 if c.loss.r1_levels == "full" else len(reals)
-
-            def logit(images: list[jax.Array]) -> jax.Array:
-                out = disc([x[:, None] for x in (*images, *reals[by:])], own)
-                return jnp.asarray(sum(x.mean(-1).sum() for x in out))
-
-            with jax.named_scope("r1"):
-                metrics["loss/r1"] = losses.r1(logit, reals[:by])
-            loss += 0.5 * gamma * c.loss.r1_interval * metrics["loss/r1"]
         return loss, metrics | {"loss/d": loss}
+
+    def r1_loss(self, d_params: Params, gamma: jax.Array, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """R1 of D on one micro-batch, with its weight (sec. 3.3; lazy, Karras et al., 2020)."""
+        c = self.config
+        disc = self.networks.d.bind(d_params)
+        reals = real_images(batch, c)
+        t = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
+        own = None if t is None else t[:, None]
+        by = 1 if c.loss.r1_levels == "full" else len(reals)
+
+        def logit(images: list[jax.Array]) -> jax.Array:
+            out = disc([x[:, None] for x in (*images, *reals[by:])], own)
+            return jnp.asarray(sum(x.mean(-1).sum() for x in out))
+
+        with jax.named_scope("r1"):
+            penalty = losses.r1(logit, reals[:by])
+        loss = 0.5 * gamma * c.loss.r1_interval * penalty
+        return loss, {"loss/r1": penalty, "loss/d": loss}
 
     def g_loss(
         self,
@@ -260,16 +285,20 @@ class TrainStep:
         return jnp.minimum(1.0, state.images.astype(jnp.float32) / (self.config.total_kimg * 1000.0))
 
     def d_gradients(
-        self, state: GanState, batch: Batch, key: jax.Array, with_r1: bool, frozen: Params = NOTHING
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING
     ) -> tuple[Params, Metrics]:
-        """Gradient of the critics' loss."""
-        first, last = self.config.loss.r1_gamma
-        gamma = first + (last - first) * self.progress(state)
+        """Gradient of the critics' loss without R1."""
 
         def loss(critics: Params, g_params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-            return self.d_loss(critics, g_params, batch, key, gamma, with_r1, frozen)
+            return self.d_loss(critics, g_params, batch, key, frozen)
 
         return self.gradients(loss, self.critics(state), batch, key, state.g.params)
+
+    def r1_gradients(self, state: GanState, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
+        """Gradient of R1 by D's parameters, and the metrics `loss/r1` and its weighted part of `loss/d`."""
+        first, last = self.config.loss.r1_gamma
+        gamma = first + (last - first) * self.progress(state)
+        return self.gradients(self.r1_loss, state.d.params, batch, key, gamma)
 
     def g_gradients(
         self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING
@@ -277,10 +306,9 @@ class TrainStep:
         """Gradient of G's loss, by the critics that are in the state."""
         # Negatives are the captions of the global batch, whatever micro-batch an image is in: gathered once.
         captions = sharding.constrain(batch["clip_text"], None, None) if "clip_text" in batch else None
-        progress = self.progress(state)
 
         def loss(params: Params, critics: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-            return self.g_loss(params, critics, batch, key, frozen, captions, progress)
+            return self.g_loss(params, critics, batch, key, frozen, captions, self.progress(state))
 
         return self.gradients(loss, state.g.params, batch, key, self.critics(state))
 
@@ -313,7 +341,10 @@ class TrainStep:
         `images` move on; where it is G's, D and V have made their half of the step, and G and its averages stay. The metric
         "health" is the vector of `self.probe`. `with_r1` is static.
         """
-        state, half = self.update_critics(state, batch, key, frozen, lr_scale, with_r1=with_r1)
+        critics = self.critic_gradients(state, batch, key, frozen)
+        if with_r1:
+            critics = self.add_r1(state, critics, batch, key)
+        state, half = self.update_critics(state, critics, lr_scale)
         state, metrics = self.update_generator(state, half, batch, key, frozen, lr_scale)
         return state, metrics | half.penalty(with_r1)
 
@@ -321,25 +352,38 @@ class TrainStep:
         """Learning rate of a network in this step."""
         return scale * learning_rate(config, state.images, self.config.total_kimg, lazy_interval=lazy)
 
-    def update_critics(
-        self,
-        state: GanState,
-        batch: Batch,
-        key: jax.Array,
-        frozen: Params = NOTHING,
-        lr_scale: jax.Array | float = 1.0,
-        *,
-        with_r1: bool,
-    ) -> tuple[GanState, HalfStep]:
-        """The first half of a step: D and V. Reads of G's half its parameters only -> (state with new D and V, what is known)"""
-        c, nets = self.config, self.networks
-        key_d, _ = jax.random.split(jax.random.fold_in(key, state.step))
+    def critic_gradients(
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING
+    ) -> CriticGradients:
+        """First part of a step: gradients of D and V without R1. Reads of G its parameters only."""
         encoded = self.encode(batch, frozen)
         seen = probe.bad_rows(encoded)
+        grads, metrics = self.d_gradients(state, encoded, self.key_of_critics(state, key), frozen)
+        seen["loss/r1"] = jnp.asarray(jnp.nan, jnp.float32)  # not in this step
+        return CriticGradients(grads, metrics, seen, {k: x for k, x in encoded.items() if k not in batch})
 
-        grads, metrics = self.d_gradients(state, encoded, key_d, with_r1, frozen)
-        seen["loss/r1"] = metrics.pop("loss/r1", jnp.asarray(jnp.nan, jnp.float32))  # NaN: not in this step
-        d_grads, v_grads = self.split(grads)
+    def add_r1(self, state: GanState, critics: CriticGradients, batch: Batch, key: jax.Array) -> CriticGradients:
+        """Second part, of a step with R1: the penalty's gradient comes on top of D's."""
+        grads, metrics = self.r1_gradients(state, batch | critics.features, self.key_of_critics(state, key))
+        of_d, of_v = self.split(critics.grads)
+        of_d = jax.tree.map(jnp.add, of_d, grads)
+        return critics._replace(
+            grads=of_d if of_v is None else {"d": of_d, "v": of_v},
+            metrics=critics.metrics | {"loss/d": critics.metrics["loss/d"] + metrics["loss/d"]},
+            seen=critics.seen | {"loss/r1": metrics["loss/r1"]},
+        )
+
+    def key_of_critics(self, state: GanState, key: jax.Array) -> jax.Array:
+        """The key of the critics' half in this step."""
+        return jax.random.split(jax.random.fold_in(key, state.step))[0]
+
+    def update_critics(
+        self, state: GanState, critics: CriticGradients, lr_scale: jax.Array | float = 1.0
+    ) -> tuple[GanState, HalfStep]:
+        """Third part: updates of D and V -> (state with new D and V, what is known)"""
+        c, nets = self.config, self.networks
+        metrics, seen = dict(critics.metrics), dict(critics.seen)
+        d_grads, v_grads = self.split(critics.grads)
         d_grads, v_grads = self.cut("d", d_grads), self.cut("v", v_grads)
         squares = {"d": probe.squares(d_grads)} | ({} if v_grads is None else {"v": probe.squares(v_grads)})
         metrics |= {f"grad_norm/{net}": jnp.sqrt(sum(each)) for net, each in squares.items()}
@@ -351,9 +395,8 @@ class TrainStep:
         if v is not None:
             v, sizes["v"] = _update(nets.v_tx, v, v_grads or {}, self.rate(c.v_optimizer, state, lr_scale), ok)
         d, v = self.whole("d", d), None if v is None else self.whole("v", v)
-        features = {k: x for k, x in encoded.items() if k not in batch}
         state = state.replace(d=d, v=v)  # type: ignore[attr-defined]
-        return state, HalfStep(features, metrics, seen, squares, sizes)
+        return state, HalfStep(critics.features, metrics, seen, squares, sizes)
 
     def update_generator(
         self,
@@ -364,7 +407,7 @@ class TrainStep:
         frozen: Params = NOTHING,
         lr_scale: jax.Array | float = 1.0,
     ) -> tuple[GanState, Metrics]:
-        """The second half: G by the critics as they are now, and the averages -> (state of the next step, metrics)"""
+        """Last part: G by the critics as they are now, and the averages -> (state of the next step, metrics)"""
         c, nets = self.config, self.networks
         _, key_g = jax.random.split(jax.random.fold_in(key, state.step))
         metrics, seen, squares, sizes = dict(half.metrics), dict(half.seen), dict(half.squares), dict(half.sizes)
@@ -382,8 +425,7 @@ class TrainStep:
         images = state.images + jnp.uint32(c.batch_size)
         keep = ema_decay(c, state.images)
         g_ema = jax.tree.map(lambda e, p: p + (e - p) * keep, state.g_ema, g.params)
-        w_keep = c.generator.w_avg_decay
-        w_avg = jnp.where(state.step == 0, w, w + (state.w_avg - w) * w_keep)
+        w_avg = jnp.where(state.step == 0, w, w + (state.w_avg - w) * c.generator.w_avg_decay)
         g_ema, w_avg = probe.guarded(ok, (g_ema, w_avg), (state.g_ema, state.w_avg))
         metrics |= g_metrics
         metrics["health"] = self.probe.pack(metrics, seen, squares, sizes)

@@ -118,7 +118,8 @@ def test_the_whole_step_has_the_same_gradients_in_both_forms_parity(monkeypatch,
         networks = Networks(config)
         step = TrainStep(networks)
         state = networks.init(sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-        both = lambda s, b, k: (step.d_gradients(s, b, k, True)[0], step.g_gradients(s, b, k)[0])
+        critics = lambda s, b, k: step.add_r1(s, step.critic_gradients(s, b, k), b, k).grads
+        both = lambda s, b, k: (critics(s, b, k), step.g_gradients(s, b, k)[0])
         return jax.jit(both, compiler_options={"xla_backend_optimization_level": 0}), (state, batch, jax.random.key(0))
 
     (straight, a), (looped, b) = in_both_forms(monkeypatch, make)

@@ -191,7 +191,7 @@ class Gradients:
         def run(state, batch, key, frozen):
             with sharding.use(mesh, config.rules):
                 batch = step.encode(batch, frozen)
-                critics, said = step.d_gradients(state, batch, key, False, frozen)
+                critics, said = step.d_gradients(state, batch, key, frozen)
                 g, g_said = step.g_gradients(state, batch, key, frozen)
                 return {"g": g, **critics}, said | g_said
 

@@ -288,7 +288,7 @@ def d_loss(step_parts):
 
     def run(params, g_params, tokens):
         batch = {"image": image, "tokens": tokens, "label": jnp.full(n, -1)}
-        return step.d_loss(params, g_params, batch, jax.random.key(1), jnp.asarray(0.0), False)[1]
+        return step.d_loss(params, g_params, batch, jax.random.key(1))[1]
 
     compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
     return lambda tokens: jax.device_get(compiled(params, g_params, tokens))

@@ -104,9 +104,9 @@ class Gradients:
         def run(state, batch, key):
             with sharding.use(mesh, self.config.rules):
                 key_d, key_g = jax.random.split(key)
-                d, d_metrics = step.d_gradients(state, batch, key_d, True)
+                critics = step.add_r1(state, step.critic_gradients(state, batch, key_d), batch, key_d)
                 g, g_metrics = step.g_gradients(state, batch, key_g)
-                return {"d": d, "g": g}, d_metrics | g_metrics
+                return {"d": critics.grads, "g": g}, critics.metrics | g_metrics
 
         compiled = jax.jit(
             run,

@@ -91,8 +91,8 @@ def assert_same_bits(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_traced_twice_and_no_more(run):
-    assert run.compiled.traces == [True, False]
+def test_every_program_is_traced_once(run):
+    assert run.compiled.traces == list(run.compiled.programs(with_r1=True))
 
 
 def test_metrics(run, config):
@@ -204,7 +204,7 @@ def test_another_step_draws_other_noise(run, config):
     _, metrics = compiled(state, batch, compiled.key(), with_r1=WITH_R1[1])
     assert metrics["logits/fake"] != run.metrics[1]["logits/fake"]
     assert metrics["logits/real"] == run.metrics[1]["logits/real"]
-    assert compiled.traces == [True, False]
+    assert len(compiled.traces) == len(set(compiled.traces))
 
 
 def test_restarted_from_its_state_alone_it_goes_on_bit_for_bit(run, config):
