@@ -107,7 +107,7 @@ class CompiledStep:
             ),
             UPDATE: jax.jit(
                 self._update_critics,
-                donate_argnums=(0, 2),
+                donate_argnums=0,
                 in_shardings=(judges, rest, gradients, everywhere),
                 out_shardings=(judges, half),
                 **options,
