@@ -12,7 +12,17 @@ _WAYS = ("forward", "recomputed", "backward")
 _SKIPPED = {"Stack", "Stage", "run", "Generator", "Discriminator", "VisionAided"}
 _SHARED = {"equalized", "adaptive_conv", "attention", "resample", "layers", "vit"}  # what networks are made of
 _TRAINING = {"step", "losses", "optim", "mismatch", "augment"}
-_STEP = {"TrainStep", "run", "lower", "whole", "gradients", "g_gradients", "d_gradients", "r1_gradients"}  # the way to what is done
+# The way to what is done.
+_STEP = {
+    "TrainStep",
+    "run",
+    "lower",
+    "whole",
+    "gradients",
+    "g_gradients",
+    "d_gradients",
+    "r1_gradients",
+}
 _NETWORKS = {
     "generator",
     "discriminator",

@@ -329,8 +329,12 @@ class Checkpoints:
           UserError: the checkpoint cannot be read.
         """
         then = self._places(step, abstract)
-        restored = self._restore(step, state=ocp.args.StandardRestore(then), data=ocp.args.JsonRestore())
-        return self._places(step, restored["state"], like=abstract), restored["data"]
+        # A network that is off is an empty entry of the state, and none in checkpoints from before there was such a network.
+        earlier = getattr(then, "v", then) is None and "vision_aided" not in self._stored_config(step)
+        item = {k: x for k, x in vars(then).items() if k != "v"} if earlier else then
+        restored = self._restore(step, state=ocp.args.StandardRestore(item), data=ocp.args.JsonRestore())
+        state = then.replace(**restored["state"]) if earlier else restored["state"]
+        return self._places(step, state, like=abstract), restored["data"]
 
     def restore_partial(self, step: int, abstract: Any) -> Any:
         """Only the parts of the state that are in `abstract`, a dict; e.g. {"g_ema": ..., "w_avg": ...}."""

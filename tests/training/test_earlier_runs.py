@@ -194,3 +194,28 @@ def test_a_checkpoint_is_restored_under_new_names(monkeypatch):
     part = checkpoints.restore_partial(step, {"g_ema": asked.g_ema})
     jax.tree.map(np.testing.assert_array_equal, part["g_ema"], after.g_ema)
     checkpoints.close()
+
+
+def test_a_state_from_before_there_was_a_vision_aided_network(tmp_path):
+    """Checkpoints of then have no entry for it at all."""
+    checkpoints = Checkpoints(FIXTURES / "digits")
+    step = checkpoints.newest()
+    config = checkpoints.config(step)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    networks = Networks(config)
+    abstract = with_shardings(networks.abstract(), networks.shardings(mesh))
+    state, position = checkpoints.restore(step, abstract)
+    checkpoints.close()
+    assert state.v is None
+    earlier = Checkpoints(tmp_path, config)
+    earlier.save(step, {k: x for k, x in vars(state).items() if k != "v"}, position, config)
+    earlier.close()
+    file = tmp_path / "checkpoints" / str(step) / "config" / "metadata"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({k: x for k, x in values.items() if k not in ("format", "vision_aided", "v_optimizer")}))
+    checkpoints = Checkpoints(tmp_path, config)
+    restored, again = checkpoints.restore(step, abstract)
+    assert again == position
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    checkpoints.save(step + 1, restored, again, config)  # and the run goes on in the same folder
+    checkpoints.close()
