@@ -181,6 +181,14 @@ def test_bad_settings(capsys, tmp_path, overrides, expected):
     assert not (tmp_path / "w" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "text, value", [("true", True), ("1", True), ("yes", True), ("false", False), ("False", False), ("0", False)]
+)
+def test_a_flag_is_true_or_false_as_it_says(text, value):
+    config = cli.load_config("configs/digits.py:tiny", [f"--config.data.flip={text}", f"--config.remat={text}"])
+    assert (config.data.flip, config.remat) == (value, value)
+
+
 def test_bad_config_file(capsys, tmp_path):
     assert "there is no file" in fails(train.verb, capsys, "--config=configs/nope.py", f"--workdir={tmp_path}")
     assert "no variant 'huge'" in fails(train.verb, capsys, "--config=configs/digits.py:huge", f"--workdir={tmp_path}")

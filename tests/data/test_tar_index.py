@@ -103,6 +103,19 @@ def test_examples_are_those_of_the_tars(tars):
     assert pickle.loads(pickle.dumps(source)).read(23) == source.read(23)
 
 
+def test_labels_of_some_examples_only(tmp_path):
+    """Unknown is -1 and not class 0: in a tar with labels, and in one without any beside it."""
+    for name, labels in (("a", (b"3", None)), ("b", (None, None))):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for i, label in enumerate(labels):
+                for suffix, data in (("jpg", b"image"), ("txt", b"a cat"), ("cls", label)):
+                    if data is not None:
+                        add_member(tar, f"{name}{i}.{suffix}", data)
+    source = TarSource(str(tmp_path))
+    assert source.has_labels
+    assert [source.read(i).label for i in range(4)] == [3, -1, -1, -1]
+
+
 def test_the_index_is_kept_and_made_again_for_other_tars(tmp_path, monkeypatch):
     folder = write_tars(tmp_path / "data", shards=2, each=2)
     before = TarSource(str(folder), workers=1).identity()

@@ -36,15 +36,22 @@ def small(tiny):
 
 @pytest.fixture(scope="module")
 def made(small, build):
-    """(f, params, z, tokens); f(params, z, tokens, local_tokens) -> (images, w), t_local from a caption of its own."""
+    """(f, params, z, tokens); f(params, z, tokens, local_tokens) -> (images, w), t_local from a caption of its own.
+
+    A fifth argument is added to t_local where the caption has ended.
+    """
     module, params = build(generator(small))
 
     @jax.jit
-    def f(params, z, tokens, local_tokens):
+    def run(params, z, tokens, local_tokens, behind):
         g = module.bind(params)
         condition, other = g.condition(tokens), g.condition(local_tokens)
         w = g.map(z, condition)
-        return g.synthesize(w, condition._replace(local=other.local, mask=other.mask)), w
+        local = jnp.where(other.mask[:, :, None], other.local, other.local + behind)
+        return g.synthesize(w, condition._replace(local=local, mask=other.mask)), w
+
+    def f(params, z, tokens, local_tokens, behind=0.0):
+        return run(params, z, tokens, local_tokens, behind)
 
     z = np.random.default_rng(0).standard_normal((N, small.generator.z_dim), np.float32)
     return f, params, z, captions("a cat", "", "red and green")
@@ -90,6 +97,13 @@ def test_w_carries_the_caption_to_every_level_and_t_local_to_those_from_the_firs
         assert (change > 1e-3).all()
     for change in moved(base, f(params, z, other, tokens)[0]):
         assert (change > 1e-2).all()
+
+
+def test_an_image_does_not_depend_on_what_is_behind_the_end_of_its_caption(made):
+    f, params, z, tokens = made
+    base, _ = f(params, z, tokens, tokens)
+    for change in moved(base, f(params, z, tokens, tokens, 3.0)[0]):
+        np.testing.assert_array_equal(change, 0)
 
 
 def test_an_image_does_not_depend_on_the_others_in_its_batch(made):

@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gigagan_jax.config_run import CheckpointConfig
 from gigagan_jax.errors import Unreachable, UserError
+from gigagan_jax.training import integrity
 from gigagan_jax.training.checkpoint import Checkpoints
 from gigagan_jax.training.integrity import CHECKSUMS, damage, write_checksums
 from gigagan_jax.training.loop import Interrupted, _Signals
@@ -165,11 +166,30 @@ def test_checkpoints_of_before_have_no_checksums(three):
     assert damage(here) == "data/metadata is missing"
 
 
-def test_checksums_say_what_differs(tmp_path):
-    (tmp_path / "state").mkdir()
+def write_parts(folder):
+    """The files that every checkpoint has, with nothing in them."""
     for name in ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "data/metadata", "config/metadata"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("{}")
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+def test_checksums_are_of_whole_files(tmp_path, monkeypatch):
+    """Files are read in chunks: one bit is found in each of them."""
+    monkeypatch.setattr(integrity, "_CHUNK", 16)
+    write_parts(tmp_path)
+    file = tmp_path / "state" / "array"
+    whole = bytes(range(40))
+    file.write_bytes(whole)
+    write_checksums(tmp_path)
+    for place in (0, 20, 39):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert damage(tmp_path) == "state/array does not have the checksum that it was written with"
+    file.write_bytes(whole)
+    assert damage(tmp_path) is None
+
+
+def test_checksums_say_what_differs(tmp_path):
+    write_parts(tmp_path)
     write_checksums(tmp_path)
     assert damage(tmp_path) is None
     (tmp_path / "state/_METADATA").write_text("[]")

@@ -119,6 +119,12 @@ def test_metrics(run, config):
         assert metrics["image/spread"] > 0
 
 
+def test_each_half_of_a_step_draws_its_own_z(run):
+    """The measure of what z does compares an image of D's half with one of G's: of one z they would be the same image."""
+    for metrics in run.metrics:
+        assert run.compiled.step.probe.read(metrics["health"]).values["health/diversity_z"] > 1e-3
+
+
 def test_losses_add_up_with_r1_weighted_by_its_interval_and_the_images_seen(run, config):
     first, last = config.loss.r1_gamma
     for step, metrics in enumerate(run.metrics):
