@@ -201,6 +201,7 @@ def table(faults: Iterable[Fault], results: dict[str, Result]) -> str:
         if result := results.get(fault.name):
             module = fault.file.removeprefix("gigagan_jax/")
             file, _, name = result.test.partition("::")
+            name = name.replace("|", r"\|")  # or it ends the cell
             by = f"`{Path(file).name}::{name}`" if result.outcome == "caught" else f"**{result.outcome}**"
             lines.append(f"| `{module}` | {fault.says} | {by} | {result.seconds:.0f} |")
     return "\n".join(lines)
