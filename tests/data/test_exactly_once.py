@@ -187,7 +187,7 @@ def test_mixtures_keep_their_weights_and_see_each_example_once_an_epoch(source, 
 
 @pytest.mark.parametrize("starts", [(0,), (8,), (20,), (24,), (40,), (8, 12), (20, 32)])
 def test_another_order_from_a_position_on_is_still_every_example_once(source, starts):
-    """24 examples, three epochs; the order changes at each of `starts`; resumed on two hosts, with another batch size."""
+    """24 examples, three epochs; the order changes at each of `starts`; resumed on two hosts."""
     (whole,), _ = all_hosts(source, 1, 18, batch_size=4)
     state, seen = None, []
     for salt, start in enumerate(starts, 1):
