@@ -97,6 +97,8 @@ def read_config_file(spec: str) -> ConfigDict:
             f"--config={spec}: there is no file {path}; for example configs/digits.py (from the repository's root)"
         )
     if file.suffix == ".json":  # config.json of a run
+        if arg:
+            raise UserError(f"--config={spec}: a stored config has no variants; leave :{arg} out")
         try:
             return ConfigDict(upgrade(json.loads(file.read_text()), path)[0])
         except (OSError, ValueError) as e:
@@ -150,9 +152,10 @@ def _parse(name: str, text: str, old: Any) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
-    if isinstance(old, tuple) and isinstance(value, (int, float, str)) and value != text:
+    sequence = isinstance(old, (tuple, list))  # a stored config has lists
+    if sequence and isinstance(value, (int, float, str)) and value != text:
         return (value,)
-    if isinstance(old, tuple) and isinstance(value, str):
+    if sequence and isinstance(value, str):
         return tuple(part.strip() for part in text.split(","))
     return value
 

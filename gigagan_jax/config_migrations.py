@@ -5,13 +5,15 @@ adds a field to `Config` raises FORMAT and adds a line to ADDED: the value with 
 before the field did. Today's default never fills in for it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gigagan_jax.errors import UserError
 
 FORMAT = 1
 FORMAT_KEY = "format"
+# Names of the fields that a run was begun without: config.json has them with the values of then, from its first restart on.
+WITHOUT_KEY = "begun_without"
 
 # (format that the field came with, name, value that reproduces the code before it)
 ADDED: tuple[tuple[int, str, Any], ...] = (
@@ -108,7 +110,7 @@ def upgrade(stored: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
       where: the file, for messages.
 
     Returns:
-      (the config without its format number, {name: value} of the fields that it lacked)
+      (the config alone, {name: value} of the fields that it lacks or was begun without)
 
     Raises:
       UserError: no config, or one of a newer format.
@@ -116,7 +118,7 @@ def upgrade(stored: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(stored, Mapping):
         raise UserError(f"{where} holds no config; remove it: the checkpoints hold the settings too")
     values = _copy(stored)
-    number = values.pop(FORMAT_KEY, 0)
+    number, without = values.pop(FORMAT_KEY, 0), values.pop(WITHOUT_KEY, ())
     if not isinstance(number, int) or number > FORMAT:
         raise UserError(
             f"{where} is of format {number}, this code knows formats up to {FORMAT}: a newer version of gigagan_jax wrote it; "
@@ -125,16 +127,30 @@ def upgrade(stored: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     for came, name in REMOVED:
         if came > number:
             _remove(values, name.split("."))
-    lacked = {}
+    present = _flat(values)
+    lacked = {name: present[name] for name in without if name in present}
     for came, name, value in ADDED:
         if came > number and _set_default(values, name.split("."), value):
             lacked[name] = value
     return values, lacked
 
 
-def numbered(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as it is stored."""
-    return {FORMAT_KEY: FORMAT} | dict(values)
+def numbered(values: Mapping[str, Any], begun_without: Iterable[str] = ()) -> dict[str, Any]:
+    """A config as it is stored.
+
+    Args:
+      values: of the config.
+      begun_without: names of the fields that the run was begun without.
+    """
+    without = sorted(begun_without)
+    return {FORMAT_KEY: FORMAT} | ({WITHOUT_KEY: without} if without else {}) | dict(values)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +161,8 @@ def _remove(values: Any, path: list[str]) -> None:
     *groups, key = path
     for group in groups:
         values = values.get(group, {})
+        if not isinstance(values, dict):
+            return  # a value in the place of a group: said where the config is read
     values.pop(key, None)
 
 

@@ -3,7 +3,7 @@
     python tools/bench.py --config=configs/laion.py --batch=32 --budget=480 --json=bench.jsonl
     python tools/bench.py --config=configs/digits.py [--config.key=value] [--steps=20] [--repeats=7]
     python tools/bench.py --dry                  (every job at toy size, on a CPU)
-    python tools/bench.py --against=DIR --config=configs/laion.py:small --pairs=7 --pin      (another checkout, in pairs)
+    python tools/bench.py --against=DIR --config=configs/laion.py:small --pairs=7 --pin      (another checkout, on CPUs)
     python tools/bench.py data [--json=FILE]     (reading tars; see tools/bench_data.py)
 
 Jobs run in order of worth; one that is not expected to fit in what is left of the budget is left out and named. Each job's
@@ -55,6 +55,7 @@ DRY_OVERRIDES = (
 DRY_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 DRY_FLAGS_BEFORE_0_11 = "--xla_cpu_use_fusion_emitters=false"  # unknown to later compilers
 DRY_TRAIN_SECONDS, OWN_SECONDS = 2.0, 5.0
+REPEATS = 7
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -70,8 +71,8 @@ def flags() -> cli.Parser:
         type=int,
         help="calls of a run, which is one measurement (what takes a second, 20 at most; 1 with --against)",
     )
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each program, which take turns")
-    parser.add_argument("--sample_batch", type=int, default=1, help="images that a device samples at once")
+    parser.add_argument("--repeats", type=int, help=f"runs of each program, which take turns ({REPEATS})")
+    parser.add_argument("--sample_batch", type=int, help="images that a device samples at once (1)")
     parser.add_argument(
         "--random_frozen", action="store_true", help="random weights for all frozen networks, also for those here"
     )
@@ -81,8 +82,10 @@ def flags() -> cli.Parser:
     parser.add_argument("--train_seconds", type=float, help="that it trains at most (what is left of the budget)")
     parser.add_argument("--commit", help="of this code, for the record where there is no git")
     parser.add_argument("--dry", action="store_true", help="all jobs at toy size on a CPU")
-    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout to compare the train step with")
-    parser.add_argument("--pairs", type=int, default=7, help="of measurements with --against")
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR", help="another checkout to compare the train step with, on CPUs"
+    )
+    parser.add_argument("--pairs", type=int, help=f"--against: pairs of measurements ({REPEATS})")
     parser.add_argument("--pin", action="store_true", help="--against: both on one core each")
     parser.add_argument("--with_r1", action="store_true", help="--against: compare the step with R1")
     return parser
@@ -102,8 +105,13 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--dry has a config of its own: leave --config and --against out")
     if not args.dry and not args.config:
         raise UserError("--config is missing: for example --config=configs/digits.py, or --dry (see --help)")
-    if args.against is None and (args.pin or args.with_r1):
-        raise UserError("--pin and --with_r1 go with --against=DIR")
+    alone = ("budget", "repeats", "sample_batch", "random_frozen", "train", "train_seconds")
+    for names, go, there in (
+        (("pairs", "pin", "with_r1"), "go with --against=DIR", args.against is not None),
+        (alone, "do not go with --against", args.against is None),
+    ):
+        if not there and any(getattr(args, name) not in (None, False) for name in names):
+            raise UserError(f"{', '.join('--' + name for name in names)} {go}")
     cli.writable(args.json)
 
 
@@ -169,6 +177,11 @@ def against(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     config = cli.load_config(args.config, overrides)
     os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+    # Two processes that measure do not share an accelerator.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
     lines = Lines(args.json)
     lines.write(facts(config, args.commit) | {"against": str(args.against)})
     compare(
@@ -176,7 +189,7 @@ def against(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         args.config,
         overrides,
         lines,
-        pairs=args.pairs,
+        pairs=args.pairs or REPEATS,
         steps=args.steps or 1,
         with_r1=args.with_r1,
         pinned=args.pin,
@@ -195,7 +208,7 @@ def run(args: argparse.Namespace, config: Config, trained: Config | None) -> int
     from gigagan_jax.training.state import Networks
 
     budget = Budget(args.budget)
-    sizes = Sizes(args.steps, args.repeats, args.sample_batch, *((128, 2**20) if args.dry else (0, 0)))
+    sizes = Sizes(args.steps, args.repeats or REPEATS, args.sample_batch or 1, *((128, 2**20) if args.dry else (0, 0)))
     bench = Bench(config, budget, sizes, random=args.random_frozen)
     lines = Lines(args.json)
     absent = without_files(bench.networks.frozen)

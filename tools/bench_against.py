@@ -5,6 +5,7 @@ this checkout. With `--pin` each process compiles on a core of its own, as if th
 pair then run on one and the same core, one after the other, and the pairs go round the cores.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_output import Lines, spread
+from bench_output import Lines, commit_of, spread
 
 from gigagan_jax.errors import UserError
 
@@ -62,7 +63,8 @@ class Checkout:
         """Ends the process."""
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # what was not sent to a process that has ended
+                pipe.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -117,7 +119,7 @@ def compare(
             ready = side.answer()
             if Path(ready["package"]).resolve() != side.root:
                 raise UserError(f"the {name} process imported {ready['package']} instead of {side.root}")
-            lines.write({"job": f"against/{name}", **ready})
+            lines.write({"job": f"against/{name}", **ready, "commit": commit_of(side.root)})
             print(f"  {name}: compiled, and one step done, in {ready['first_step_seconds']:.0f} s", flush=True)
         ratios: dict[str, list[float]] = {"seconds": [], "cpu_seconds": []}
         found: dict[str, dict[str, list[float]]] = {name: {k: [] for k in ratios} for name in sides}

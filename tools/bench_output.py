@@ -102,6 +102,11 @@ def _run(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def commit_of(checkout: Path) -> str | None:
+    """The commit of a checkout; None where there is no git to ask."""
+    return _run("git", "-C", str(checkout), "rev-parse", "HEAD")
+
+
 def _git(*arguments: str) -> str | None:
     return _run("git", *arguments)
 

@@ -35,6 +35,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"--train={config.name}: the job that trains needs a config of the bytes encoder without a CLIP"
         )
+    sharding.check_batch(config.batch_size, config.micro_batches, sharding.make_mesh(config.mesh), config.rules)
 
 
 def train(

@@ -17,7 +17,6 @@ _STEP = {
     "TrainStep",
     "run",
     "lower",
-    "whole",
     "gradients",
     "g_gradients",
     "d_gradients",

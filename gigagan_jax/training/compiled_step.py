@@ -66,6 +66,7 @@ class CompiledStep:
         self._jitted = self._parts(**_options(platform)) if self.in_parts else self._kinds(**_options(platform))
         self._compiled: dict[str, Future] = {}
         self._compiled_for: Any = None
+        self._pool: ThreadPoolExecutor | None = None
 
     def _kinds(self, **options: Any) -> dict[str, Any]:
         """The whole step, of each kind, as jitted functions by name."""
@@ -242,10 +243,22 @@ class CompiledStep:
         compiler = _Compiler(self, arguments)
         # Those of a step with R1, the first of a run, come first; the largest do not come last.
         order = (CRITICS, UPDATE, GENERATOR, R1) if self.in_parts else (STEP_WITH_R1, STEP)
-        pool = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="compile")
+        self.cancel_compiling()
+        pool = self._pool = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="compile")
         for name in order:
             self._compiled[name] = pool.submit(compiler.compile, name)
-        pool.shutdown(wait=False)
+
+    def cancel_compiling(self) -> None:
+        """Leaves programs out that are not being compiled yet: a process ends when those that are have been."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        if any(future.cancelled() for future in self._compiled.values()):
+            self._compiled, self._compiled_for = {}, None
+
+    def is_compiled(self, *, with_r1: bool) -> bool:
+        """Are all programs of this kind of step there?"""
+        futures = [self._compiled.get(name) for name in self.programs(with_r1=with_r1)]
+        return all(future is not None and future.done() for future in futures)
 
     def compile(self, *, with_r1: bool) -> dict[str, Any]:
         """Compiles the programs of one kind of step, one after the other; calls run them. Returns them by name.
@@ -284,7 +297,7 @@ class CompiledStep:
 
     def lower(self, *, with_r1: bool) -> Any:
         """The whole step as one program, lowered for abstract arguments: to look at, or for a device that is not here."""
-        return self._jitted[STEP_WITH_R1 if with_r1 else STEP].lower(*self._abstract_arguments())
+        return self._kinds()[STEP_WITH_R1 if with_r1 else STEP].lower(*self._abstract_arguments())
 
     def key(self) -> jax.Array:
         """The run's key, the same on all hosts."""

@@ -214,6 +214,7 @@ class Run:
                         with goodput("evaluation"):
                             hook(state, kimg, logger)
             finally:
+                self.step.cancel_compiling()
                 checkpoints.close()
         return state
 
@@ -289,7 +290,8 @@ class Run:
 
         while images < total:
             with_r1 = step % config.loss.r1_interval == 0
-            first_time = with_r1 not in seen
+            first_time = with_r1 not in seen and not self.step.is_compiled(with_r1=with_r1)
+            seen.add(with_r1)
             began = time.monotonic()
             if first_time:
                 _log.info("compiling the train step %s R1 (once)", "with" if with_r1 else "without")
@@ -312,7 +314,6 @@ class Run:
             metrics["health"].copy_to_host_async()
             pending.append((step, images, metrics, agreement.ask(self._signals.number) if agreement else None))
             if first_time:
-                seen.add(with_r1)
                 _log.info("compiled in %.0f s", time.monotonic() - began)
                 progress.restart(images, goodput.training_seconds)
                 speed.learn()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gigagan_jax.config_migrations import FORMAT_KEY
+from gigagan_jax.config_migrations import FORMAT_KEY, WITHOUT_KEY
 from gigagan_jax.errors import UserError
 from gigagan_jax.training.goodput import GOODPUT_FILE, Account, read_events
 from gigagan_jax.training.logging import METRICS_FILE
@@ -104,7 +104,7 @@ def read_run(workdir: Path) -> Run:
     grids, count = _grids(workdir / _SNAPSHOTS)
     return Run(
         workdir=workdir,
-        config={k: v for k, v in _json(workdir / _CONFIG_FILE).items() if k != FORMAT_KEY},
+        config={k: v for k, v in _json(workdir / _CONFIG_FILE).items() if k not in (FORMAT_KEY, WITHOUT_KEY)},
         metrics=read_metrics(workdir / METRICS_FILE),
         account=Account(read_events(workdir)),
         grids=grids,

@@ -34,15 +34,17 @@ def open_workdir(workdir: Path, config: Config) -> None:
             raise UserError(f"{folder} is no folder that can be written: move it away, or choose another --workdir")
         steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
         stored = _stored(file, folder, steps)
+        lacked: dict[str, Any] = {}
         if stored is not None:
-            changed = differences(upgrade(stored, str(file))[0], config)
+            values, lacked = upgrade(stored, str(file))
+            changed = differences(values, config)
             if changed:
                 more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
                 raise UserError(
                     f"{workdir} holds a run of another config ({'; '.join(changed[:8])}{more}): "
                     "use another --workdir, or the settings it was started with"
                 )
-        text = json.dumps(numbered(to_dict(config)), indent=1)
+        text = json.dumps(numbered(to_dict(config), lacked), indent=1)
         if not (file.exists() and file.read_text() == text):
             temporary = file.with_suffix(".tmp")
             temporary.write_text(text)

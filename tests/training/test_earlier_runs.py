@@ -101,7 +101,10 @@ def test_a_field_that_a_stored_config_lacks_is_what_its_code_did(tmp_path, caplo
         config = as_begun(workdir, asked)
     assert config == dataclasses.replace(asked, loss=dataclasses.replace(asked.loss, mismatch_group=0))
     assert "config.loss.mismatch_group stays 0" in caplog.text
-    open_workdir(workdir, config)
+    for _ in range(3):  # and at every later start
+        open_workdir(workdir, config)
+        assert as_begun(workdir, asked) == config
+    assert cli.load_config(str(workdir / "config.json"), ()) == config
     assert as_begun(tmp_path / "other", asked) == asked
 
 
