@@ -89,7 +89,7 @@ def test_a_server_that_does_not_answer_is_asked_rarely_and_not_given_up(server, 
         wait(lambda: caplog.records)
         asked = server.asked
         time.sleep(0.2)
-        assert server.asked == asked
+        assert server.asked <= asked + 1  # where it was asked every 0.02 s before
         assert "does not answer" in caplog.text
         assert not came
         server.answers = {"/preempted": "FALSE", "/maintenance-event": "NONE"}
