@@ -74,17 +74,10 @@ def test_whole_step(variant):
     assert metrics.pop("health").shape == (len(step.probe.names),)
     assert all(m.shape == () and m.dtype == "float32" for m in metrics.values())
 
-    if arg == "tiny":
+    if arg == "tiny":  # without R1 a step does less of the same
         out, without = jax.eval_shape(lambda *a: step(*a, with_r1=False), state, batch, key, frozen)
         assert_same(out, state)
-    else:
-        # G's half is the same program with R1 and without: trace D's alone.
-        def critics(state, batch, key, frozen):
-            return step.d_gradients(state, step.encode(batch, frozen), key, frozen)
-
-        grads, without = jax.eval_shape(critics, state, batch, key, frozen)
-        assert_same(grads, step.critics(state))
-    assert "loss/r1" not in without
+        assert "loss/r1" not in without
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -76,8 +76,8 @@ def test_the_report_of_a_real_run(seen):
     assert "restart from step 4" in text
 
 
-def test_mfu_is_the_models_flops_over_the_peak(tmp_path, tiny):
-    config = dataclasses.replace(tiny, dtype="bfloat16", remat=True)
+def test_mfu_is_the_models_flops_over_the_peak(tmp_path):
+    config = dataclasses.replace(from_dict(get_config("tiny")), dtype="bfloat16", remat=True)
     devices = [Device("TPU v5")] * 4
     with Goodput(tmp_path) as goodput:
         speed = Speed(config, devices, goodput)
