@@ -278,7 +278,7 @@ import runpy, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {absent!r}:
-            raise ModuleNotFoundError(f"No module named {name!r}: not on a lent machine", name=name)
+            raise ModuleNotFoundError(f"No module named {{name!r}}: not on a lent machine", name=name)
 sys.meta_path.insert(0, Refuse())
 sys.argv = {argv!r}
 sys.path.insert(0, {tools!r})
