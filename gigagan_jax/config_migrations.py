@@ -8,6 +8,7 @@ before the field did. Today's default never fills in for it.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gigagan_jax.config import flatten
 from gigagan_jax.errors import UserError
 
 FORMAT = 1
@@ -127,7 +128,9 @@ def upgrade(stored: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     for came, name in REMOVED:
         if came > number:
             _remove(values, name.split("."))
-    present = _flat(values)
+    if not (isinstance(without, (list, tuple)) and all(isinstance(name, str) for name in without)):
+        raise UserError(f"{where}: {WITHOUT_KEY!r} is no list of names; remove it, or the file")
+    present = flatten(values)
     lacked = {name: present[name] for name in without if name in present}
     for came, name, value in ADDED:
         if came > number and _set_default(values, name.split("."), value):
@@ -144,13 +147,6 @@ def numbered(values: Mapping[str, Any], begun_without: Iterable[str] = ()) -> di
     """
     without = sorted(begun_without)
     return {FORMAT_KEY: FORMAT} | ({WITHOUT_KEY: without} if without else {}) | dict(values)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return out
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 On TPUs and GPUs a step is one program, with R1 or without. On CPUs it is several, one after the other: gradients of the
 critics, those of R1 on top, the critics' update, and the generator's half. Both kinds of step share all but R1's, so that
-half as much is compiled, in smaller pieces that need less memory. What is computed is the same.
+less is compiled, in smaller pieces that need less memory. What is computed is the same.
 """
 
 import functools

@@ -34,14 +34,19 @@ PROMPTS = {"digits": ("a handwritten seven", "the digit 3"), "attention": ("part
 SEEDS, TRUNCATION = 4, 0.7
 
 
-def stored_state(name):
-    """(config, mesh of one device, {"g_ema", "w_avg"}) of a fixture's checkpoint."""
+def opened(name):
+    """(checkpoints, the newest step, its config, the mesh of one device, the abstract state) of a fixture."""
     checkpoints = Checkpoints(FIXTURES / name)
     step = checkpoints.newest()
     config = checkpoints.config(step)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     networks = Networks(config)
-    abstract = with_shardings(networks.abstract(), networks.shardings(mesh))
+    return checkpoints, step, config, mesh, with_shardings(networks.abstract(), networks.shardings(mesh))
+
+
+def stored_state(name):
+    """(config, mesh of one device, {"g_ema", "w_avg"}) of a fixture's checkpoint."""
+    checkpoints, step, config, mesh, abstract = opened(name)
     part = checkpoints.restore_partial(step, {"g_ema": abstract.g_ema, "w_avg": abstract.w_avg})
     checkpoints.close()
     return config, mesh, part
@@ -114,6 +119,7 @@ def test_formats_that_are_none(refused, tmp_path):
     refused(lambda: upgrade(stored | {"format": FORMAT + 1}, "run/config.json"), "run/config.json", "newer version")
     refused(lambda: upgrade(stored | {"format": "one"}, "run/config.json"), "format one")
     refused(lambda: upgrade([1], "run/config.json"), "holds no config")
+    refused(lambda: upgrade(stored | {"begun_without": 5}, "run/config.json"), "run/config.json", "no list of names")
     file = tmp_path / "config.json"
     file.write_text("{")
     refused(lambda: cli.load_config(str(file), ()), "not readable JSON")
@@ -173,12 +179,7 @@ def test_renames_go_there_and_back(monkeypatch):
 
 def test_a_checkpoint_is_restored_under_new_names(monkeypatch):
     """As if `mapper` were the name of today for what the checkpoint has as `mapping`."""
-    checkpoints = Checkpoints(FIXTURES / "digits")
-    step = checkpoints.newest()
-    config = checkpoints.config(step)
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    networks = Networks(config)
-    abstract = with_shardings(networks.abstract(), networks.shardings(mesh))
+    checkpoints, step, _, _, abstract = opened("digits")
     before, _ = checkpoints.restore(step, abstract)
     monkeypatch.setattr(renames, "RENAMED", ((FORMAT + 1, "generator", "mapper", "mapping"),))
 
@@ -201,12 +202,7 @@ def test_a_checkpoint_is_restored_under_new_names(monkeypatch):
 
 def test_a_state_from_before_there_was_a_vision_aided_network(tmp_path):
     """Checkpoints of then have no entry for it at all."""
-    checkpoints = Checkpoints(FIXTURES / "digits")
-    step = checkpoints.newest()
-    config = checkpoints.config(step)
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    networks = Networks(config)
-    abstract = with_shardings(networks.abstract(), networks.shardings(mesh))
+    checkpoints, step, config, _, abstract = opened("digits")
     state, position = checkpoints.restore(step, abstract)
     checkpoints.close()
     assert state.v is None

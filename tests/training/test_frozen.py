@@ -217,8 +217,8 @@ def test_gradients_with_all_losses_sharding_parity(gradients, shape):
             jax.tree_util.tree_leaves_with_path(one[net]), jax.tree.leaves(eight[net]), strict=True
         ):
             scale = max(float(np.abs(a).max()), 1e-3 * largest)
-            # The gradient of a logit's bias is a sum over real and generated images that all but cancels.
-            cancels = np.shape(a)[-1:] == (1,) and "bias" in jax.tree_util.keystr(path)
+            # The gradient of V's last bias is a sum over real and generated images that all but cancels: 1.5e-5 on some CPUs.
+            cancels = net == "v" and np.shape(a)[-1:] == (1,) and "bias" in jax.tree_util.keystr(path)
             limit = 5e-5 if cancels or "select" in jax.tree_util.keystr(path) else TOLERANCE
             assert np.abs(a - b).max() <= limit * scale, (net, path)
 
