@@ -32,6 +32,18 @@ MUST_RUN = ("sharding", "parity", "mesh", "torch")
 _skipped: list[str] = []
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """What a test leaves in the environment would reach the child processes of those after it."""
+    before = dict(os.environ)
+    try:
+        return (yield)
+    finally:
+        if os.environ != before:
+            os.environ.clear()
+            os.environ.update(before)
+
+
 def _note(report):
     if report.skipped and any(word in report.nodeid.lower() for word in MUST_RUN):
         _skipped.append(report.nodeid)

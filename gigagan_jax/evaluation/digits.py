@@ -11,9 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from sklearn.svm import SVC
 
 from gigagan_jax.errors import UserError
 from gigagan_jax.evaluation.fid import frechet_distance, gaussian_moments
@@ -130,6 +127,11 @@ class DigitsJudge:
     """
 
     def __init__(self, resize: Callable[[np.ndarray], np.ndarray]):
+        # Here and not above: scikit-learn takes a second to import, and most runs have no digits.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+        from sklearn.svm import SVC
+
         digits = load_digits()
         gray = np.floor(digits.images * (255 / 16) + 0.5).astype(np.uint8)
         resized = np.stack([resize(np.repeat(image[..., None], 3, axis=-1)) for image in gray])

@@ -40,6 +40,19 @@ PROGRESS_LAYOUT: Layout = (
 _NOISY = ("absl", "orbax", "jax", "grain", "tensorflow_datasets", "etils", "tensorboardX", "asyncio", "PIL", "urllib3")
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tensorboardX imports torch where it is installed, for its graph writer alone: two seconds at every start."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 class MetricLogger:
     """Writes `metrics.jsonl` and TensorBoard events into the workdir of a run.
 
@@ -70,9 +83,9 @@ class MetricLogger:
         self._clock = clock
         if not enabled:
             return
-        # Here and not above: it takes seconds to import, as it looks for every framework that is installed.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
+        with _without_torch():  # here and not above: only who writes metrics pays for the import
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import SessionLog
 
         if "://" in str(workdir):
             raise UserError(f"metrics are written to a local folder, got {workdir}: name one on this machine's disk")

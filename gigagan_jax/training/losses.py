@@ -94,3 +94,12 @@ def r1(logit: Callable[[list[jax.Array]], jax.Array], reals: list[jax.Array]) ->
     """
     grads = jax.grad(logit)(reals)
     return jnp.asarray(sum(jnp.sum(jnp.square(g.astype(jnp.float32)), axis=(1, 2, 3)).mean() for g in grads))
+
+
+def ramp(ends: tuple[float, float], progress: jax.Array | float) -> jax.Array:
+    """A weight on its way from its first to its last value; `progress` is the share of the run that is done.
+
+    Where both are equal the run's length is no part of the program: a longer run compiles nothing anew.
+    """
+    first, last = ends
+    return jnp.asarray(first if first == last else first + (last - first) * progress, jnp.float32)

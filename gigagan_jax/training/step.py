@@ -234,8 +234,7 @@ class TrainStep:
                 embedding, scale = self.frozen.clip_image(frozen, out)
                 embedding = sharding.constrain(embedding, "batch", None)
                 metrics["loss/clip"] = losses.clip_contrastive(embedding, batch["clip_text"], captions, scale)
-            first, last = c.loss.clip
-            loss += (first + (last - first) * progress) * metrics["loss/clip"]
+            loss += losses.ramp(c.loss.clip, progress) * metrics["loss/clip"]
         if v_params is not None:
             with jax.named_scope("vision_aided"):
                 seen = self.vision_logits(v_params, frozen, out[:, None], batch, jax.random.fold_in(key, 2))
@@ -296,8 +295,7 @@ class TrainStep:
 
     def r1_gradients(self, state: GanState, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
         """Gradient of R1 by D's parameters, and the metrics `loss/r1` and its weighted part of `loss/d`."""
-        first, last = self.config.loss.r1_gamma
-        gamma = first + (last - first) * self.progress(state)
+        gamma = losses.ramp(self.config.loss.r1_gamma, self.progress(state))
         return self.gradients(self.r1_loss, state.d.params, batch, key, gamma)
 
     def g_gradients(

@@ -39,7 +39,7 @@ def flip(file):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("harm", [truncate, flip])
+@pytest.mark.parametrize("harm", [pytest.param(truncate, marks=pytest.mark.slow), flip])
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(whole, tmp_path, harm):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)

@@ -206,7 +206,7 @@ def gradients(clip_folder):
     return Gradients(clip_folder)
 
 
-@pytest.mark.parametrize("shape", [(4, 2, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((4, 2, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_gradients_with_all_losses_sharding_parity(gradients, shape):
     one, said = gradients.on((1, 1, 1))
     eight, _ = gradients.on(shape)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from gigagan_jax import train
 from gigagan_jax.training.checkpoint import same
 from tests import quick
 from tests.runs import read, small
@@ -293,12 +294,21 @@ NOBODY = ("--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=1")
         (["--coordinator=127.0.0.1:1"], "needs --num_processes"),
         (["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "must be 0 to 1"),
         (["--process_id=1"], "need --coordinator"),
-        (["--distributed"], "could not be joined"),
         ([*NOBODY, "--join_seconds=0"], "--join_seconds=0: must be at least 1"),
+    ],
+)
+def test_flags_that_do_not_fit(flags, words, tmp_path, refused):
+    refused(lambda: train.verb([*COMMAND[2:], f"--workdir={tmp_path / 'run'}", *flags]), words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--distributed"], "could not be joined"),
         ([*NOBODY, "--join_seconds=3"], "not all came within 3 s"),
     ],
 )
-def test_flags_that_do_not_fit(flags, words, tmp_path):
+def test_others_that_are_not_there(flags, words, tmp_path):
     command = [sys.executable, *COMMAND, f"--workdir={tmp_path / 'run'}", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == (1 if words.startswith("not all came") else 2)

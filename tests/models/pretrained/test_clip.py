@@ -124,7 +124,9 @@ def test_torch_parity_of_penultimate_features_without_the_last_block(tiny_clip, 
     assert said.projected is None
 
 
-@pytest.mark.parametrize("name", ["openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("openai/clip-vit-large-patch14", marks=pytest.mark.slow), "openai/clip-vit-base-patch32"]
+)
 def test_torch_parity_at_full_width(name, tmp_path, save, read, error):
     """Widths, heads, vocabulary and patches of the published networks, two blocks deep."""
     known = clip.KNOWN[name]
