@@ -10,12 +10,14 @@ from pathlib import Path
 
 import jax
 
-from gigagan_jax import cli, sharding
+from gigagan_jax import cli
+from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.config import MeshConfig
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.images import file_name, grid, save_png
-from gigagan_jax.inference.pipeline import TextToImage, rows_and_seeds
-from gigagan_jax.training.checkpoint import Checkpoints
-from gigagan_jax.training.logging import configure
+from gigagan_jax.inference.text_to_image import TextToImage, rows_and_seeds
+from gigagan_jax.parallel import sharding
+from gigagan_jax.telemetry.console import configure
 
 _log = logging.getLogger(__name__)
 
@@ -39,19 +41,19 @@ def verb(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     configure(process_index=jax.process_index())
     if args.num < 1:
-        raise cli.UserError(f"--num={args.num}: must be at least 1")
+        raise UserError(f"--num={args.num}: must be at least 1")
     if not 0 <= args.seed < 2**32:
-        raise cli.UserError(f"--seed={args.seed}: must be 0 to {2**32 - 1}")
+        raise UserError(f"--seed={args.seed}: must be 0 to {2**32 - 1}")
     if not 0.0 <= args.truncation <= 1.0:
-        raise cli.UserError(f"--truncation={args.truncation}: must be 0 to 1")
+        raise UserError(f"--truncation={args.truncation}: must be 0 to 1")
     is_grid = args.out.suffix.lower() == ".png" and not args.out.is_dir()
     if not is_grid and args.out.is_file():
-        raise cli.UserError(f"--out={args.out} is a file and no .png: name a .png for a grid, or a folder")
+        raise UserError(f"--out={args.out} is a file and no .png: name a .png for a grid, or a folder")
 
     checkpoints = Checkpoints(args.workdir)
     step = checkpoints.newest()
     if step is None:
-        raise cli.UserError(f"{args.workdir} has no finished checkpoint yet: wait for the run's first one")
+        raise UserError(f"{args.workdir} has no finished checkpoint yet: wait for the run's first one")
     config = checkpoints.config(step)
     if args.text_path is not None:
         config = dataclasses.replace(config, text=dataclasses.replace(config.text, path=args.text_path))

@@ -152,7 +152,7 @@ def clip_folder(make_clip, tmp_path_factory):
 @pytest.fixture(scope="session")
 def refused():
     """refused(call, *words): the one line of a UserError, with all of `words` in it."""
-    from gigagan_jax.errors import UserError
+    from gigagan_jax.core.errors import UserError
 
     def refused(call, *words):
         with pytest.raises(UserError) as caught:

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 
 from configs.digits import get_config
-from gigagan_jax import sharding
+from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
 from gigagan_jax.config import MeshConfig, from_dict
-from gigagan_jax.training.checkpoint import Checkpoints, with_shardings
+from gigagan_jax.parallel import sharding
 from gigagan_jax.training.state import Networks
 from tests.quick import FLAGS
 

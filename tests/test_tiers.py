@@ -11,7 +11,7 @@ FILES = (
     "tests/training/test_run.py",
     "tests/models/test_scan.py",
 )
-FILES += ("tests/training/test_processes.py", "tests/training/test_sharding_parity.py")
+FILES += ("tests/parallel/test_processes.py", "tests/training/test_sharding_parity.py")
 
 
 def test_sharding_parity_resume_and_kill_stay_in_the_default_tier():

@@ -19,7 +19,7 @@ from typing import Any
 
 from gigagan_jax import cli
 from gigagan_jax.config import Config
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 
 # Of the small model that is trained at the end: configs/laion.py:small in bfloat16, of 30M parameters.
 TRAIN, TRAIN_OVERRIDES = (

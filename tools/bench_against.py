@@ -17,7 +17,7 @@ from typing import Any
 
 from bench_output import Lines, commit_of, spread
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNNER = ROOT / "tools" / "bench_runner.py"

@@ -33,14 +33,15 @@ import numpy as np
 from PIL import Image
 
 from gigagan_jax import cli
-from gigagan_jax.data import pipeline, tar_index
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.progress import Progress
+from gigagan_jax.data import pipeline
 from gigagan_jax.data.decoding import decode_to_pil
-from gigagan_jax.data.progress import Progress
+from gigagan_jax.data.sources import tar_index
 from gigagan_jax.data.sources.tar import TarSource
 from gigagan_jax.data.storage import Storage
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.data.transforms import resize_and_crop
-from gigagan_jax.errors import UserError
 
 RESOLUTION, BATCH, LENGTH = 64, 64, 77
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from gigagan_jax.config import Config
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.models.abstract import Params, is_spec, path_name
-from gigagan_jax.models.pretrained import files
+from gigagan_jax.models.network import Params, is_spec, path_name
+from gigagan_jax.models.pretrained import hub
 from gigagan_jax.models.pretrained.frozen import Frozen
-from gigagan_jax.models.pretrained.text_spec import NEEDS, architecture, text_spec
+from gigagan_jax.models.pretrained.text_encoder import NEEDS, architecture, text_spec
 from gigagan_jax.training.batch import abstract_batch
 
 UNKNOWN = -1  # the label of an example whose class is not known: it forbids no caption
@@ -119,7 +119,7 @@ def endless(batches: list[dict[str, np.ndarray]], shardings: dict[str, Any]) -> 
 def without_files(frozen: Frozen) -> list[str]:
     """Hub ids of frozen networks that are not in the hub's cache."""
     paths = {tower.path for tower in frozen.towers.values()}
-    return sorted(p for p in paths if not Path(p).expanduser().exists() and files.cached(p) is None)
+    return sorted(p for p in paths if not Path(p).expanduser().exists() and hub.cached(p) is None)
 
 
 def random_frozen(frozen: Frozen, mesh: Any, seed: int = 0) -> Params:
@@ -169,6 +169,6 @@ def write_tiny_clip(folder: Path) -> Path:
         "vision_config": tower | {"image_size": 32, "patch_size": 8},
         "projection_dim": 24,
     }
-    (folder / files.CONFIG).write_text(json.dumps(config))
-    (folder / files.SINGLE).touch()
+    (folder / hub.CONFIG).write_text(json.dumps(config))
+    (folder / hub.SINGLE).touch()
     return folder

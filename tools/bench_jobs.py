@@ -18,17 +18,17 @@ from bench_measure import Budget, Program, calls_of_a_run, compile_split, figure
 from bench_output import spread
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gigagan_jax import sharding
 from gigagan_jax.config import Config
-from gigagan_jax.hardware import chip_name, count_chips, peak_flops
+from gigagan_jax.core.hardware import chip_name, count_chips, peak_flops
 from gigagan_jax.inference.latents import truncate, z_of_seed
 from gigagan_jax.models.pretrained.frozen import Frozen
-from gigagan_jax.models.pretrained.text_spec import text_spec
+from gigagan_jax.models.pretrained.text_encoder import text_spec
+from gigagan_jax.parallel import sharding
 from gigagan_jax.planning.topology import NETWORKS
 from gigagan_jax.training.compiled_step import CompiledStep
-from gigagan_jax.training.flops import count_flops
 from gigagan_jax.training.state import GanState, Networks
 from gigagan_jax.training.step import TrainStep
+from gigagan_jax.training.throughput import count_flops
 
 FIRST_RUNS = 3  # of a program that was just compiled; the figures that count are those of the turns
 TRACED_STEPS = 3

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from gigagan_jax.planning.hlo import Instruction, Module
-from gigagan_jax.planning.profile import module_name, way
+from gigagan_jax.planning.op_profile import module_name, way
 
 MOST = 40  # rows of a table
 _NUMBER = re.compile(r"[._]\d+$")

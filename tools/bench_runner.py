@@ -56,8 +56,9 @@ def main() -> None:
     import jax
 
     import gigagan_jax
-    from gigagan_jax import cli, sharding
-    from gigagan_jax.memory import keep_memory
+    from gigagan_jax import cli
+    from gigagan_jax.core.processes import keep_memory
+    from gigagan_jax.parallel import sharding
     from gigagan_jax.training.batch import abstract_batch
     from gigagan_jax.training.state import Networks
     from gigagan_jax.training.step import TrainStep

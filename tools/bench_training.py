@@ -11,9 +11,9 @@ import jax
 from bench_inputs import discs, endless
 from bench_measure import compile_split, peak_bytes, with_memory
 
-from gigagan_jax import sharding
 from gigagan_jax.config import Config
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.parallel import sharding
 from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep

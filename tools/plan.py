@@ -15,8 +15,8 @@ from pathlib import Path
 
 from gigagan_jax import cli
 from gigagan_jax.config import Config
-from gigagan_jax.errors import UserError
-from gigagan_jax.planning import compiling, page, sweep, topology, words
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.planning import compile, html_report, sweep, text_report, topology
 
 
 def table(argv: Sequence[str]) -> int:
@@ -31,7 +31,7 @@ def table(argv: Sequence[str]) -> int:
         try:
             found = json.loads(file.read_text())
             plans += found.get("sweep", [found])
-            text = words.scaling(plans) if args.scaling else words.markdown(plans)
+            text = text_report.scaling(plans) if args.scaling else text_report.markdown(plans)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{file} is not a result of plan.py ({type(e).__name__}: {e})") from e
     print(text)
@@ -66,7 +66,7 @@ def verb(argv: Sequence[str]) -> int:
         if value is not None and not -1 <= value <= 1:
             raise UserError(f"--{name.replace('_', '-')}={value:g}: from -1 (least) to 1 (most)")
     where = topology.parse(args.topology, args.slices)
-    settings = compiling.Settings(args.with_r1, args.effort, args.memory_effort)
+    settings = compile.Settings(args.with_r1, args.effort, args.memory_effort)
     overrides = cli.config_overrides(unknown)
     if args.batch is not None:
         overrides.append(f"--config.batch_size={args.batch}")
@@ -75,7 +75,7 @@ def verb(argv: Sequence[str]) -> int:
         return cli.load_config(args.config, [*overrides, *(f"--config.{k}={v}" for k, v in point.items())])
 
     def run(config: Config) -> dict:
-        return compiling.plan(config, where, settings) | {"asked": args.topology}
+        return compile.plan(config, where, settings) | {"asked": args.topology}
 
     if args.sweep is not None:
         if args.html:
@@ -90,11 +90,11 @@ def verb(argv: Sequence[str]) -> int:
         print(sweep.text(sweep.sweep(points, point, args.json)))
         return 0
     out = run(load({}))
-    print(words.report(out))
+    print(text_report.report(out))
     if args.json:
         args.json.write_text(json.dumps(out, indent=1) + "\n")
     if args.html:
-        args.html.write_text(page.page(out), encoding="utf-8")
+        args.html.write_text(html_report.page(out), encoding="utf-8")
     return 0
 
 

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gigagan_jax.config import Config
-    from gigagan_jax.data.prepare.output import Output
-    from gigagan_jax.data.records import Source
+    from gigagan_jax.data.source import Source
+    from gigagan_jax.preparation.output import Output
 
 TASKS = {
     "index": "index tars, apply filters, and say how many examples each leaves",
@@ -125,9 +125,8 @@ def read_config(args: argparse.Namespace, unknown: Sequence[str]) -> "Config":
     from ml_collections import ConfigDict
 
     from gigagan_jax import cli
-    from gigagan_jax.config import from_dict
-    from gigagan_jax.config_data import DataConfig
-    from gigagan_jax.errors import UserError
+    from gigagan_jax.config import DataConfig, from_dict
+    from gigagan_jax.core.errors import UserError
 
     overrides = cli.config_overrides(unknown)
     if args.path:
@@ -147,7 +146,7 @@ def read_config(args: argparse.Namespace, unknown: Sequence[str]) -> "Config":
 
 def index(config: "Config", workers: int) -> int:
     """Opens the data set, which indexes what needs an index."""
-    from gigagan_jax.data.sources.mixed import MixedSource
+    from gigagan_jax.data.sources.mixture import MixedSource
     from gigagan_jax.data.sources.tar import TarSource
 
     source = open_source(config, workers, refresh=True)
@@ -171,7 +170,7 @@ def open_source(config: "Config", workers: int, refresh: bool = False) -> "Sourc
 def check(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> int:
     """The doctor; 1 where the data is not healthy."""
     from gigagan_jax import cli
-    from gigagan_jax.data.prepare.check import check
+    from gigagan_jax.preparation.check import check
 
     cli.writable(args.report)
     limit = config.data.max_bad_fraction if args.max_bad_fraction is None else args.max_bad_fraction
@@ -191,9 +190,9 @@ def check(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> in
 
 def convert(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> int:
     """Writes the data anew; 1 where nothing of it could be read."""
-    from gigagan_jax.data.prepare.convert import LEFT_OUT, convert
-    from gigagan_jax.data.prepare.measure import in_bytes
-    from gigagan_jax.data.prepare.output import Output
+    from gigagan_jax.core.formatting import in_bytes
+    from gigagan_jax.preparation.convert import LEFT_OUT, convert
+    from gigagan_jax.preparation.output import Output
 
     source = open_source(config, args.workers)
     out = Output(args.out)
@@ -212,8 +211,8 @@ def convert(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> 
 def stats(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> int:
     """The page."""
     from gigagan_jax import cli
-    from gigagan_jax.data.prepare.measure import percent
-    from gigagan_jax.data.prepare.stats import stats
+    from gigagan_jax.core.formatting import percent
+    from gigagan_jax.preparation.stats import stats
 
     cli.writable(args.out)
     title = config.data.path or ", ".join(config.data.mixture) or config.data.source
@@ -239,7 +238,7 @@ def embed(config: "Config", args: argparse.Namespace) -> int:
     from embed_captions import embed  # type: ignore[import-not-found, unused-ignore]  # beside this file
 
     from gigagan_jax import cli
-    from gigagan_jax.training.loop import data_source
+    from gigagan_jax.training.input_pipeline import data_source
 
     embed(config, data_source(config), cli.local_folder(args.out))
     return 0
@@ -247,7 +246,7 @@ def embed(config: "Config", args: argparse.Namespace) -> int:
 
 def work(args: argparse.Namespace) -> "Output | None":
     """--work, where it is given."""
-    from gigagan_jax.data.prepare.output import Output
+    from gigagan_jax.preparation.output import Output
 
     return Output(args.work) if args.work else None
 
@@ -255,8 +254,8 @@ def work(args: argparse.Namespace) -> "Output | None":
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     from gigagan_jax import cli
-    from gigagan_jax.errors import UserError
-    from gigagan_jax.training.logging import configure
+    from gigagan_jax.core.errors import UserError
+    from gigagan_jax.telemetry.console import configure
 
     argv, beam_args = list(argv), []
     if "--" in argv:

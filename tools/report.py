@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gigagan_jax import cli
-from gigagan_jax.training import report
+from gigagan_jax.reporting import run_report
 
 
 def verb(argv: Sequence[str]) -> int:
@@ -19,7 +19,7 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", type=cli.local_folder, required=True, help="of the training run")
     parser.add_argument("--out", type=Path, help="file to write; report.html in the workdir by default")
     args = parser.parse_args(argv)
-    out = report.write(args.workdir, args.out)
+    out = run_report.write(args.workdir, args.out)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     return 0
 

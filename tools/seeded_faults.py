@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from gigagan_jax import cli
-from gigagan_jax.data.progress import duration
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.formatting import duration
 
 ROOT = Path(__file__).parents[1]
 LIST = ROOT / "tools" / "seeded_faults.toml"

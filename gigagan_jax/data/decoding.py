@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from gigagan_jax.data.records import BadExample, Example, Record
+from gigagan_jax.data.example import BadExample, Example, Record
 
 # Sizes are checked below, as an error: Pillow's own warning would only repeat it, once for each place in the code.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

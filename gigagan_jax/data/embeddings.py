@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from gigagan_jax.config import Config
-from gigagan_jax.data.records import Source
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.data.source import Source
 
 INDEX, NULL = "index.json", "null.safetensors"
 PART_SIZE = 1024

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from gigagan_jax.errors import Unreachable, UserError, passing
+from gigagan_jax.core.errors import Unreachable, UserError, passing
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 
 _log = logging.getLogger(__name__)
 _truncation_lock = threading.Lock()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.evaluation.fid import frechet_distance, gaussian_moments
 
 IMAGES_PER_DIGIT = 60

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 
 
 def gaussian_moments(features: np.ndarray, min_samples: int = 2) -> tuple[np.ndarray, np.ndarray]:

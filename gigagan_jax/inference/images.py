@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 
 _GROUND = (250, 250, 248)
 _TEXT = (38, 38, 42)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from gigagan_jax.models.text import Condition
+from gigagan_jax.models.conditioning import Condition
 
 CENTRE_SAMPLES = 16  # z per prompt whose mean w is the prompt's centre
 

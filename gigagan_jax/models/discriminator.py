@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.config import Config, entry_levels
+from gigagan_jax.models.conditioning import Conditioner
 from gigagan_jax.models.layers.adaptive_conv import modulated_head
 from gigagan_jax.models.layers.attention import FeedForward, SelfAttention
 from gigagan_jax.models.layers.equalized import SQRT2, Conv, Linear, Stack, leaky_relu, normalize, run
-from gigagan_jax.models.text import Conditioner
-from gigagan_jax.sharding import constrain
+from gigagan_jax.parallel.sharding import constrain
 
 
 def channels(config: Config, resolution: int) -> int:

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.config import Config
+from gigagan_jax.models.conditioning import Condition, Conditioner, Mapping
 from gigagan_jax.models.layers.adaptive_conv import AdaptiveConv
 from gigagan_jax.models.layers.attention import CrossAttention, FeedForward, SelfAttention
 from gigagan_jax.models.layers.equalized import Conv, Stack, param, run
 from gigagan_jax.models.layers.resample import upsample
-from gigagan_jax.models.text import Condition, Conditioner, Mapping
-from gigagan_jax.sharding import constrain
+from gigagan_jax.parallel.sharding import constrain
 
 
 def channels(config: Config, resolution: int) -> int:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.config import Config
+from gigagan_jax.models.conditioning import Conditioner
 from gigagan_jax.models.layers.adaptive_conv import modulated_head
 from gigagan_jax.models.layers.equalized import Conv, Linear, leaky_relu, normalize, param, value
-from gigagan_jax.models.text import Conditioner
 
 
 class RandomProjection(nnx.Module):

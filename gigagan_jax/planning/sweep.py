@@ -1,5 +1,6 @@
 """Many plans: a grid over config fields, kept in a file as it goes so that an interrupted one goes on."""
 
+import ast
 import hashlib
 import itertools
 import json
@@ -14,14 +15,10 @@ import jax
 
 import gigagan_jax
 from gigagan_jax.config import Config, digest
-from gigagan_jax.errors import UserError
-from gigagan_jax.planning.compiling import Settings
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.formatting import gib, milliseconds, percent, table
+from gigagan_jax.planning.compile import Settings
 from gigagan_jax.planning.topology import Topology
-from gigagan_jax.planning.words import gib, milliseconds, percent
-from gigagan_jax.training.dry_run import table
-
-# What a compiled step is made of.
-_CODE = ("models", "training", "planning", "sharding.py", "config.py", "hardware.py")
 
 
 def grid(text: str) -> list[dict[str, str]]:
@@ -49,14 +46,28 @@ def grid(text: str) -> list[dict[str, str]]:
 
 def code_digest() -> str:
     """A short hash of the code that a compiled step comes from."""
-    root = Path(gigagan_jax.__file__).parent
-    files = sorted(
-        f for name in _CODE for f in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))
-    )
     hashed = hashlib.sha256()
-    for f in files:
-        hashed.update(f.relative_to(root).as_posix().encode() + b"\0" + f.read_bytes())
+    for name, file in sorted(_imported_files(Settings.__module__).items()):
+        hashed.update(name.encode() + b"\0" + file.read_bytes())
     return hashed.hexdigest()[:12]
+
+
+def _imported_files(start: str) -> dict[str, Path]:
+    """{module: file} of a module of this package and of all of the package that it imports, directly or not."""
+    root = Path(gigagan_jax.__file__).parent.parent
+    files: dict[str, Path] = {}
+    names = [start]
+    while names:
+        name = names.pop()
+        place = root / name.replace(".", "/")
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        if name in files or not file.is_file():  # the name of a function, and no module
+            continue
+        files[name] = file
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gigagan_jax"):
+                names += [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
+    return files
 
 
 def key(config: Config, topology: Topology, settings: Settings) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from gigagan_jax.errors import UserError
-from gigagan_jax.hardware import CHIPS, Chip
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.hardware import CHIPS, Chip
 
 
 @dataclasses.dataclass(frozen=True)

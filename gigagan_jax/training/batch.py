@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from gigagan_jax import sharding
 from gigagan_jax.config import Config
 from gigagan_jax.models.pretrained.frozen import clip_length, clip_width, own_clip_tokens
-from gigagan_jax.models.pretrained.text_spec import text_spec
+from gigagan_jax.models.pretrained.text_encoder import text_spec
+from gigagan_jax.parallel import sharding
 
 Batch = dict[str, jax.Array]
 

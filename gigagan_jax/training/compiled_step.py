@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gigagan_jax import sharding
-from gigagan_jax.memory import release_memory
-from gigagan_jax.models.abstract import Params
+from gigagan_jax.core.processes import release_memory
+from gigagan_jax.models.network import Params
+from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import Batch, abstract_batch, batch_axes, batch_shardings
-from gigagan_jax.training.flops import count_flops
 from gigagan_jax.training.state import GanState
 from gigagan_jax.training.step import NOTHING, CriticGradients, HalfStep, Metrics, TrainStep
+from gigagan_jax.training.throughput import count_flops
 
 # LLVM's last level of optimisation costs a sixth of the compile time on CPUs and makes no step faster (docs/performance.md).
 _CPU_OPTIONS = {"xla_backend_optimization_level": 1}
@@ -287,7 +287,7 @@ class CompiledStep:
     # -- what is looked at
 
     def flops(self, *, with_r1: bool) -> int:
-        """Floating-point operations of one step over all devices, from its trace; see flops.py."""
+        """Floating-point operations of one step over all devices, from its trace; see throughput.py."""
 
         def run(*args: Any) -> Any:
             with sharding.use(self.mesh, self.config.rules):

@@ -4,8 +4,6 @@ import contextlib
 import functools
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,104 +12,31 @@ from typing import Any
 import jax
 import numpy as np
 
-from gigagan_jax import distributed, sharding
-from gigagan_jax.config import Config, TextConfig
-from gigagan_jax.data import filters, pipeline
-from gigagan_jax.data.embeddings import Embeddings
-from gigagan_jax.data.records import Source
-from gigagan_jax.data.sources import make_source
-from gigagan_jax.data.tokenizers import Tokenizer, make_tokenizer
-from gigagan_jax.errors import Unreachable, UserError
-from gigagan_jax.models.abstract import Params
-from gigagan_jax.models.pretrained.frozen import clip_length, own_clip_tokens
-from gigagan_jax.models.pretrained.text_spec import tokenizer_options
-from gigagan_jax.training import alike
-from gigagan_jax.training.checkpoint import Checkpoints, with_shardings
+from gigagan_jax.checkpoint import consistency
+from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
+from gigagan_jax.checkpoint.run_lock import alone
+from gigagan_jax.checkpoint.workdir import open_workdir
+from gigagan_jax.config import Config
+from gigagan_jax.core.errors import Unreachable
+from gigagan_jax.data import pipeline
+from gigagan_jax.models.network import Params
+from gigagan_jax.parallel import communication, sharding, watchdog
+from gigagan_jax.parallel.signals import Interrupted, _Signals
+from gigagan_jax.telemetry.console import Progress
+from gigagan_jax.telemetry.goodput import Goodput
+from gigagan_jax.telemetry.metrics import MetricLogger
+from gigagan_jax.telemetry.profiler import Profiler
 from gigagan_jax.training.compiled_step import CompiledStep
-from gigagan_jax.training.goodput import Goodput
-from gigagan_jax.training.logging import MetricLogger, Progress
-from gigagan_jax.training.occupied import alone
-from gigagan_jax.training.profiling import Profiler
-from gigagan_jax.training.recovery import Guard
-from gigagan_jax.training.speed import Speed, facts
+from gigagan_jax.training.health.recovery import Guard
+from gigagan_jax.training.input_pipeline import make_pipeline
 from gigagan_jax.training.state import GanState, Networks
 from gigagan_jax.training.step import TrainStep
-from gigagan_jax.training.workdir import open_workdir
+from gigagan_jax.training.throughput import Speed, facts
 
 _log = logging.getLogger(__name__)
 
 # Called with (state, thousands of images, logger).
 Hook = Callable[[GanState, float, MetricLogger], None]
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to stop; its state is saved. Like KeyboardInterrupt it is no error that anybody should mend.
-
-    Attributes:
-      number: of the signal.
-      agreed: all processes of the run stop with it; False before the first step and after the last one.
-    """
-
-    def __init__(self, number: int, agreed: bool):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number, self.agreed = number, agreed
-
-
-def data_source(config: Config, workdir: Path | None = None) -> Source:
-    """The config's data set; `workdir` takes the index of tars that lie where it cannot be written."""
-    d = config.data
-    source = make_source(d, condition=config.condition, workdir=workdir)
-    if config.condition == "class":
-        if not getattr(source, "has_labels", True):
-            raise UserError(f"{d.path} has no labels, and config.condition='class' needs them")
-        classes = len(getattr(source, "classes", None) or ())
-        if classes and classes != config.num_classes:
-            raise UserError(
-                f"{d.path} has {classes} classes, config.num_classes={config.num_classes}: set it to {classes}"
-            )
-    funnel = getattr(source, "funnel", None)
-    if funnel:
-        _log.info("filters:\n%s", filters.table(funnel))
-    return source
-
-
-def tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
-    """(of the text encoder, of the CLIP of the contrastive loss where that has tokens of its own)"""
-    text = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
-    if not own_clip_tokens(config):
-        return text, None
-    clip = TextConfig(encoder="clip", path=config.clip_path, length=clip_length(config))
-    return text, make_tokenizer("clip", clip.length, **tokenizer_options(clip))
-
-
-def make_pipeline(config: Config, workdir: Path | None, rows: Sequence[int] | None = None) -> pipeline.Pipeline:
-    """The config's stream of batches for this host, whose devices hold `rows` of each."""
-    d = config.data
-    source = data_source(config, workdir)
-    text, clip = tokenizers(config)
-    stored = bool(d.embeddings) and config.condition == "text"
-    return pipeline.build(
-        source,
-        resolution=config.resolution,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        tokenizer=text,
-        clip_tokenizer=None if stored else clip,
-        embeddings=Embeddings(Path(d.embeddings), config, source) if stored else None,
-        crop=d.crop,
-        flip=d.flip,
-        caption_dropout=d.caption_dropout,
-        resize_filter=d.resize_filter,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        rows=rows,
-        num_threads=d.threads,
-        num_workers=d.workers,
-        clean_captions=d.clean_captions,
-        fast_decode=d.fast_decode,
-        max_bad_fraction=d.max_bad_fraction,
-        quarantine_path=None if workdir is None else workdir / "quarantine.jsonl",
-    )
 
 
 class Run:
@@ -191,7 +116,7 @@ class Run:
         _log.info("data: %s %s", config.data.source, config.data.path)
         with make_pipeline(config, self.workdir, self.rows) as data:
             goodput.about({"data": data.about()})
-            alike.check(config, data.state()["source"], self.workdir)
+            consistency.check(config, data.state()["source"], self.workdir)
             checkpoints = Checkpoints(self.workdir, config)
             try:
                 weights, identities = self.frozen
@@ -206,7 +131,7 @@ class Run:
                         state = self._loop(
                             state, step, data, checkpoints, logger, weights, identities, guard, goodput, profiler
                         )
-                    distributed.report(None)
+                    watchdog.report(None)
                     with goodput("checkpoint"):
                         checkpoints.wait()
                     kimg = int(state.images) / 1000
@@ -269,7 +194,7 @@ class Run:
         speed = Speed(config, self.mesh.devices.reshape(-1).tolist(), goodput)
         latest: dict[str, Any] = {}
         pending: list[tuple[int, int, dict[str, jax.Array], jax.Array | None]] = []  # (step, images, metrics, asked)
-        agreement = distributed.Agreement(self.mesh) if jax.process_count() > 1 else None
+        agreement = communication.Agreement(self.mesh) if jax.process_count() > 1 else None
         seen: set[bool] = set()
         compiling = False
         names: set[str] = set()  # of all metrics so far
@@ -295,7 +220,7 @@ class Run:
             began = time.monotonic()
             if first_time:
                 _log.info("compiling the train step %s R1 (once)", "with" if with_r1 else "without")
-                distributed.report(None)  # however long it takes, it is no step that hangs
+                watchdog.report(None)  # however long it takes, it is no step that hangs
             last = pending[-1][2]["health"] if pending else None
             with goodput("data", behind=last):
                 batch = self._next(data)
@@ -309,7 +234,7 @@ class Run:
             step += 1
             goodput.step = step
             images += config.batch_size
-            distributed.report(step, data.state()["examples_seen"])
+            watchdog.report(step, data.state()["examples_seen"])
             latest |= {k: v for k, v in metrics.items() if k != "health"}
             metrics["health"].copy_to_host_async()
             pending.append((step, images, metrics, agreement.ask(self._signals.number) if agreement else None))
@@ -377,44 +302,3 @@ class Run:
         return {
             k: sharding.from_rows(batch[k], self.rows, where, length) for k, where in self.step.batch_shardings.items()
         }
-
-
-class _Signals:
-    """While it is open, SIGTERM and SIGINT stop the run; while it is held, once the loop looks at `number`.
-
-    Outside of the loop nothing is to be saved, and a signal stops the run where it is. A second SIGINT acts at once too, for a
-    user who does not want to wait; a second SIGTERM does not: a machine's shutdown comes after its notice.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._held = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        self.number = 0
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """What comes in it waits for the loop."""
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self._held and number == self.number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = max(self.number, number)
-        if not self._held:
-            raise Interrupted(number, agreed=False)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
-        self._before.clear()

@@ -9,14 +9,14 @@ import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gigagan_jax import sharding
 from gigagan_jax.config import Config
-from gigagan_jax.models.abstract import Module, Params
 from gigagan_jax.models.discriminator import Discriminator
 from gigagan_jax.models.generator import Generator
+from gigagan_jax.models.network import Module, Params
 from gigagan_jax.models.pretrained.frozen import Frozen
 from gigagan_jax.models.vision_aided import VisionAided
-from gigagan_jax.training.optim import make_optimizer
+from gigagan_jax.parallel import sharding
+from gigagan_jax.training.optimizer import make_optimizer
 
 
 @struct.dataclass

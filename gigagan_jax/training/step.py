@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gigagan_jax import sharding
 from gigagan_jax.config import Config, OptimizerConfig
-from gigagan_jax.models.abstract import Params
 from gigagan_jax.models.layers.resample import pyramid
 from gigagan_jax.models.layers.scan import scan
-from gigagan_jax.training import losses, probe
-from gigagan_jax.training.augment import augment
+from gigagan_jax.models.network import Params
+from gigagan_jax.parallel import sharding
+from gigagan_jax.training import losses
 from gigagan_jax.training.batch import Batch, batch_axes
-from gigagan_jax.training.mismatch import wrong_captions
-from gigagan_jax.training.optim import learning_rate
+from gigagan_jax.training.diff_augment import augment
+from gigagan_jax.training.health import step_statistics
+from gigagan_jax.training.mismatched_captions import wrong_captions
+from gigagan_jax.training.optimizer import learning_rate
 from gigagan_jax.training.state import GanState, Net, Networks
 
 NOTHING: Params = {}  # the frozen networks of a config that asks for none
@@ -46,7 +47,7 @@ class HalfStep(NamedTuple):
     features: what frozen encoders said of the captions
     metrics: so far
     seen: further entries of the health vector
-    squares, sizes: of gradients and updates, by network; see probe.py
+    squares, sizes: of gradients and updates, by network; see health/step_statistics.py
     """
 
     features: Batch
@@ -81,7 +82,7 @@ class TrainStep:
     def __init__(self, networks: Networks):
         self.networks = networks
         self.config = networks.config
-        self.probe = probe.Probe(networks)
+        self.probe = step_statistics.Probe(networks)
         self.weights_gan, self.weights_match = losses.pair_weights(self.config)
         self.matches = self.config.condition == "text" and (
             self.config.loss.match_d > 0 or self.config.loss.match_g > 0
@@ -128,7 +129,7 @@ class TrainStep:
         return self.networks.g.bind(params)(z, batch.get("tokens"), batch["label"], batch.get("features"))
 
     def captions(self, disc: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
-        """t_D of each image's own caption and of a wrong one -> (t [N, 2, D], valid [N]); see mismatch.py"""
+        """t_D of each image's own caption and of a wrong one -> (t [N, 2, D], valid [N]); see mismatched_captions.py"""
         t = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
         if t is None:
             return None, None
@@ -168,7 +169,7 @@ class TrainStep:
             loss += c.loss.match_d * metrics["loss/d_match"]
             metrics["logits/wrong"] = wrong_real[-len(reals)].mean()
         metrics |= {"logits/real": real_[-len(reals)].mean(), "logits/fake": fake[-len(reals)].mean()}
-        metrics |= probe.of_discriminator(c, reals[0], fakes[0], real_, fake)
+        metrics |= step_statistics.of_discriminator(c, reals[0], fakes[0], real_, fake)
 
         if v_params is not None:
             with jax.named_scope("vision_aided"):
@@ -242,7 +243,7 @@ class TrainStep:
                 metrics["loss/g_v"] = losses.over_pairs(losses.gan_g, self.weights_vision, own_v)
             loss += c.loss.vision_aided * metrics["loss/g_v"]
         metrics["image/spread"] = jnp.std(out, axis=0).mean()
-        metrics |= probe.of_generator(c, images)
+        metrics |= step_statistics.of_generator(c, images)
         return loss, metrics | {"loss/g": loss, "w": w.mean(0)}
 
     # -- the step
@@ -355,7 +356,7 @@ class TrainStep:
     ) -> CriticGradients:
         """First part of a step: gradients of D and V without R1. Reads of G its parameters only."""
         encoded = self.encode(batch, frozen)
-        seen = probe.bad_rows(encoded)
+        seen = step_statistics.bad_rows(encoded)
         grads, metrics = self.d_gradients(state, encoded, self.key_of_critics(state, key), frozen)
         seen["loss/r1"] = jnp.asarray(jnp.nan, jnp.float32)  # not in this step
         return CriticGradients(grads, metrics, seen, {k: x for k, x in encoded.items() if k not in batch})
@@ -383,10 +384,12 @@ class TrainStep:
         metrics, seen = dict(critics.metrics), dict(critics.seen)
         d_grads, v_grads = self.split(critics.grads)
         d_grads, v_grads = self.cut("d", d_grads), self.cut("v", v_grads)
-        squares = {"d": probe.squares(d_grads)} | ({} if v_grads is None else {"v": probe.squares(v_grads)})
+        squares = {"d": step_statistics.squares(d_grads)} | (
+            {} if v_grads is None else {"v": step_statistics.squares(v_grads)}
+        )
         metrics |= {f"grad_norm/{net}": jnp.sqrt(sum(each)) for net, each in squares.items()}
         finite = jnp.isfinite(metrics["loss/d"] + sum(metrics[f"grad_norm/{net}"] for net in squares))
-        ok = seen["applied/d"] = finite & ~probe.any_bad(seen)
+        ok = seen["applied/d"] = finite & ~step_statistics.any_bad(seen)
         d, v, sizes = state.d, state.v, {}
         d_rate = self.rate(c.d_optimizer, state, lr_scale, c.loss.r1_interval)
         d, sizes["d"] = _update(nets.d_tx, d, d_grads, d_rate, ok)
@@ -412,19 +415,19 @@ class TrainStep:
 
         grads, g_metrics = self.g_gradients(state, batch | half.features, key_g, frozen)
         grads = self.cut("g", grads)
-        squares["g"] = probe.squares(grads)
+        squares["g"] = step_statistics.squares(grads)
         g_metrics["grad_norm/g"] = jnp.sqrt(sum(squares["g"]))
         ok = seen["applied/g"] = seen["applied/d"] & jnp.isfinite(g_metrics["loss/g"] + g_metrics["grad_norm/g"])
         g, sizes["g"] = _update(nets.g_tx, state.g, grads, self.rate(c.g_optimizer, state, lr_scale), ok)
         g = self.whole("g", g)
-        seen["health/diversity_z"] = probe.within_captions(metrics, g_metrics)
+        seen["health/diversity_z"] = step_statistics.within_captions(metrics, g_metrics)
         w = g_metrics.pop("w")
 
         images = state.images + jnp.uint32(c.batch_size)
         keep = ema_decay(c, state.images)
         g_ema = jax.tree.map(lambda e, p: p + (e - p) * keep, state.g_ema, g.params)
         w_avg = jnp.where(state.step == 0, w, w + (state.w_avg - w) * c.generator.w_avg_decay)
-        g_ema, w_avg = probe.guarded(ok, (g_ema, w_avg), (state.g_ema, state.w_avg))
+        g_ema, w_avg = step_statistics.guarded(ok, (g_ema, w_avg), (state.g_ema, state.w_avg))
         metrics |= g_metrics
         metrics["health"] = self.probe.pack(metrics, seen, squares, sizes)
         return GanState(state.step + 1, images, g, state.d, g_ema, w_avg, state.v), metrics
@@ -444,5 +447,5 @@ def _update(
     """(the network after its step, or as it was where that is not `ok`; sizes of the update)"""
     updates, opt = tx.update(grads, net.opt, net.params)
     params = jax.tree.map(lambda p, u: p - rate * u, net.params, updates)
-    sizes = probe.update_sizes(updates, net.params, rate)
-    return probe.guarded(ok, Net(params, opt), net), sizes
+    sizes = step_statistics.update_sizes(updates, net.params, rate)
+    return step_statistics.guarded(ok, Net(params, opt), net), sizes

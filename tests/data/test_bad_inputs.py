@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.data import pipeline
 from gigagan_jax.data.decoding import decode_image
-from gigagan_jax.data.records import BadExample
+from gigagan_jax.data.example import BadExample
 from gigagan_jax.data.sources.tar import TarSource
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.errors import UserError
 from tests.bad_files import expected, good_files, photograph, write_bad_tars
 from tests.img2dataset import add_member, encoded, pieces
 

@@ -3,7 +3,7 @@ import pytest
 
 from gigagan_jax.data import pipeline
 from gigagan_jax.data.captions import clean, clean_all
-from gigagan_jax.data.records import Record
+from gigagan_jax.data.example import Record
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from tests.data.test_data_pipeline import SmallSource, text_of
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.data.example import BadExample, Record
 from gigagan_jax.data.pipeline import build
-from gigagan_jax.data.records import BadExample, Record, Source, identity_of
+from gigagan_jax.data.source import Source, identity_of
 from gigagan_jax.data.sources.digits import DigitsSource
 from gigagan_jax.data.sources.folder import FolderSource
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.errors import UserError
 
 N = 23
 

@@ -7,7 +7,7 @@ import pytest
 
 from gigagan_jax.config import Config
 from gigagan_jax.data import embeddings
-from gigagan_jax.data.records import Record
+from gigagan_jax.data.example import Record
 from tests.data.test_data_pipeline import SmallSource
 
 WIDTH, LENGTH = 4, 8

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gigagan_jax.data import order, pipeline
-from gigagan_jax.data.records import BadExample
-from gigagan_jax.data.sources.mixed import MixedSource
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.data import pipeline, sampling
+from gigagan_jax.data.example import BadExample
+from gigagan_jax.data.sources.mixture import MixedSource
 from gigagan_jax.data.sources.tar import TarSource
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_an_epoch_is_the_data_set_across_a_resume_on_other_hosts(source, first, 
 
 def test_seeds_give_orders(source):
     orders = {seed: all_hosts(source, 1, 3, seed=seed)[0][0] for seed in (0, 1, 2)}
-    assert len({tuple(order) for order in orders.values()}) == 3
+    assert len({tuple(sampling) for order in orders.values()}) == 3
     assert all_hosts(source, 1, 3, seed=1)[0][0] == orders[1]
     # On any machine: written down here, not computed.
     assert orders[0] == [18, 8, 16, 7, 20, 13, 1, 0, 19, 17, 10, 9, 21, 15, 3, 2, 11, 6, 12, 14, 4, 23, 22, 5]
@@ -169,8 +169,8 @@ def test_mixtures_keep_their_weights_and_see_each_example_once_an_epoch(source, 
     from gigagan_jax.data.sources.digits import DigitsSource
 
     mixed = MixedSource([(3, source), (1, DigitsSource())])
-    order = mixed.shuffled(5)
-    stream = [order[k] for k in range(2000)]
+    drawn = mixed.shuffled(5)
+    stream = [drawn[k] for k in range(2000)]
     for block in (stream[:1000], stream[1000:]):
         assert sum(i < 24 for i in block) == 750
     photos = [i for i in stream if i < 24]
@@ -178,7 +178,7 @@ def test_mixtures_keep_their_weights_and_see_each_example_once_an_epoch(source, 
         assert sorted(photos[24 * epoch : 24 * epoch + 24]) == list(range(24))
     digits = [i for i in stream if i >= 24]
     assert len(set(digits)) == len(digits) == 500
-    assert [order[k] for k in (1999, 17, 1000)] == [stream[1999], stream[17], stream[1000]]
+    assert [drawn[k] for k in (1999, 17, 1000)] == [stream[1999], stream[17], stream[1000]]
     assert mixed.name(3).startswith("0:")
     assert mixed.read(24 + 7).captions == DigitsSource().read(7).captions
     with pytest.raises(UserError, match="less than one example"):
@@ -193,7 +193,7 @@ def test_another_order_from_a_position_on_is_still_every_example_once(source, st
     for salt, start in enumerate(starts, 1):
         (some,), state = all_hosts(source, 1, (start - len(seen)) // 4, state, batch_size=4)
         seen += some
-        state = order.reordered(state, salt)
+        state = sampling.reordered(state, salt)
     (rest,), _ = all_hosts(source, 1, (72 - len(seen)) // 4, state, batch_size=4)
     seen += rest
     assert seen[: starts[0]] == whole[: starts[0]]
@@ -204,7 +204,7 @@ def test_another_order_from_a_position_on_is_still_every_example_once(source, st
     rows = [np.reshape(host, (-1, 2)) for host in hosts]
     assert np.concatenate(rows, axis=1).reshape(-1).tolist() == seen[starts[-1] :]
     assert after["reorders"] == [[start, salt] for salt, start in enumerate(starts, 1)]
-    (other,), _ = all_hosts(source, 1, 6, order.reordered(state, 9), batch_size=4)
+    (other,), _ = all_hosts(source, 1, 6, sampling.reordered(state, 9), batch_size=4)
     assert other != seen[starts[-1] : starts[-1] + 24]
 
 
@@ -212,6 +212,6 @@ def test_the_name_of_what_is_at_a_position(source):
     with stream(source) as data:
         names = [source.name(int(i)) for i in next(data)["index"]]
         assert [data.name(k) for k in range(8)] == names
-        data.restore(order.reordered(data.state(), 1))
+        data.restore(sampling.reordered(data.state(), 1))
         names = [source.name(int(i)) for i in next(data)["index"]]
         assert [data.name(k) for k in range(8, 16)] == names

@@ -9,13 +9,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gigagan_jax.config_data import DataConfig
+from gigagan_jax.config import DataConfig
 from gigagan_jax.data import pipeline
-from gigagan_jax.data.prepare.convert import convert
-from gigagan_jax.data.prepare.output import Output
 from gigagan_jax.data.sources import make_source
 from gigagan_jax.data.sources.tar import TarSource
 from gigagan_jax.data.tokenizers import ByteTokenizer
+from gigagan_jax.preparation.convert import convert
+from gigagan_jax.preparation.output import Output
 
 
 def write_folder(examples, folder):

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.data import tokenizers
 from gigagan_jax.data.tokenizers import ByteTokenizer, FrozenTokenizer, make_tokenizer
-from gigagan_jax.errors import UserError
 
 
 @pytest.fixture(autouse=True)

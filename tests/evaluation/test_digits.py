@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.evaluation import digits as judging
 from gigagan_jax.evaluation.digits import DigitsJudge
 from gigagan_jax.evaluation.fid import frechet_distance, gaussian_moments

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import jax
 
 from configs import ablation, scale
-from gigagan_jax import sharding
 from gigagan_jax.config import Config, MeshConfig, from_dict
-from gigagan_jax.errors import UserError
-from gigagan_jax.models.abstract import Spec, is_spec, path_name
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.models.network import Spec, is_spec, path_name
+from gigagan_jax.parallel import sharding
 from gigagan_jax.training.state import Networks
 
 FOLDER = Path(__file__).parent / "specs"

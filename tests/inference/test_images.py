@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.images import file_name, grid, read_metadata, save_png, side_by_side, to_uint8
 
 GROUND = np.array([250, 250, 248])

@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
-from gigagan_jax.models.abstract import Module
+from gigagan_jax.models.network import Module
+from gigagan_jax.parallel import sharding
 
 
 @pytest.fixture(scope="module", autouse=True)

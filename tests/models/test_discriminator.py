@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from configs import imagenet
 from gigagan_jax.config import Config, from_dict
-from gigagan_jax.models.abstract import Module, path_name
 from gigagan_jax.models.discriminator import (
     Discriminator,
     ModulatedHead,
@@ -22,6 +21,7 @@ from gigagan_jax.models.discriminator import (
     minibatch_std,
     pairs,
 )
+from gigagan_jax.models.network import Module, path_name
 
 N, S, M = 4, 2, 2
 SIDES = (16, 8, 4)  # high to low

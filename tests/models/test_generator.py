@@ -10,9 +10,9 @@ import pytest
 from configs import imagenet
 from gigagan_jax.config import Config, from_dict
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.models.abstract import Module, path_name
 from gigagan_jax.models.generator import Generator, channels
 from gigagan_jax.models.layers.resample import upsample
+from gigagan_jax.models.network import Module, path_name
 
 N = 3
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles in half the time

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gigagan_jax.models.text import Mapping
+from gigagan_jax.models.conditioning import Mapping
 
 TEXT = 24
 

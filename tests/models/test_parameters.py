@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, Config, MeshConfig, from_dict
-from gigagan_jax.models.abstract import Module, is_spec, path_name
 from gigagan_jax.models.discriminator import Discriminator
 from gigagan_jax.models.generator import Generator
+from gigagan_jax.models.network import Module, is_spec, path_name
+from gigagan_jax.parallel import sharding
 
 NETWORKS = {"generator": Generator, "discriminator": Discriminator}
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
 from gigagan_jax.models.layers.equalized import Conv, Stack, leaky_relu
 from gigagan_jax.models.layers.scan import scan
-from gigagan_jax.models.pretrained.layers import Block, Encoder
+from gigagan_jax.models.pretrained.transformer import Block, Encoder
+from gigagan_jax.parallel import sharding
 from gigagan_jax.planning import topology
 from gigagan_jax.training.batch import abstract_batch
 from gigagan_jax.training.compiled_step import CompiledStep

@@ -11,11 +11,11 @@ import torch
 from torch.nn import functional
 
 from configs import imagenet
-from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.models.abstract import Module, path_name
+from gigagan_jax.models.network import Module, path_name
 from gigagan_jax.models.vision_aided import Head, RandomProjection, VisionAided
+from gigagan_jax.parallel import sharding
 
 N = 3
 SIDES = (4, 3)  # of the features, a layer

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gigagan_jax.errors import UserError
-from gigagan_jax.planning import collectives, compiling, page, sweep, topology, words
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.planning import collectives, compile, html_report, sweep, text_report, topology
 from gigagan_jax.planning.hlo import Module
 from tools import plan as verb
 
@@ -60,7 +60,7 @@ def test_names_of_machines(text, name, chips):
     ],
 )
 def test_names_that_are_none(refused, text, words):
-    refused(lambda: topology.parse(text), text, words)
+    refused(lambda: topology.parse(text), text, text_report)
 
 
 def test_slices(refused):
@@ -74,7 +74,7 @@ def test_slices(refused):
 
 
 def compiled(function, *args):
-    with compiling._options(**compiling.UNCACHED):
+    with compile._options(**compile.UNCACHED):
         return jax.jit(function).lower(*args).compile()
 
 
@@ -123,10 +123,10 @@ def test_a_program_that_does_not_fit():
     x = jax.ShapeDtypeStruct((65536, 65536), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as caught:
         compiled(lambda x: x @ x.T, x)
-    assert compiling._wanted(" ".join(str(caught.value).split()), {"parameters": 2**30}) == 33 * 2**30
+    assert compile._wanted(" ".join(str(caught.value).split()), {"parameters": 2**30}) == 33 * 2**30
     older = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.50G of 94.75G hbm. Exceeded"
-    assert compiling._wanted(older, {"parameters": 1}) == int(120.5 * 2**30)
-    assert compiling._wanted("something else", {}) is None
+    assert compile._wanted(older, {"parameters": 1}) == int(120.5 * 2**30)
+    assert compile._wanted("something else", {}) is None
     assert topology.parse("v5e-8").usable == int(15.75 * 2**30)
 
 
@@ -183,7 +183,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
 
 
 def test_a_key_knows_what_a_plan_depends_on(tiny):
-    where, settings = topology.parse("v5e-16"), compiling.Settings()
+    where, settings = topology.parse("v5e-16"), compile.Settings()
     key = sweep.key(tiny, where, settings)
     assert key == sweep.key(copy.deepcopy(tiny), where, settings)
     assert key != sweep.key(dataclasses.replace(tiny, batch_size=32), where, settings)
@@ -249,7 +249,7 @@ def made(tiny):
         "effort": -1.0,
     }
     about |= {"parameters": {"generator": 10**6}, "bytes_of_chip": 95 * 2**30, "compiled": True, "steps": steps}
-    return about | compiling._together(tiny, where, steps)
+    return about | compile._together(tiny, where, steps)
 
 
 def test_steps_with_and_without_r1_in_their_proportion(made):
@@ -261,29 +261,29 @@ def test_steps_with_and_without_r1_in_their_proportion(made):
 
 
 def test_the_report(made):
-    text = words.report(made)
+    text = text_report.report(made)
     for part in ("8.000", "8.4 %", "all-reduce", "1,800.0", "33.3 %", "generator/<4px>", "fits: 8.00 GiB of 95.00 GiB"):
         assert part in text
     assert "compiled in 90 s at effort -1" in text
     assert "other8" in text
     assert "other9" not in text  # ten in all
     del made["steps"]["with_r1"]
-    assert "--with-r1 adds it" in words.report(made)
+    assert "--with-r1 adds it" in text_report.report(made)
 
 
 def test_a_step_that_found_no_room(made, tiny):
     lost = {"flops": 1e12, "seconds_at_peak": 0.1, "fits": False, "memory": {"total": 2**37}, "why": "Used 128G of 95G"}
     made["steps"] = {"without_r1": lost}
     made = {k: v for k, v in made.items() if k not in ("seconds", "share_of_peak", "seconds_to_compile")}
-    made |= compiling._together(tiny, topology.parse("v5p-8"), made["steps"])
+    made |= compile._together(tiny, topology.parse("v5p-8"), made["steps"])
     assert not made["fits"]
-    assert "DOES NOT FIT: 128.00 GiB of 95.00 GiB" in words.report(made)
-    assert "**does not fit**<br>128.0 of 95 GiB" in words.markdown([made])
-    assert "Used 128G of 95G" in page.page(made)
+    assert "DOES NOT FIT: 128.00 GiB of 95.00 GiB" in text_report.report(made)
+    assert "**does not fit**<br>128.0 of 95 GiB" in text_report.markdown([made])
+    assert "Used 128G of 95G" in html_report.page(made)
 
 
 def test_the_page(made):
-    text = page.page(made)
+    text = html_report.page(made)
     assert "generator/&lt;4px&gt;" in text
     assert "<4px>" not in text
     assert "http" not in text
@@ -306,7 +306,7 @@ def test_the_table_is_made_from_files(made, tmp_path, capsys):
 
 def test_plans_of_one_place_share_a_cell(made):
     other = made | {"asked": "v5p:4x4x4" if made["asked"] != "v5p:4x4x4" else "v5p-128", "mesh": {"data": 2, "fsdp": 2}}
-    table = words.markdown([made, other]).splitlines()
+    table = text_report.markdown([made, other]).splitlines()
     assert len(table) == 3
     assert table[0].count("|") == 3
     assert "<br>or<br>" in table[2]
@@ -318,9 +318,10 @@ def test_the_tables_of_the_readme_are_those_of_the_plans():
     plan = lambda name: json.loads((root / "docs" / "plans" / f"{name}.json").read_text())
     configs, topologies = ("laion", "scale-1b", "scale-3b", "scale-10b"), ("v5p-128", "v5p-512", "v5e-256", "v6e-256")
     readme = (root / "README.md").read_text()
-    assert words.markdown([plan(f"{c}_{t}") for c in configs for t in topologies]) in readme
+    assert text_report.markdown([plan(f"{c}_{t}") for c in configs for t in topologies]) in readme
     assert (
-        words.scaling([plan(name) for name in ("laion_v5p-128", "scaling/laion_512", "scaling/laion_4096")]) in readme
+        text_report.scaling([plan(name) for name in ("laion_v5p-128", "scaling/laion_512", "scaling/laion_4096")])
+        in readme
     )
 
 
@@ -365,7 +366,7 @@ def test_a_tpu_is_planned(planned):
     assert any(row["module"].startswith("generator/8px/SynthesisBlock") for row in step["modules"])
     assert sum(row["seconds"] for row in step["modules"]) == pytest.approx(step["seconds_of_operations"])
     assert any(row["backward"] > row["forward"] > 0 for row in step["modules"])
-    assert "of peak" in words.report(found)
+    assert "of peak" in text_report.report(found)
     assert "generator/8px" in (folder / "plan.html").read_text()
 
 
@@ -397,7 +398,7 @@ def test_gpus_are_planned_as_far_as_is_possible(capsys, tmp_path):
     ],
 )
 def test_bad_input(refused, arguments, words):
-    refused(lambda: verb.verb(arguments), words)
+    refused(lambda: verb.verb(arguments), text_report)
 
 
 def test_a_sweep_says_which_points_are_none(capsys, tmp_path):
@@ -412,7 +413,7 @@ def test_a_sweep_says_which_points_are_none(capsys, tmp_path):
 @pytest.mark.parametrize("effort", [-1.0, -0.5, -0.3, -0.25, -0.1, 0.0, 0.5])
 def test_a_level_searches_for_windows_where_its_effort_does(monkeypatch, effort):
     """jax 0.11 has levels in the place of efforts; those from O2 on search."""
-    monkeypatch.setattr(compiling.jax, "config", type("Config", (), {"jax_optimization_level": "UNKNOWN"})())
-    (name, level), *_ = compiling._efforts("exec_time_optimization", effort).items()
+    monkeypatch.setattr(compile.jax, "config", type("Config", (), {"jax_optimization_level": "UNKNOWN"})())
+    (name, level), *_ = compile._efforts("exec_time_optimization", effort).items()
     assert name == "jax_optimization_level"
-    assert (level >= "O2") == compiling.Settings(effort=effort).searched
+    assert (level >= "O2") == compile.Settings(effort=effort).searched

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gigagan_jax.planning import profile, roofline
+from gigagan_jax.planning import op_profile, roofline
 from gigagan_jax.planning.hlo import Module, size
 
 
@@ -192,7 +192,7 @@ def test_operations_get_the_names_of_their_modules():
     assert module.stack(6)[0] == ("step", "TrainStep.g_loss")
     assert module.stack(6)[-1] == ("adaptive_conv", "demodulation")
     timed = [(r, r.instruction.cycles * r.times / 1000.0) for r in module.runs() if r.instruction.cycles]
-    rows = profile.by_module(module, timed)
+    rows = op_profile.by_module(module, timed)
     assert rows[0] == {
         "module": "generator/64px/SynthesisBlock/AdaptiveConv/demodulation",
         "seconds": pytest.approx(0.6),
@@ -206,7 +206,7 @@ def test_operations_get_the_names_of_their_modules():
         "clip_loss/step/g_loss": pytest.approx(0.15),
         "step/update": pytest.approx(0.05),
     }
-    assert profile.by_part(timed) == {
+    assert op_profile.by_part(timed) == {
         "G, D and the rest": pytest.approx(0.85),
         "clip_loss": pytest.approx(0.15),
     }

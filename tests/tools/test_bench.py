@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigagan_jax import sharding
 from gigagan_jax.cli import load_config
+from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import abstract_batch, batch_shardings
-from gigagan_jax.training.mismatch import wrong_captions
+from gigagan_jax.training.mismatched_captions import wrong_captions
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))  # as for a script there

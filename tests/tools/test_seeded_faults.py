@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 from tools import seeded_faults
 from tools.seeded_faults import ROOT, Fault, Result, check, chosen, first_failed, outcome_of, read_faults, table
 

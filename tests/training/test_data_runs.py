@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.data import pipeline
 from gigagan_jax.data.sources.tar import TarSource
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.training.checkpoint import Checkpoints
 from tests import quick
 from tests.bad_files import expected, write_bad_tars
 from tests.img2dataset import write_tars

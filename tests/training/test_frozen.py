@@ -10,15 +10,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import laion
-from gigagan_jax import sharding
 from gigagan_jax.config import MeshConfig, from_dict
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.sources.digits import digit_captions
-from gigagan_jax.errors import UserError
 from gigagan_jax.models.pretrained import clip
 from gigagan_jax.models.pretrained.frozen import Frozen
+from gigagan_jax.parallel import sharding
 from gigagan_jax.training import losses
 from gigagan_jax.training.batch import abstract_batch, batch_shardings
-from gigagan_jax.training.loop import make_pipeline
+from gigagan_jax.training.input_pipeline import make_pipeline
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep
 from tests.quick import OPTIONS

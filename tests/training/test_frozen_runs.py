@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from gigagan_jax import sharding
+from gigagan_jax.checkpoint.manager import Checkpoints, same, with_shardings
 from gigagan_jax.config import MeshConfig
 from gigagan_jax.data.sources.digits import DigitsSource
+from gigagan_jax.parallel import sharding
 from gigagan_jax.train import verb
-from gigagan_jax.training.checkpoint import Checkpoints, same, with_shardings
 from gigagan_jax.training.state import Networks
 from tests.quick import FLAGS
 

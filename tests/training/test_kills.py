@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from gigagan_jax.training.checkpoint import same
+from gigagan_jax.checkpoint.manager import same
 from tests.runs import child, finished, log, read, saving, small
 
 KILLS = int(os.environ.get("GIGAGAN_KILLS", "5"))  # of the slow tier

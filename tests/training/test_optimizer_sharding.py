@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import digits
-from gigagan_jax import sharding
+from gigagan_jax.checkpoint.manager import Checkpoints, same, with_shardings
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
-from gigagan_jax.inference.pipeline import TextToImage
-from gigagan_jax.training import probe
-from gigagan_jax.training.checkpoint import Checkpoints, same, with_shardings
+from gigagan_jax.inference.text_to_image import TextToImage
+from gigagan_jax.parallel import sharding
+from gigagan_jax.training.health import step_statistics
 from gigagan_jax.training.state import Net, Networks
 from gigagan_jax.training.step import TrainStep, _update
 
@@ -41,7 +41,7 @@ def updated(step, shape):
         with sharding.use(mesh, step.config.rules):
             grads = step.cut("g", grads)
             net, _ = _update(step.networks.g_tx, net, grads, rate, jnp.asarray(True))
-            return step.whole("g", net), jnp.sqrt(sum(probe.squares(grads)))
+            return step.whole("g", net), jnp.sqrt(sum(step_statistics.squares(grads)))
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     compiled = jax.jit(run, in_shardings=(where.g, where.g.params), out_shardings=(where.g, everywhere))

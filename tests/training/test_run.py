@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from gigagan_jax import sharding
+from gigagan_jax.checkpoint.manager import same
+from gigagan_jax.checkpoint.workdir import open_workdir
 from gigagan_jax.config import MeshConfig
-from gigagan_jax.errors import UserError
-from gigagan_jax.training.checkpoint import same
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.parallel import sharding
 from gigagan_jax.training.loop import Run
-from gigagan_jax.training.workdir import open_workdir
 from tests.runs import child, finished, log, read, small
 
 

@@ -14,11 +14,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import digits, imagenet, laion
-from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.models.abstract import path_name
 from gigagan_jax.models.layers.equalized import conv
+from gigagan_jax.models.network import path_name
+from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import abstract_batch, batch_shardings
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gigagan_jax import sharding
 from gigagan_jax.config import MeshConfig
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.models.abstract import path_name
+from gigagan_jax.models.network import path_name
+from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import abstract_batch, batch_shardings
 from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.state import Networks

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gigagan_jax.config_data import DataConfig
-from gigagan_jax.data import filters
-from gigagan_jax.data.records import Source
+from gigagan_jax.config import DataConfig
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.data.source import Source
+from gigagan_jax.data.sources import filters
+from gigagan_jax.data.sources.tar_index import SHARD_SUFFIXES
 from gigagan_jax.data.storage import Storage, is_local, local
-from gigagan_jax.data.tar_index import SHARD_SUFFIXES
-from gigagan_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 KINDS = ("tar", "folder", "arrayrecord", "tfds", "parquet", "digits")
@@ -34,7 +34,7 @@ def make_source(
     """
     if not data.mixture:
         return _one(data, data.path, condition, workdir, workers, refresh)
-    from gigagan_jax.data.sources.mixed import MixedSource
+    from gigagan_jax.data.sources.mixture import MixedSource
 
     if data.path:
         raise UserError("config.data.mixture and config.data.path are both set: a mixture names its own paths")

@@ -5,11 +5,11 @@ import os
 import re
 from pathlib import Path
 
-from gigagan_jax.data import array_records
-from gigagan_jax.data.records import BadExample, Record, Source, identity_of
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.data.example import BadExample, Record
+from gigagan_jax.data.source import Source, identity_of, short_names
+from gigagan_jax.data.sources import array_record_format
 from gigagan_jax.data.storage import Storage, braces, is_local, local
-from gigagan_jax.data.tar_index import short_names
-from gigagan_jax.errors import UserError
 
 # a.array_record, and TFDS's a-train.array_record-00000-of-00012
 _FILE = re.compile(r"(?P<set>.+)\.array_record(-(?P<number>\d{5,})-of-(?P<count>\d{5,}))?", re.IGNORECASE)
@@ -34,14 +34,14 @@ class ArrayRecordSource(Source):
     def __init__(self, path: str, *, storage: Storage | None = None, caption_required: bool = True):
         self.paths = find_files(path, storage or Storage())
         self._caption_required = caption_required
-        counts = array_records.count_all(self.paths)
-        self._records = array_records.Records(
-            [array_records.Part(p, 0, n) for p, n in zip(self.paths, counts, strict=True)]
+        counts = array_record_format.count_all(self.paths)
+        self._records = array_record_format.Records(
+            [array_record_format.Part(p, 0, n) for p, n in zip(self.paths, counts, strict=True)]
         )
         self._names = short_names([Path(p).as_posix() for p in self.paths])
         if not len(self):
             raise UserError(f"{path} holds no example: its ArrayRecord files are all empty")
-        for values in array_records.samples(self._records, 1):
+        for values in array_record_format.samples(self._records, 1):
             if values and "image" not in values:
                 raise UserError(
                     f"{path} holds features {', '.join(sorted(values))} and no image: not written by "
@@ -54,7 +54,7 @@ class ArrayRecordSource(Source):
     @functools.cached_property
     def has_labels(self) -> bool:
         """Whether examples have labels, judged by some of them."""
-        labels = (array_records.first(v, "label", int) for v in array_records.samples(self._records))
+        labels = (array_record_format.first(v, "label", int) for v in array_record_format.samples(self._records))
         return any(label is not None and label >= 0 for label in labels)
 
     def read(self, i: int) -> Record:
@@ -64,7 +64,7 @@ class ArrayRecordSource(Source):
         `caption_undecodable` (not UTF-8), `caption_missing` or `caption_empty` (no text in it).
         """
         name = self.name(i)
-        stored = array_records.decode(self._records.read(i), name)
+        stored = array_record_format.decode(self._records.read(i), name)
         captions = tuple(c for c in stored.captions if c.strip())
         if self._caption_required and not captions:
             raise BadExample("caption_empty" if stored.captions else "caption_missing", f"stored name: {stored.name}")

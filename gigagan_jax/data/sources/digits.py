@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from gigagan_jax.data.records import Record, Source, identity_of
+from gigagan_jax.data.example import Record
+from gigagan_jax.data.source import Source, identity_of
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTION_TEMPLATES = (

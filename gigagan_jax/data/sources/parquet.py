@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from gigagan_jax.data.array_records import label_of
-from gigagan_jax.data.progress import Progress
-from gigagan_jax.data.records import BadExample, Record, Source, identity_of
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.progress import Progress
+from gigagan_jax.data.example import BadExample, Record
+from gigagan_jax.data.source import Source, identity_of, short_names
+from gigagan_jax.data.sources.array_record_format import label_of
 from gigagan_jax.data.storage import Storage, is_local, join
-from gigagan_jax.data.tar_index import short_names
-from gigagan_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 IMAGE_KEYS = ("image", "jpg", "png", "webp", "image_bytes", "bytes", "image_path", "path", "file_name")

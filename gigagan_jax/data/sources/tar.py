@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from gigagan_jax.config_data import FilterConfig
-from gigagan_jax.data import filters as filtering
-from gigagan_jax.data import tar_index
+from gigagan_jax.config import FilterConfig
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.decoding import decode_captions
-from gigagan_jax.data.records import UNKNOWN_LABEL, BadExample, Record, Source
+from gigagan_jax.data.example import UNKNOWN_LABEL, BadExample, Record
+from gigagan_jax.data.source import Source
+from gigagan_jax.data.sources import filters as filtering
+from gigagan_jax.data.sources import tar_index
+from gigagan_jax.data.sources.tar_headers import BLOCK, is_header_of
+from gigagan_jax.data.sources.tar_index import FAULTS, NOTHING
 from gigagan_jax.data.storage import Storage, is_local, local
-from gigagan_jax.data.tar_headers import BLOCK, is_header_of
-from gigagan_jax.data.tar_index import FAULTS, NOTHING
-from gigagan_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 _NEAR = 64 << 10  # bytes between image and caption that are cheaper to read than to leave out

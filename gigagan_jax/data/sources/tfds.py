@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gigagan_jax.data import array_records
-from gigagan_jax.data.records import BadExample, Record, Source, identity_of
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.data.example import BadExample, Record
+from gigagan_jax.data.source import Source, identity_of
+from gigagan_jax.data.sources import array_record_format
 from gigagan_jax.data.storage import is_local, local
-from gigagan_jax.errors import UserError
 
 CAPTION_KEYS = ("caption", "captions", "text", "captions/text")
 _FORMAT = "array_record"
@@ -60,7 +61,7 @@ class TfdsSource(Source):
         self._image_key = _image_key(leaves, image_key, where)
         self._caption_keys = _caption_keys(leaves, tuple(caption_keys), caption_required, where)
         self._label_key, self.classes = _label(leaves, label_key, where)
-        self._records = array_records.Records(_parts(info, split, name))
+        self._records = array_record_format.Records(_parts(info, split, name))
         if not len(self):
             raise UserError(f"{where} has no example in its split {split!r}")
 
@@ -71,8 +72,8 @@ class TfdsSource(Source):
     def has_labels(self) -> bool:
         """Whether examples have labels, judged by some of them: test splits are often without."""
         return bool(self._label_key) and any(
-            (label := array_records.first(values, self._label_key, int)) is not None and label >= 0
-            for values in array_records.samples(self._records)
+            (label := array_record_format.first(values, self._label_key, int)) is not None and label >= 0
+            for values in array_record_format.samples(self._records)
         )
 
     def read(self, i: int) -> Record:
@@ -81,18 +82,18 @@ class TfdsSource(Source):
         Raises BadExample with cause `record_corrupt`, `record_undecodable`, `image_missing`, `caption_undecodable`,
         `caption_missing` or `caption_empty`.
         """
-        values = array_records.parse(self._records.read(i))
-        image = array_records.first(values, self._image_key, bytes)
+        values = array_record_format.parse(self._records.read(i))
+        image = array_record_format.first(values, self._image_key, bytes)
         if image is None:
             raise BadExample("image_missing", f"no {self._image_key} in it")
-        label = array_records.first(values, self._label_key, int) if self._label_key else None
-        return Record(image, self._captions(values), array_records.label_of(label), self.name(i))
+        label = array_record_format.first(values, self._label_key, int) if self._label_key else None
+        return Record(image, self._captions(values), array_record_format.label_of(label), self.name(i))
 
     def captions(self, i: int) -> tuple[str, ...]:
-        return self._captions(array_records.parse(self._records.read(i)))
+        return self._captions(array_record_format.parse(self._records.read(i)))
 
-    def _captions(self, values: dict[str, array_records.Values]) -> tuple[str, ...]:
-        stored = array_records.texts(values, self._caption_keys)
+    def _captions(self, values: dict[str, array_record_format.Values]) -> tuple[str, ...]:
+        stored = array_record_format.texts(values, self._caption_keys)
         captions = tuple(c.strip() for c in stored if c.strip())
         if self._caption_required and not captions:
             raise BadExample("caption_empty" if stored else "caption_missing", ", ".join(self._caption_keys))
@@ -184,7 +185,7 @@ def _checked(name: str, builder: Any) -> Any:
     )
 
 
-def _parts(info: Any, split: str, name: str) -> list[array_records.Part]:
+def _parts(info: Any, split: str, name: str) -> list[array_record_format.Part]:
     """Files of a split, each checked to hold what the data set says."""
     try:
         instructions = info.splits[split].file_instructions
@@ -198,12 +199,12 @@ def _parts(info: Any, split: str, name: str) -> list[array_records.Part]:
             f"{folder}/{file.replace(f'.{info.file_format.value}', f'.{_FORMAT}')}"
             for folder, file in map(os.path.split, paths)
         ]
-    for x, path, n in zip(instructions, paths, array_records.count_all(paths), strict=True):
+    for x, path, n in zip(instructions, paths, array_record_format.count_all(paths), strict=True):
         if n != x.examples_in_shard:
             raise UserError(
                 f"{path} holds {n} examples, and {_INFO} beside it says {x.examples_in_shard}: copy the data set again"
             )
-    return [array_records.Part(path, x.skip, x.take) for x, path in zip(instructions, paths, strict=True)]
+    return [array_record_format.Part(path, x.skip, x.take) for x, path in zip(instructions, paths, strict=True)]
 
 
 def _leaves(feature: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, tuple[Any, int]]]:

@@ -23,7 +23,7 @@ from flax import nnx
 
 from gigagan_jax.models.layers.equalized import Linear, conv, leaky_relu, param, value
 from gigagan_jax.models.layers.resample import upsample
-from gigagan_jax.sharding import gather
+from gigagan_jax.parallel.sharding import gather
 
 
 def demodulation(

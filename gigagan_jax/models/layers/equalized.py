@@ -1,7 +1,7 @@
 """Layers with an equalized learning rate: weights drawn from N(0, 1), scaled at run time.
 
 StyleGAN's scheme, which the paper calls crucial in attention layers too (sec. 3.1). Every parameter carries one logical
-axis name per dimension (see sharding.py) and the way it is drawn, so that a training run can fill it shard by shard.
+axis name per dimension (see parallel/sharding.py) and the way it is drawn, so that a training run can fill it shard by shard.
 """
 
 import math
@@ -14,7 +14,7 @@ from flax import nnx
 
 from gigagan_jax.models.layers.resample import blur, downsample
 from gigagan_jax.models.layers.scan import scan
-from gigagan_jax.sharding import gather
+from gigagan_jax.parallel.sharding import gather
 
 SQRT2 = math.sqrt(2.0)
 LAYOUT = ("NHWC", "HWIO", "NHWC")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gigagan_jax import sharding
+from gigagan_jax.parallel import sharding
 
 Body = Callable[[Any, Any], tuple[Any, Any]]
 

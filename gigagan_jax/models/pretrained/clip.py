@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.models.layers.equalized import param, value
 from gigagan_jax.models.pretrained import vit
-from gigagan_jax.models.pretrained.files import CONFIG, Row, read_json, require, transposed
-from gigagan_jax.models.pretrained.layers import Block, Dense, Encoder, LayerNorm
+from gigagan_jax.models.pretrained.hub import CONFIG, read_json
+from gigagan_jax.models.pretrained.transformer import Block, Dense, Encoder, LayerNorm
 from gigagan_jax.models.pretrained.vit import (
     Embedding,
     VisionConfig,
@@ -26,6 +26,7 @@ from gigagan_jax.models.pretrained.vit import (
     patch_matrix,
     read_sizes,
 )
+from gigagan_jax.models.pretrained.weights import Row, require, transposed
 
 # Mean and deviation of the RGB values in 0..1, for every CLIP here.
 PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.models.pretrained import vit
-from gigagan_jax.models.pretrained.files import CONFIG, Row, read_json
-from gigagan_jax.models.pretrained.layers import Block, Encoder, LayerNorm
+from gigagan_jax.models.pretrained.hub import CONFIG, read_json
+from gigagan_jax.models.pretrained.transformer import Block, Encoder, LayerNorm
 from gigagan_jax.models.pretrained.vit import (
     Embedding,
     VisionConfig,
@@ -24,6 +24,7 @@ from gigagan_jax.models.pretrained.vit import (
     patch_matrix,
     read_sizes,
 )
+from gigagan_jax.models.pretrained.weights import Row
 
 # What a config.json leaves out.
 _DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "patch_size": 16}

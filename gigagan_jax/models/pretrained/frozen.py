@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from gigagan_jax.config import Config, TextConfig
-from gigagan_jax.errors import UserError
-from gigagan_jax.models.abstract import Module, Params, is_spec
-from gigagan_jax.models.pretrained import clip, dino, files, t5
-from gigagan_jax.models.pretrained.files import Row, Weights
-from gigagan_jax.models.pretrained.text_spec import NEEDS, WITHOUT_CLIP, architecture, check_architecture, text_spec
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.models.network import Module, Params, is_spec
+from gigagan_jax.models.pretrained import clip, dino, hub, t5
+from gigagan_jax.models.pretrained import weights as weights_module
+from gigagan_jax.models.pretrained.text_encoder import NEEDS, WITHOUT_CLIP, architecture, check_architecture, text_spec
+from gigagan_jax.models.pretrained.weights import Row, Weights
 from gigagan_jax.models.vision_aided import RandomProjection
 
 
@@ -187,11 +188,11 @@ class Frozen:
         where = self.shardings(mesh)
         dtype_of = functools.partial(_dtype, config=self.config)
         for name, tower in self.towers.items():
-            folder = files.find(tower.path, NEEDS[tower.role])
+            folder = hub.find(tower.path, NEEDS[tower.role])
             check_architecture(tower.kind.partition("_")[0], tower.sizes, folder, NEEDS[tower.role])
             weights = Weights(folder)
             rows, ours, ignore = _table(tower, weights.keys())
-            params[name], identities[name] = files.load(
+            params[name], identities[name] = weights_module.load(
                 tower.module, rows, weights, shardings=where[name], dtype_of=dtype_of, ours=ours, ignore=ignore
             )
         if self.projection is not None:

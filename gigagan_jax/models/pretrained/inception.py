@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.models.layers.equalized import LAYOUT, param
-from gigagan_jax.models.pretrained.files import Row, hwio, transposed
-from gigagan_jax.models.pretrained.layers import Dense
+from gigagan_jax.models.pretrained.transformer import Dense
 from gigagan_jax.models.pretrained.vit import IMAGENET
+from gigagan_jax.models.pretrained.weights import Row, hwio, transposed
 
 SIZE = 299
 FEATURES = 2048

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.models.layers.equalized import normalize, param, value
-from gigagan_jax.models.pretrained.files import CONFIG, Row, read_json, require, transposed
-from gigagan_jax.models.pretrained.layers import ACTIVATIONS, Dense, Encoder, dot_attention
+from gigagan_jax.models.pretrained.hub import CONFIG, read_json
+from gigagan_jax.models.pretrained.transformer import ACTIVATIONS, Dense, Encoder, dot_attention
+from gigagan_jax.models.pretrained.weights import Row, require, transposed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from gigagan_jax.models.layers.equalized import conv, param
-from gigagan_jax.models.pretrained.files import Row, hwio
+from gigagan_jax.models.pretrained.weights import Row, hwio
 
 # Width and number of convolutions between two pools; a tap is after the last ReLU of each: 1_2, 2_2, 3_3, 4_3, 5_3.
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gigagan_jax.errors import UserError
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.models.layers.equalized import param, value
-from gigagan_jax.models.pretrained.files import Row, hwio, require, transposed
-from gigagan_jax.models.pretrained.layers import ACTIVATIONS, Dense
+from gigagan_jax.models.pretrained.transformer import ACTIVATIONS, Dense
+from gigagan_jax.models.pretrained.weights import Row, hwio, require, transposed
 
 # ImageNet's, of the RGB values in 0..1.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
-from gigagan_jax.models.abstract import Module
-from gigagan_jax.models.pretrained.files import Weights, load
+from gigagan_jax.models.network import Module
+from gigagan_jax.models.pretrained.weights import Weights, load
+from gigagan_jax.parallel import sharding
 
 
 @pytest.fixture(scope="session")

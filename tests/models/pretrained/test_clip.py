@@ -10,10 +10,10 @@ import torch
 import transformers
 from PIL import Image
 
-from gigagan_jax.errors import UserError
-from gigagan_jax.models.abstract import Module
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.models.network import Module
 from gigagan_jax.models.pretrained import clip
-from gigagan_jax.models.pretrained.files import INDEX, SINGLE
+from gigagan_jax.models.pretrained.hub import INDEX, SINGLE
 
 TOLERANCE = 1e-5
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -10,9 +10,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from gigagan_jax.errors import UserError
-from gigagan_jax.models.abstract import Module
-from gigagan_jax.models.pretrained import dino, files
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.models.network import Module
+from gigagan_jax.models.pretrained import dino, hub
+from gigagan_jax.models.pretrained import weights as weights_module
 
 TINY = {
     "hidden_size": 24,
@@ -39,7 +40,7 @@ def torch_forward(model, pixels):
 def load(read, folder):
     """(Module, parameters) of a folder, through the production table."""
     config = dino.read_config(folder)
-    table = dino.rows(files.Weights(folder).keys(), config)
+    table = dino.rows(weights_module.Weights(folder).keys(), config)
     return read(lambda rngs: dino.Dino(config, rngs=rngs), table, folder, ignore=dino.ignored)
 
 
@@ -137,14 +138,14 @@ def same(read, folder, loaded):
 def rewritten(folder, out, change):
     """The folder with another dict of tensors."""
     out.mkdir()
-    save_file(change(dict(load_file(folder / files.SINGLE))), out / files.SINGLE)
-    (out / files.CONFIG).write_text((folder / files.CONFIG).read_text())
+    save_file(change(dict(load_file(folder / hub.SINGLE))), out / hub.SINGLE)
+    (out / hub.CONFIG).write_text((folder / hub.CONFIG).read_text())
     return out
 
 
 def test_names_inside_transformers(tiny, loaded, tmp_path, read, save):
     save(tiny[1], tmp_path, save_original_format=False)  # the same weights again
-    inside, stored = files.Weights(tmp_path).keys(), files.Weights(tiny[0]).keys()
+    inside, stored = weights_module.Weights(tmp_path).keys(), weights_module.Weights(tiny[0]).keys()
     assert "layers.0.attention.q_proj.weight" in inside
     assert "encoder.layer.0.attention.attention.query.weight" in stored
     same(read, tmp_path, loaded)

@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec
 from safetensors.torch import save_file
 from torch import nn
 
-from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
-from gigagan_jax.errors import UserError
-from gigagan_jax.models.abstract import Module
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.models.network import Module
 from gigagan_jax.models.pretrained import inception
+from gigagan_jax.parallel import sharding
 
 VARIANTS = ("fid", "torchvision")
 

@@ -13,11 +13,11 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
-from gigagan_jax.errors import UserError
-from gigagan_jax.models.abstract import Module
-from gigagan_jax.models.pretrained import files, t5
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.models.network import Module
+from gigagan_jax.models.pretrained import hub, t5, weights
+from gigagan_jax.parallel import sharding
 
 # Heads times their width is not the channels; most of LENGTH is farther than the last bucket begins.
 TINY = {
@@ -36,7 +36,7 @@ TOLERANCE = 1e-5
 
 def load(read, folder, **options):
     """(Module, parameters) of a folder, through the production table."""
-    config, keys = t5.read_config(folder), files.Weights(folder).keys()
+    config, keys = t5.read_config(folder), weights.Weights(folder).keys()
     make = lambda rngs: t5.T5Encoder(config, rngs=rngs, **options)
     return read(make, t5.rows(keys, config), folder, ours=t5.is_encoder, ignore=t5.is_copy(keys))
 
@@ -87,7 +87,7 @@ def test_gated_gelu_parity(gated, ours, error):
 def test_relu_of_the_whole_model_parity(tmp_path, save, read, error):
     config = transformers.T5Config(**TINY, feed_forward_proj="relu")
     model = save(transformers.T5ForConditionalGeneration(config), tmp_path)
-    keys = files.Weights(tmp_path).keys()
+    keys = weights.Weights(tmp_path).keys()
     assert not all(t5.is_encoder(k) for k in keys)
     e = error(forward(*load(read, tmp_path), *captions()), torch_forward(model, *captions()))
     assert e <= TOLERANCE, e
@@ -96,7 +96,7 @@ def test_relu_of_the_whole_model_parity(tmp_path, save, read, error):
 def test_mt5_parity(tmp_path, save, read, error):
     config = transformers.MT5Config(**TINY, feed_forward_proj="gated-gelu")
     model = save(transformers.MT5EncoderModel(config), tmp_path)
-    assert json.loads((tmp_path / files.CONFIG).read_text())["model_type"] == "mt5"
+    assert json.loads((tmp_path / hub.CONFIG).read_text())["model_type"] == "mt5"
     text = captions(length=9)
     e = error(forward(*load(read, tmp_path), *text), torch_forward(model, *text))
     assert e <= TOLERANCE, e
@@ -157,10 +157,10 @@ def test_sharding_gives_the_same(ours):
 def rewritten(folder, out, change):
     """The folder's weights with `change` applied to the dict of tensors."""
     out.mkdir()
-    tensors = dict(load_file(folder / files.SINGLE))
+    tensors = dict(load_file(folder / hub.SINGLE))
     change(tensors)
-    save_file(tensors, out / files.SINGLE)
-    (out / files.CONFIG).write_text((folder / files.CONFIG).read_text())
+    save_file(tensors, out / hub.SINGLE)
+    (out / hub.CONFIG).write_text((folder / hub.CONFIG).read_text())
     return out
 
 

@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec
 from safetensors.torch import save_file
 from torch import nn
 
-from gigagan_jax import sharding
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
-from gigagan_jax.errors import UserError
-from gigagan_jax.models.abstract import Module
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.models.network import Module
 from gigagan_jax.models.pretrained import vgg
+from gigagan_jax.parallel import sharding
 
 WIDTHS = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
 TAPS = (3, 8, 15, 22, 29)  # places of relu1_2, 2_2, 3_3, 4_3, 5_3

@@ -1,0 +1,56 @@
+"""Settings of a run: frozen dataclasses, read from ml_collections ConfigDicts; `default()` gives all of them to a config file."""
+
+from gigagan_jax.config.comparison import OWN_FIELDS, differences, digest, flatten, is_fixed
+from gigagan_jax.config.config import Config, entry_levels
+from gigagan_jax.config.data import DataConfig, FilterConfig
+from gigagan_jax.config.model import (
+    AttentionConfig,
+    ClipConfig,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    TextConfig,
+    TransformerConfig,
+    VisionAidedConfig,
+)
+from gigagan_jax.config.run import (
+    DEFAULT_RULES,
+    CheckpointConfig,
+    EmaConfig,
+    HealthConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SnapshotConfig,
+)
+from gigagan_jax.config.serialization import default, from_dict, to_dict, with_fields
+
+__all__ = [
+    "DEFAULT_RULES",
+    "OWN_FIELDS",
+    "AttentionConfig",
+    "CheckpointConfig",
+    "ClipConfig",
+    "Config",
+    "DataConfig",
+    "DiscriminatorConfig",
+    "EmaConfig",
+    "FilterConfig",
+    "GeneratorConfig",
+    "HealthConfig",
+    "LossConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "SnapshotConfig",
+    "TextConfig",
+    "TransformerConfig",
+    "VisionAidedConfig",
+    "default",
+    "differences",
+    "digest",
+    "entry_levels",
+    "flatten",
+    "from_dict",
+    "is_fixed",
+    "to_dict",
+    "with_fields",
+]

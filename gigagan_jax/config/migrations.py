@@ -1,0 +1,174 @@
+"""Stored configs of earlier code: what a field that they lack meant, so that a run goes on as it was begun.
+
+A stored config carries the number of its format under "format"; one without was written before there were numbers. Whoever
+adds a field to `Config` raises FORMAT and adds a line to ADDED: the value with which today's code does what the code
+before the field did. Today's default never fills in for it.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gigagan_jax.config.comparison import flatten
+from gigagan_jax.core.errors import UserError
+
+FORMAT = 1
+FORMAT_KEY = "format"
+# Names of the fields that a run was begun without: config.json has them with the values of then, from its first restart on.
+WITHOUT_KEY = "begun_without"
+
+# (format that the field came with, name, value that reproduces the code before it)
+ADDED: tuple[tuple[int, str, Any], ...] = (
+    (1, "generator.rgb_gain", 1.0),
+    (1, "text.layer", "penultimate"),
+    (1, "text.final_norm", True),
+    (1, "clip.path", ""),
+    (1, "loss.clip", (0.0, 0.0)),
+    (1, "loss.vision_aided", 0.0),
+    (1, "loss.mismatch_group", 0),  # wrong captions came from the whole batch
+    (1, "vision_aided.backbone", "clip"),
+    (1, "vision_aided.path", ""),
+    (1, "vision_aided.layers", (4, 8, 12)),
+    (1, "vision_aided.projection", 256),
+    (1, "vision_aided.head_width", 256),
+    (1, "vision_aided.head_depth", 2),
+    (1, "vision_aided.augment", ("color", "translation", "cutout")),
+    (1, "vision_aided.text.width", 768),
+    (1, "vision_aided.text.depth", 0),
+    (1, "vision_aided.text.heads", 8),
+    (1, "vision_aided.text.mlp_ratio", 4.0),
+    (1, "v_optimizer.learning_rate", 0.0025),
+    (1, "v_optimizer.beta1", 0.0),
+    (1, "v_optimizer.beta2", 0.99),
+    (1, "v_optimizer.epsilon", 1e-8),
+    (1, "v_optimizer.weight_decay", 1e-5),
+    (1, "v_optimizer.attention_weight_decay", 0.01),
+    (1, "v_optimizer.warmup_kimg", 0.0),
+    (1, "v_optimizer.decay_kimg", 0.0),
+    (1, "v_optimizer.final_ratio", 0.0),
+    (1, "data.mixture", ()),
+    (1, "data.index", ""),
+    (1, "data.caption_keys", ()),
+    (1, "data.image_key", ""),
+    (1, "data.label_key", "label"),
+    (1, "data.split", "train"),
+    (1, "data.clean_captions", False),
+    (1, "data.fast_decode", False),
+    (1, "data.embeddings", ""),
+    (1, "data.workers", 0),
+    (1, "data.retry_seconds", 300.0),
+    (1, "data.filters.min_width", 0),
+    (1, "data.filters.min_height", 0),
+    (1, "data.filters.max_aspect", 0.0),
+    (1, "data.filters.min_clip_score", 0.0),
+    (1, "data.filters.min_aesthetic", 0.0),
+    (1, "data.filters.max_watermark", 1.0),
+    (1, "data.filters.max_nsfw", 1.0),
+    (1, "data.filters.nsfw", ()),
+    (1, "data.filters.languages", ()),
+    (1, "data.filters.min_caption", 0),
+    (1, "data.filters.max_caption", 0),
+    (1, "data.filters.duplicates", ""),
+    (1, "mesh.slices", 1),
+    (1, "mesh.shard_optimizer", False),  # moments lay as their parameters
+    (1, "rules.optimizer", ""),
+    (1, "checkpoint.keep_every_kimg", 0.0),
+    (1, "checkpoint.keep_best", 0),
+    (1, "checkpoint.best_metric", ""),
+    (1, "checkpoint.best_mode", "min"),
+    (1, "checkpoint.wait", False),
+    (1, "checkpoint.timeout_seconds", 3600),
+    # What is not finite was not looked for; these may change within a run, and are as they came.
+    (1, "health.nonfinite", "rollback"),
+    (1, "health.saturation", "warn"),
+    (1, "health.collapse", "warn"),
+    (1, "health.penalty", "warn"),
+    (1, "health.levels", "warn"),
+    (1, "health.updates", "warn"),
+    (1, "health.max_skips", 10),
+    (1, "health.max_rollbacks", 3),
+    (1, "health.rollback_lr", 0.5),
+    (1, "health.window", 100),
+    (1, "health.patience", 500),
+    (1, "health.grace", 1000),
+    (1, "health.max_gap", 0.98),
+    (1, "health.max_penalty", 20.0),
+    (1, "health.max_update", 0.1),
+    (1, "health.min_update", 0.01),
+    (1, "health.min_diversity", 0.2),
+    (1, "health.min_diversity_z", 0.05),
+    (1, "health.min_level", 0.005),
+    (1, "health.min_exit", 0.001),
+)
+# (format that it went with, name): nothing depends on it any more
+REMOVED: tuple[tuple[int, str], ...] = ((1, "checkpoint.keep_period_kimg"),)
+
+
+def upgrade(stored: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A stored config with today's fields.
+
+    Args:
+      stored: what the JSON holds.
+      where: the file, for messages.
+
+    Returns:
+      (the config alone, {name: value} of the fields that it lacks or was begun without)
+
+    Raises:
+      UserError: no config, or one of a newer format.
+    """
+    if not isinstance(stored, Mapping):
+        raise UserError(f"{where} holds no config; remove it: the checkpoints hold the settings too")
+    values = _copy(stored)
+    number, without = values.pop(FORMAT_KEY, 0), values.pop(WITHOUT_KEY, ())
+    if not isinstance(number, int) or number > FORMAT:
+        raise UserError(
+            f"{where} is of format {number}, this code knows formats up to {FORMAT}: a newer version of gigagan_jax wrote it; "
+            "use that one"
+        )
+    for came, name in REMOVED:
+        if came > number:
+            _remove(values, name.split("."))
+    if not (isinstance(without, (list, tuple)) and all(isinstance(name, str) for name in without)):
+        raise UserError(f"{where}: {WITHOUT_KEY!r} is no list of names; remove it, or the file")
+    present = flatten(values)
+    lacked = {name: present[name] for name in without if name in present}
+    for came, name, value in ADDED:
+        if came > number and _set_default(values, name.split("."), value):
+            lacked[name] = value
+    return values, lacked
+
+
+def numbered(values: Mapping[str, Any], begun_without: Iterable[str] = ()) -> dict[str, Any]:
+    """A config as it is stored.
+
+    Args:
+      values: of the config.
+      begun_without: names of the fields that the run was begun without.
+    """
+    without = sorted(begun_without)
+    return {FORMAT_KEY: FORMAT} | ({WITHOUT_KEY: without} if without else {}) | dict(values)
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _remove(values: Any, path: list[str]) -> None:
+    *groups, key = path
+    for group in groups:
+        values = values.get(group, {})
+        if not isinstance(values, dict):
+            return  # a value in the place of a group: said where the config is read
+    values.pop(key, None)
+
+
+def _set_default(values: Any, path: list[str], value: Any) -> bool:
+    *groups, key = path
+    for group in groups:
+        values = values.setdefault(group, {})
+        if not isinstance(values, dict):
+            return False  # a value in the place of a group: said where the config is read
+    if key in values:
+        return False
+    values[key] = value
+    return True

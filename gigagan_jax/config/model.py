@@ -1,0 +1,116 @@
+"""Settings of the networks: text encoders, generator, discriminators.
+
+Marks in the comments: (A2) is a row of Table A2 of the paper, (sec. n) a section of it, (open) a value the paper does not
+state. Sizes listed per resolution follow the flow of data: low to high for the generator, high to low for the
+discriminator.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text encoder that comes before T (sec. 3.1)."""
+
+    # "auto": by `path`, and without one bytes and no loss that needs a CLIP
+    encoder: str = "bytes"  # "bytes": trainable, needs no download; "clip" or "t5": frozen, from `path`; or "auto"
+    path: str = ""  # folder or hub id of a frozen encoder's weights
+    length: int = 77  # tokens, padding included (CLIP: 77)
+    width: int = 768  # features a token of the bytes encoder; a frozen one has its own
+    layer: str = "penultimate"  # (sec. 3.2) of CLIP: "penultimate" or "last"
+    final_norm: bool = True  # (open) CLIP's last norm on these features, whose channels differ widely in size
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The learned text transformer T (eq. 3a); one of its own in each network."""
+
+    width: int = 768  # (open) 768 or 1024; features of the encoder are projected to it where they differ
+    depth: int = 4  # (A2)
+    heads: int = 8  # (open)
+    mlp_ratio: float = 4.0  # (open)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """The frozen CLIP of the contrastive loss (eq. 9); its weight is `loss.clip`."""
+
+    path: str = ""  # (open) folder or hub id; empty: that of the text encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionAidedConfig:
+    """The vision-aided discriminator (sec. 3.3); its weight is `loss.vision_aided`."""
+
+    backbone: str = "clip"  # (A2) "clip", or "dino" as in StyleGAN-T
+    path: str = ""  # (A2: CLIP ViT-B/32) folder or hub id; empty: that of the contrastive loss
+    layers: tuple[int, ...] = (4, 8, 12)  # (open) numbers of blocks after which features are taken
+    projection: int = 256  # (open) channels after the fixed random projection
+    head_width: int = 256  # (open)
+    head_depth: int = 2  # (open) modulated 3x3 convolutions of each head
+    augment: tuple[str, ...] = ("color", "translation", "cutout")  # differentiable augmentation (Zhao et al., 2020)
+    text: TransformerConfig = TransformerConfig(depth=0)  # (open) what its heads read the caption through
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Attention blocks of both networks (sec. 3.1)."""
+
+    heads: int = 8  # (open)
+    head_dim: int = 64  # (open)
+    dim_multiplier: float = 1.0  # (A2) width of attention, times heads * head_dim
+    mlp_ratio: float = 4.0  # (A2)
+    norm: str = "rms"  # (open) before each branch: "rms" or "none"
+    kind: str = "l2"  # (sec. 3.1) "l2": squared distance with tied query and key; "dot": dot product
+    mask_self: bool = False  # (open) with tied q and k a token is always nearest to itself; True forbids that
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """The 64 px generator (sec. 3.2). Tuples run from 4 px up to the resolution."""
+
+    z_dim: int = 128  # (A2)
+    w_dim: int = 1024  # (A2)
+    mapping_depth: int = 4  # (A2)
+    mapping_lr_mul: float = 0.01  # (StyleGAN2)
+    w_avg_decay: float = 0.998  # a step; for truncation
+    channel_base: int = 16384  # (A2) channels = min(base / resolution, max)
+    channel_max: int = 1600  # (A2)
+    blocks: tuple[int, ...] = (3, 3, 3, 2, 2)  # (A2) synthesis blocks, two adaptive convolutions each
+    bank: tuple[int, ...] = (1, 1, 2, 4, 8)  # (A2) filters N in the bank of each adaptive convolution
+    attention_depth: tuple[int, ...] = (0, 2, 2, 1, 0)  # (A2) attention layers at each resolution
+    attention_every_block: bool = (
+        False  # (open) False: after the last block of a resolution, which fits the paper's size
+    )
+    cross_attention: bool = True  # (A2) text only
+    mlp_after_self: bool = True  # (open) feed-forward after self-attention
+    mlp_after_cross: bool = True  # (open) and after cross-attention: with both, G has the paper's size
+    residual_gain: float = 0.4  # (A2) x + gain * f(x)
+    attention_gain: float = 0.3  # (A2)
+    rgb_gain: float = 1.0  # (open) scale of each ToRGB: the spread of the first images
+    pyramid: bool = True  # (sec. 3.2) every level goes to the discriminator; False: only the output
+    w_token: bool = True  # (sec. 3.1) w as an extra token of self-attention
+    adaptive_form: str = "auto"  # how per-sample kernels are computed: see models/layers/adaptive_conv.py
+    text: TransformerConfig = TransformerConfig()
+    attention: AttentionConfig = AttentionConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The multi-scale-input, multi-scale-output discriminator (sec. 3.3). Tuples run from the resolution down to 4 px."""
+
+    channel_base: int = 32768  # (A2)
+    channel_max: int = 1536  # (A2)
+    blocks: tuple[int, ...] = (1, 2, 2, 2, 2)  # (A2)
+    attention_depth: tuple[int, ...] = (0, 1, 2, 2, 0)  # (A2)
+    attention_gain: float = 0.3  # (open) as in G
+    mlp: bool = False  # (open) feed-forward after attention: without it D has the paper's size
+    multi_scale_input: bool = True  # (A2) one entry a pyramid level
+    multi_scale_output: bool = True  # (A2) one exit a stage
+    head: str = "modulated"  # (A2) "modulated": eq. 7; "projection": projection discriminator, for classes
+    class_mapping_depth: int = 0  # (open) layers between a class embedding and a projection head (StyleGAN2-ADA: 8)
+    head_depth: int = 4  # (sec. 3.3) modulated 1x1 convolutions
+    head_width: int = 256  # (open)
+    minibatch_std: int = 0  # (A2) images a group; 0 is off
+    text: TransformerConfig = TransformerConfig()
+    attention: AttentionConfig = AttentionConfig()

@@ -1,0 +1,156 @@
+"""Conditions: captions through a text encoder and the learned transformer T, or class labels; and the mapping M.
+
+The encoder is either the byte-level one, which is trained with the network, or a frozen one (models/pretrained), whose
+features come in from outside.
+
+(t_local, t_global) = T(E_txt(c)): t_global is T's output at the end-of-text token, t_local the outputs at all other
+positions (eq. 3a). w = M(z, t_global) (eq. 3b).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gigagan_jax.config import AttentionConfig, Config, TransformerConfig
+from gigagan_jax.models.layers.attention import FeedForward, SelfAttention
+from gigagan_jax.models.layers.equalized import Linear, RmsNorm, Stack, leaky_relu, normalize, param, value
+from gigagan_jax.models.pretrained.text_encoder import BYTE_VOCABULARY, BYTES_END, text_spec
+from gigagan_jax.parallel.sharding import constrain
+
+PAD_ID, END_ID = 0, BYTES_END  # of the bytes encoder
+
+
+class Condition(NamedTuple):
+    """What a network knows of the wish behind an image. Parts that do not apply are None.
+
+    global_: [N, D] t_global or class embedding
+    local: [N, C - 1, D] t_local
+    mask: [N, C - 1] bool, False on padding
+    """
+
+    global_: jax.Array | None
+    local: jax.Array | None = None
+    mask: jax.Array | None = None
+
+
+class ByteEncoder(nnx.Module):
+    """Trainable E_txt over the bytes of a caption: needs no download.
+
+    Each token sees its neighbours through a depthwise 1-D convolution, so that T starts from something like letters in context.
+    """
+
+    def __init__(self, width: int, length: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.embedding = param(rngs, (BYTE_VOCABULARY, width), ("vocab", "embed"), std=1.0)
+        self.position = param(rngs, (length, width), (None, "embed"), std=1.0)
+        self.mix = param(rngs, (3, width), (None, "embed"), std=1.0)
+        self.bias = param(rngs, (width,), ("embed",))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """tokens int32 [N, C] -> [N, C, width]"""
+        x = (value(self.embedding, jnp.float32)[tokens] + value(self.position, jnp.float32)).astype(self.dtype)
+        # Padding is not a neighbour: t_global is read at the last token before it.
+        seen = (tokens != PAD_ID)[:, :, None]
+        padded = jnp.pad(jnp.where(seen, x, jnp.zeros_like(x)), ((0, 0), (1, 1), (0, 0)))
+        mix = value(self.mix, self.dtype, 1.0 / math.sqrt(3.0))
+        near = padded[:, :-2] * mix[0] + x * mix[1] + padded[:, 2:] * mix[2]
+        return x + leaky_relu(near + value(self.bias, self.dtype))
+
+
+class TransformerBlock(nnx.Module):
+    """Pre-norm self-attention and feed-forward, x + f(x); padding is not looked at."""
+
+    def __init__(self, config: TransformerConfig, *, dtype: Any, rngs: nnx.Rngs):
+        attention = AttentionConfig(heads=config.heads, head_dim=config.width // config.heads, kind="dot")
+        self.attention = SelfAttention(config.width, attention, dtype=dtype, rngs=rngs)
+        self.feed_forward = FeedForward(config.width, config.mlp_ratio, "rms", dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x += self.attention(x, mask=mask)
+        return x + self.feed_forward(x)
+
+
+class TextTransformer(nnx.Module):
+    """T (eq. 3a). Features of the encoder are projected to T's width where they differ."""
+
+    def __init__(self, in_width: int, config: TransformerConfig, *, remat: bool, dtype: Any, rngs: nnx.Rngs):
+        self.project = (
+            Linear(in_width, config.width, axes=("embed", None), dtype=dtype, rngs=rngs)
+            if in_width != config.width
+            else None
+        )
+        make = lambda: TransformerBlock(config, dtype=dtype, rngs=rngs)
+        self.blocks = Stack(make, config.depth, remat=remat, rngs=rngs) if config.depth else None
+        self.norm = RmsNorm(config.width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, features: jax.Array, mask: jax.Array, end: jax.Array) -> Condition:
+        """features [N, C, in_width], mask bool [N, C], end int32 [N] (place of end-of-text) -> Condition"""
+        x = features if self.project is None else self.project(features)
+        if self.blocks is not None:
+            x = self.blocks(x, mask)
+        x = self.norm(x)
+        at_end = jax.nn.one_hot(end, x.shape[1], dtype=x.dtype)
+        t_global = jnp.einsum("nc,ncd->nd", at_end, x)
+        # Without the end token: positions from it on move up by one.
+        keep = jnp.arange(x.shape[1] - 1) < end[:, None]
+        local = jnp.where(keep[:, :, None], x[:, :-1], x[:, 1:])
+        return Condition(t_global, local, jnp.where(keep, mask[:, :-1], mask[:, 1:]))
+
+
+class Conditioner(nnx.Module):
+    """From what the data has (tokens or labels) to a Condition; each network owns one.
+
+    Raises:
+      UserError: the sizes of a frozen encoder cannot be found out (see models/pretrained/text_encoder.py).
+    """
+
+    def __init__(self, config: Config, transformer: TransformerConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.kind = config.condition
+        self.width = transformer.width if self.kind == "text" else config.generator.w_dim
+        if self.kind == "text":
+            self.spec = text_spec(config.text)
+            own = config.text.encoder == "bytes"
+            make = lambda: ByteEncoder(config.text.width, config.text.length, dtype=dtype, rngs=rngs)
+            self.encoder = make() if own else None
+            self.transformer = TextTransformer(self.spec.width, transformer, remat=config.remat, dtype=dtype, rngs=rngs)
+        elif self.kind == "class":
+            self.embedding = param(rngs, (config.num_classes, self.width), ("vocab", "embed"), std=1.0)
+
+    def __call__(
+        self, tokens: jax.Array | None, labels: jax.Array | None, features: jax.Array | None = None
+    ) -> Condition:
+        """tokens int32 [N, C] (with features [N, C, D] of a frozen encoder) or labels int32 [N] -> Condition"""
+        if self.kind == "text":
+            if tokens is not None and self.encoder is not None:
+                features = self.encoder(tokens)
+            if tokens is None or features is None:
+                raise ValueError("condition='text' needs tokens, and with a frozen encoder its features")
+            end = self.spec.end(tokens)
+            mask = jnp.arange(tokens.shape[1]) <= end[:, None]
+            return self.transformer(features, mask, end)
+        if self.kind == "class":
+            return Condition(value(self.embedding, jnp.float32)[labels])
+        return Condition(None)
+
+
+class Mapping(nnx.Module):
+    """M: w = M(z, t_global), fully connected, inputs normalised to unit second moment (StyleGAN2; eq. 3b)."""
+
+    def __init__(self, config: Config, global_width: int, *, rngs: nnx.Rngs):
+        g = config.generator
+        conditional = config.condition != "none"
+        width = g.z_dim + (global_width if conditional else 0)
+        make = lambda n: Linear(n, g.w_dim, axes=("style", None), lr_mul=g.mapping_lr_mul, rngs=rngs)
+        self.first = make(width)
+        self.rest = nnx.List([make(g.w_dim) for _ in range(g.mapping_depth - 1)])
+
+    def __call__(self, z: jax.Array, t_global: jax.Array | None) -> jax.Array:
+        """z [N, z_dim], t_global [N, D] or None -> w [N, w_dim] float32"""
+        parts = [normalize(z)] if t_global is None else [normalize(z), normalize(t_global)]
+        x = leaky_relu(self.first(jnp.concatenate(parts, axis=-1)))
+        for layer in self.rest:
+            x = leaky_relu(layer(x))
+        return constrain(x, "batch", None)

@@ -1,0 +1,76 @@
+"""From a config to its stream of batches on this host."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from gigagan_jax.config import Config, TextConfig
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.data import pipeline
+from gigagan_jax.data.embeddings import Embeddings
+from gigagan_jax.data.source import Source
+from gigagan_jax.data.sources import filters, make_source
+from gigagan_jax.data.tokenizers import Tokenizer, make_tokenizer
+from gigagan_jax.models.pretrained.frozen import clip_length, own_clip_tokens
+from gigagan_jax.models.pretrained.text_encoder import tokenizer_options
+
+_log = logging.getLogger(__name__)
+
+
+def data_source(config: Config, workdir: Path | None = None) -> Source:
+    """The config's data set; `workdir` takes the index of tars that lie where it cannot be written."""
+    d = config.data
+    source = make_source(d, condition=config.condition, workdir=workdir)
+    if config.condition == "class":
+        if not getattr(source, "has_labels", True):
+            raise UserError(f"{d.path} has no labels, and config.condition='class' needs them")
+        classes = len(getattr(source, "classes", None) or ())
+        if classes and classes != config.num_classes:
+            raise UserError(
+                f"{d.path} has {classes} classes, config.num_classes={config.num_classes}: set it to {classes}"
+            )
+    funnel = getattr(source, "funnel", None)
+    if funnel:
+        _log.info("filters:\n%s", filters.table(funnel))
+    return source
+
+
+def tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
+    """(of the text encoder, of the CLIP of the contrastive loss where that has tokens of its own)"""
+    text = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
+    if not own_clip_tokens(config):
+        return text, None
+    clip = TextConfig(encoder="clip", path=config.clip_path, length=clip_length(config))
+    return text, make_tokenizer("clip", clip.length, **tokenizer_options(clip))
+
+
+def make_pipeline(config: Config, workdir: Path | None, rows: Sequence[int] | None = None) -> pipeline.Pipeline:
+    """The config's stream of batches for this host, whose devices hold `rows` of each."""
+    d = config.data
+    source = data_source(config, workdir)
+    text, clip = tokenizers(config)
+    stored = bool(d.embeddings) and config.condition == "text"
+    return pipeline.build(
+        source,
+        resolution=config.resolution,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        tokenizer=text,
+        clip_tokenizer=None if stored else clip,
+        embeddings=Embeddings(Path(d.embeddings), config, source) if stored else None,
+        crop=d.crop,
+        flip=d.flip,
+        caption_dropout=d.caption_dropout,
+        resize_filter=d.resize_filter,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        rows=rows,
+        num_threads=d.threads,
+        num_workers=d.workers,
+        clean_captions=d.clean_captions,
+        fast_decode=d.fast_decode,
+        max_bad_fraction=d.max_bad_fraction,
+        quarantine_path=None if workdir is None else workdir / "quarantine.jsonl",
+    )

@@ -1,0 +1,264 @@
+"""The command lines: what works, and one clear line with exit code 2 for what a user can get wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gigagan_jax import cli, sample, train
+from gigagan_jax.inference.images import read_metadata
+from tests.quick import FLAGS
+
+ROOT = Path(__file__).parents[2]
+TINY = "--config=configs/digits.py:tiny"
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def call(verb, capsys, *args):
+    """(exit code, stdout, stderr) of a verb."""
+    with pytest.raises(SystemExit) as leave:
+        cli.main(verb, [str(a) for a in args])
+    out = capsys.readouterr()
+    return leave.value.code, out.out, out.err
+
+
+def fails(verb, capsys, *args):
+    """The one line of an input error."""
+    code, _, err = call(verb, capsys, *args)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished tiny run, by the command line in a process of its own with one device."""
+    workdir = tmp_path_factory.mktemp("verbs") / "run"
+    environment = os.environ | {"XLA_FLAGS": FLAGS}
+    command = [sys.executable, "-W", "error", "-m", "gigagan_jax.train", TINY, f"--workdir={workdir}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_train_prints_progress_and_draws(trained):
+    workdir, done = trained
+    last = [line for line in done.stdout.splitlines() if line.startswith("kimg")][-1]
+    for part in ("kimg 0.3/0.3", "100.0 %", "images/s", "ETA", "D real", "gnorm"):
+        assert part in last
+    assert "Traceback" not in done.stderr
+    snapshots = sorted((workdir / "snapshots").glob("*.png"))
+    assert len(snapshots) == 2
+    with Image.open(snapshots[-1]) as picture:
+        assert picture.width > 100
+
+
+def test_sample_grid_and_folder(trained, capsys, tmp_path):
+    workdir, _ = trained
+    code, out, err = call(
+        sample.verb, capsys, f"--workdir={workdir}", "--prompt=a handwritten seven", "--out", tmp_path / "grid.png"
+    )
+    assert code == 0
+    assert "read only" not in err
+    assert "grid.png" in out
+    assert read_metadata(tmp_path / "grid.png")["prompt"] == "a handwritten seven"
+    code, _, _ = call(
+        sample.verb,
+        capsys,
+        f"--workdir={workdir}",
+        "--prompt=the digit 3",
+        "--prompt=שבע 🎉",
+        "--num=2",
+        "--seed=5",
+        "--out",
+        tmp_path / "d",
+    )
+    assert code == 0
+    files = sorted((tmp_path / "d").iterdir())
+    assert len(files) == 4
+    about = [read_metadata(f) for f in files]
+    assert [(a["prompt"], a["seed"]) for a in about] == [
+        ("the digit 3", "5"),
+        ("the digit 3", "6"),
+        ("שבע 🎉", "5"),
+        ("שבע 🎉", "6"),
+    ]
+    assert pixels(files[0]).shape == (8, 8, 3)
+
+
+def test_a_seed_is_the_same_image_in_any_batch(trained, capsys, tmp_path):
+    """Eight devices here; one image by itself, and among twenty."""
+    workdir, _ = trained
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert (
+        call(sample.verb, capsys, f"--workdir={workdir}", "--prompt=the digit 3", "--num=1", "--seed=9", "--out", one)[
+            0
+        ]
+        == 0
+    )
+    assert (
+        call(
+            sample.verb,
+            capsys,
+            f"--workdir={workdir}",
+            "--prompt=zero",
+            "--prompt=the digit 3",
+            "--num=10",
+            "--out",
+            many,
+        )[0]
+        == 0
+    )
+    (alone,) = one.iterdir()
+    (among,) = [
+        f for f in many.iterdir() if read_metadata(f)["prompt"] == "the digit 3" and read_metadata(f)["seed"] == "9"
+    ]
+    assert np.array_equal(pixels(alone), pixels(among))
+
+
+@pytest.mark.slow
+def test_a_seed_is_the_same_image_on_any_mesh(trained, capsys, tmp_path):
+    """One device in a child process, eight here."""
+    workdir, _ = trained
+    args = [f"--workdir={workdir}", "--prompt=the digit 3", "--num=5", "--truncation=0.7"]
+    assert call(sample.verb, capsys, *args, "--out", tmp_path / "eight")[0] == 0
+    command = [sys.executable, "-m", "gigagan_jax.sample", *args, "--out", str(tmp_path / "one")]
+    environment = os.environ | {"XLA_FLAGS": FLAGS}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    for a, b in zip(sorted((tmp_path / "eight").iterdir()), sorted((tmp_path / "one").iterdir()), strict=True):
+        assert a.name == b.name
+        assert np.array_equal(pixels(a), pixels(b))
+
+
+def test_dry_run(capsys, tmp_path):
+    code, out, _ = call(
+        train.verb, capsys, "--config=configs/laion.py", "--dry_run", "--devices=64", f"--workdir={tmp_path}"
+    )
+    assert code == 0
+    for part in ("generator/entry/1/conv0/filters", "1x3x3x1600x1600", "M parameters", "activations", "GiB"):
+        assert part in out
+    data = json.loads((tmp_path / "dry_run.json").read_text())
+    assert abs(data["parameters"]["generator"] / 652.5e6 - 1) < 0.015
+    assert abs(data["parameters"]["discriminator"] / 381.4e6 - 1) < 0.015
+    assert data["bytes_per_device"]["total"] > 0
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["--config.generater.z_dim=3"], "unknown config key config.generater; did you mean config.generator?"),
+        (["--config.generator.zdim=3"], "did you mean config.generator.z_dim?"),
+        (["--config.resolution=48"], "config.resolution=48: must be a power of two"),
+        (["--config.mesh.data=3"], "needs 3 devices, there are"),
+        (["--config.mesh.fsdp=3"], "does not divide the 8 devices"),
+        (["--config.batch_size=12"], "does not divide over 8 devices"),
+        (["--config.micro_batches=3"], "does not divide into config.micro_batches=3"),
+        (["--config.batch_size=many"], "config.batch_size: expected int"),
+        (["--config.generator.bank=(1,2,3)"], "config.generator.bank has 3 entries"),
+        (["--config.text.encoder=clip"], "text.encoder='clip' needs the folder or hub id"),
+        (["--config.rules.conv_in=datum"], "config.rules.conv_in='datum': 'datum' is not a mesh axis"),
+        (["--config.rules.convin=fsdp"], "unknown config key config.rules.convin"),
+        (["--config.snapshot.truncations=2"], "config.snapshot: needs"),
+        (["--config.data.source=bogus"], "config.data.source='bogus': must be one of 'auto', 'tar', 'folder'"),
+        (["--confg.x=1"], "unknown argument --confg.x=1"),
+        (["--config.seed"], "write --config.seed=VALUE"),
+    ],
+)
+def test_bad_settings(capsys, tmp_path, overrides, expected):
+    assert expected in fails(train.verb, capsys, TINY, f"--workdir={tmp_path / 'w'}", *overrides)
+    assert not (tmp_path / "w" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "text, value", [("true", True), ("1", True), ("yes", True), ("false", False), ("False", False), ("0", False)]
+)
+def test_a_flag_is_true_or_false_as_it_says(text, value):
+    config = cli.load_config("configs/digits.py:tiny", [f"--config.data.flip={text}", f"--config.remat={text}"])
+    assert (config.data.flip, config.remat) == (value, value)
+
+
+def test_bad_config_file(capsys, tmp_path):
+    assert "there is no file" in fails(train.verb, capsys, "--config=configs/nope.py", f"--workdir={tmp_path}")
+    assert "no variant 'huge'" in fails(train.verb, capsys, "--config=configs/digits.py:huge", f"--workdir={tmp_path}")
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config(:\n")
+    assert "SyntaxError" in fails(train.verb, capsys, f"--config={broken}", f"--workdir={tmp_path}")
+    assert "--workdir=DIR is needed" in fails(train.verb, capsys, TINY)
+
+
+def folder_run(path, *more):
+    fields = ["--config.data.source=folder", f"--config.data.path={path}", *more]
+    return [TINY, *fields]
+
+
+def test_bad_data_folders(capsys, tmp_path):
+    missing = tmp_path / "missing"
+    assert str(missing) in fails(train.verb, capsys, *folder_run(missing), f"--workdir={tmp_path / 'a'}")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert str(empty) in fails(train.verb, capsys, *folder_run(empty), f"--workdir={tmp_path / 'b'}")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    Image.new("RGB", (8, 8)).save(bare / "x.png")
+    assert "x.png" in fails(train.verb, capsys, *folder_run(bare), f"--workdir={tmp_path / 'c'}")
+
+
+def test_unusable_workdir(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in fails(train.verb, capsys, TINY, f"--workdir={tmp_path / 'file' / 'w'}")
+
+
+def test_truncated_image_is_skipped_and_named(tmp_path):
+    """A run over a folder with a cut PNG goes on, counts it and names it."""
+    data, workdir = tmp_path / "data", tmp_path / "w"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 255, (12, 10, 3), np.uint8)).save(data / f"{i:02d}.png")
+        (data / f"{i:02d}.txt").write_text(f"picture number {i}")
+    whole = (data / "07.png").read_bytes()
+    (data / "07.png").write_bytes(whole[: len(whole) // 2])
+    command = [sys.executable, "-m", "gigagan_jax.train", *folder_run(data, "--config.total_kimg=0.064")]
+    environment = os.environ | {"XLA_FLAGS": FLAGS}
+    done = subprocess.run([*command, f"--workdir={workdir}"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "07.png" in done.stderr
+    assert "07.png" in (workdir / "quarantine.jsonl").read_text()
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["data/bad"] >= 1
+
+
+def test_bad_sampling(trained, capsys, tmp_path):
+    workdir, _ = trained
+    ok = [f"--workdir={workdir}", "--prompt=x", "--out", tmp_path / "x.png"]
+    assert "has no checkpoints" in fails(sample.verb, capsys, f"--workdir={tmp_path / 'no'}", *ok[1:])
+    assert "--num=0" in fails(sample.verb, capsys, *ok, "--num=0")
+    assert "--seed=-1" in fails(sample.verb, capsys, *ok, "--seed=-1")
+    assert "--truncation=2.0" in fails(sample.verb, capsys, *ok, "--truncation=2")
+    assert "--truncation" in fails(sample.verb, capsys, *ok, "--truncation=x")
+    (tmp_path / "f.txt").write_text("")
+    assert "f.txt" in fails(sample.verb, capsys, f"--workdir={workdir}", "--prompt=x", "--out", tmp_path / "f.txt")
+    code, _, _ = call(
+        sample.verb,
+        capsys,
+        f"--workdir={workdir}",
+        "--prompt=",
+        "--prompt",
+        "x" * 10_000,
+        "--num=1",
+        "--out",
+        tmp_path / "l.png",
+    )
+    assert code == 0

@@ -1,0 +1,153 @@
+"""Every config file and variant: it validates, and its whole train step passes abstract evaluation at no cost."""
+
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import ablation, scale
+from gigagan_jax.config import from_dict
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.models.network import is_spec
+from gigagan_jax.training.batch import abstract_batch
+from gigagan_jax.training.state import Networks
+from gigagan_jax.training.step import TrainStep
+
+FILES = ("digits", "laion", "imagenet", "ablation", "scale")
+VARIANTS = [
+    ("digits", ""),
+    ("digits", "tiny"),
+    ("laion", ""),
+    ("laion", "tiny"),
+    ("laion", "bytes"),
+    ("laion", "small"),
+    ("imagenet", ""),
+    ("imagenet", "tiny"),
+    *(("ablation", row) for row in ablation.ROWS),
+    *(("scale", size) for size in scale.SIZES),
+]
+ids = lambda v: ":".join(filter(None, v))
+
+
+def module(name):
+    return importlib.import_module(f"configs.{name}")
+
+
+def test_no_config_file_is_forgotten():
+    found = {p.stem for p in Path(module("digits").__file__).parent.glob("*.py")} - {"__init__"}
+    assert found == set(FILES)
+
+
+def assert_same(out, given):
+    assert jax.tree.structure(out) == jax.tree.structure(given)
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(given), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert not a.weak_type  # a state that is weak where it came in strong would be traced again
+
+
+# Every file but those whose variants have no part of their own: the ablation's last row is laion, the sizes are wider ones.
+DEFAULT = [v for v in VARIANTS if v[0] not in ("ablation", "scale") and v != ("laion", "small")]
+
+
+@pytest.mark.parametrize(
+    "variant", [v if v in DEFAULT else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS], ids=ids
+)
+def test_whole_step(variant):
+    name, arg = variant
+    config = from_dict(module(name).get_config(arg) if arg else module(name).get_config())
+    networks = Networks(config)
+    step = TrainStep(networks)
+    state, batch, key = networks.abstract(), abstract_batch(config), jax.eval_shape(lambda: jax.random.key(0))
+    frozen = networks.frozen.abstract()
+    out, metrics = jax.eval_shape(lambda *a: step(*a, with_r1=True), state, batch, key, frozen)
+    assert_same(out, state)
+    assert "loss/r1" in metrics
+    assert {"loss/d", "loss/g", "grad_norm/d", "grad_norm/g"} <= metrics.keys()
+    assert ("loss/clip" in metrics) == (max(config.loss.clip) > 0)
+    assert ("loss/v" in metrics) == ("loss/g_v" in metrics) == (config.loss.vision_aided > 0)
+    assert ("loss/d_match" in metrics) == (config.condition == "text" and config.loss.match_d > 0)
+    assert metrics.pop("health").shape == (len(step.probe.names),)
+    assert all(m.shape == () and m.dtype == "float32" for m in metrics.values())
+
+    if arg == "tiny":  # without R1 a step does less of the same
+        out, without = jax.eval_shape(lambda *a: step(*a, with_r1=False), state, batch, key, frozen)
+        assert_same(out, state)
+        assert "loss/r1" not in without
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_docstring_is_the_command(name):
+    said = module(name).__doc__
+    command = re.search(r"python -m gigagan_jax\.train .*", said)
+    assert command, said
+    config = re.search(rf"--config=configs/{name}\.py(:[A-Za-z0-9-]+)?( |$)", command.group())
+    assert config
+    assert "--workdir=" in command.group()
+    variant = (config.group(1) or ":")[1:]
+    if variant and variant != "ROW":
+        from_dict(module(name).get_config(variant))
+    data = from_dict(module(name).get_config()).data
+    needs_path = data.source != "digits" and not data.path
+    assert ("--config.data.path=" in command.group()) == needs_path
+    assert module(name).get_config.__doc__
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_unknown_variant(name):
+    sizes = "1b, 3b, 10b, 1b-bytes, 3b-bytes, 10b-bytes"
+    known = {"ablation": ", ".join(ablation.ROWS), "laion": "tiny, bytes, small", "scale": sizes}.get(name, "tiny")
+    with pytest.raises(
+        (ValueError, UserError), match=rf"configs/{name}\.py has no (variant|row) 'tinny'; known: {known}$"
+    ):
+        module(name).get_config("tinny")
+
+
+def test_names_tell_runs_apart():
+    names = [
+        from_dict(module(name).get_config(arg)).name for name, arg in VARIANTS if (name, arg) != ("digits", "tiny")
+    ]
+    assert len(set(names)) == len(names)
+
+
+def test_each_ablation_row_adds_its_part():
+    rows = {row: from_dict(ablation.get_config(row)) for row in ablation.ROWS}
+    has = {
+        "attention": lambda c: max(c.generator.attention_depth) > 0 and max(c.discriminator.attention_depth) > 0,
+        "matching": lambda c: c.loss.match_d > 0 and c.loss.match_g > 0,
+        "adaptive": lambda c: max(c.generator.bank) > 1,
+        "deeper": lambda c: max(c.generator.blocks) > 1 and max(c.discriminator.blocks) > 1,
+        "multiscale": lambda c: (
+            c.generator.pyramid and c.discriminator.multi_scale_input and c.discriminator.multi_scale_output
+        ),
+        "clip": lambda c: max(c.loss.clip) > 0,
+        "vision": lambda c: c.loss.vision_aided > 0,
+    }
+    for i, row in enumerate(ablation.ROWS):
+        for part, test in has.items():
+            assert test(rows[row]) == (ablation.ROWS.index(part) <= i), (row, part)
+    assert from_dict(ablation.get_config()) == rows["vision"]
+
+
+# Table A2: 652.5M and 381.4M for text to image, 209.5M and 76.7M for ImageNet.
+@pytest.mark.parametrize("name, g, d", [("laion", 652.5e6, 381.4e6), ("imagenet", 209.5e6, 76.7e6)])
+def test_sizes_are_the_papers(name, g, d):
+    networks = Networks(from_dict(module(name).get_config()))
+    assert networks.g.count() == pytest.approx(g, rel=0.05)
+    assert networks.d.count() == pytest.approx(d, rel=0.05)
+
+
+@pytest.mark.parametrize("size, g", [("1b", 1e9), ("3b", 3e9), ("10b", 10e9)])
+def test_sizes_past_the_papers(size, g):
+    """G has what its name says and D the paper's share; widths fill matrix units, the learning rate falls with m."""
+    config = from_dict(scale.get_config(size))
+    networks = Networks(config)
+    assert networks.g.count() == pytest.approx(g, rel=0.05)
+    assert networks.d.count() / networks.g.count() == pytest.approx(381.4 / 652.5, rel=0.05)
+    for module_ in (networks.g, networks.d):
+        for s in jax.tree.leaves(module_.specs, is_leaf=is_spec):
+            assert all(n % 128 == 0 for n in s.shape if n > 128), s
+    assert config.g_optimizer.learning_rate * scale.SIZES[size] == pytest.approx(0.0025)
+    assert config.d_optimizer.learning_rate == config.g_optimizer.learning_rate
+    assert from_dict(scale.get_config(f"{size}-bytes")).generator == config.generator

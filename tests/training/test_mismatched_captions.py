@@ -1,0 +1,310 @@
+"""Wrong captions: never an image's own, nor one that reads the same. The best-known public code silently matched them."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gigagan_jax.config import DEFAULT_RULES, MeshConfig
+from gigagan_jax.data.tokenizers import ByteTokenizer
+from gigagan_jax.parallel import sharding
+from gigagan_jax.training.batch import batch_shardings
+from gigagan_jax.training.mismatched_captions import group_size, mismatch, same_wish, wrong_captions
+from gigagan_jax.training.state import Networks
+from gigagan_jax.training.step import TrainStep
+
+tokenize = ByteTokenizer(24)
+mismatch_all = jax.jit(jax.vmap(mismatch))
+# Many keys, one batch.
+mismatch_keys = jax.jit(jax.vmap(mismatch, (0, None, None)))
+
+
+def same_by_hand(tokens, labels):
+    """The definition, without hashes: bool [N, N]."""
+    same = (tokens[:, None] == tokens[None]).all(-1)
+    return same | ((labels[:, None] == labels[None]) & (labels >= 0)[:, None])
+
+
+def random_batches(rng, cases, n):
+    """`cases` batches of n examples, from one caption for all to all different, labels known, partly known or not."""
+    tokens, labels = [], []
+    for case in range(cases):
+        wording = rng.integers(0, rng.integers(1, 2 * n + 1), n)
+        tokens.append(tokenize([f"caption {k}" if k else "" for k in wording]))
+        top = int(rng.integers(0, n + 1))
+        labels.append(rng.integers(-1, top, n) if case % 3 else np.full(n, -1))
+    return np.stack(tokens), np.stack(labels).astype(np.int32)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 17])
+def test_no_image_keeps_its_caption_nor_gets_an_equal_one(n):
+    rng = np.random.default_rng(n)
+    cases = 300
+    tokens, labels = random_batches(rng, cases, n)
+    index, valid = jax.device_get(mismatch_all(jax.random.split(jax.random.key(n), cases), tokens, labels))
+    assert index.shape == valid.shape == (cases, n)
+    assert ((index >= 0) & (index < n)).all()
+    seen = {True: 0, False: 0}
+    for case in range(cases):
+        same = same_by_hand(tokens[case], labels[case])
+        np.testing.assert_array_equal(valid[case], ~same.all(1))
+        for i in np.flatnonzero(valid[case]):
+            j = index[case, i]
+            assert i != j
+            assert (tokens[case, i] != tokens[case, j]).any()
+            assert labels[case, i] < 0 or labels[case, i] != labels[case, j]
+        for v in valid[case]:
+            seen[bool(v)] += 1
+    assert seen[False] > 0
+    assert seen[True] > 0 or n == 1
+
+
+def test_same_wish_by_captions_labels_or_both():
+    tokens = tokenize(["a", "b", "a", "ab", "ba", ""])
+    labels = np.array([-1, 7, -1, 7, -1, -1], np.int32)
+    expected_tokens = np.eye(6, dtype=bool)
+    expected_tokens[0, 2] = expected_tokens[2, 0] = True
+    np.testing.assert_array_equal(same_wish(tokens, None), expected_tokens)
+    expected_labels = np.zeros((6, 6), bool)
+    expected_labels[np.ix_([1, 3], [1, 3])] = True
+    np.testing.assert_array_equal(same_wish(None, labels), expected_labels)
+    np.testing.assert_array_equal(same_wish(tokens, labels), expected_tokens | expected_labels)
+    with pytest.raises(ValueError, match="nothing to mismatch"):
+        same_wish(None, None)
+
+
+def test_captions_that_differ_in_one_place_are_different():
+    """A comparison by sums or by letters without their order would confuse these."""
+    captions = ["ab cd", "cd ab", "ba cd", "ab cd ", " ab cd", "ab", "abab", "a" * 20, "a" * 21, ""]
+    same = np.asarray(same_wish(tokenize(captions), None))
+    np.testing.assert_array_equal(same, np.eye(len(captions), dtype=bool))
+
+
+def test_a_label_of_zero_is_known():
+    tokens = tokenize(["zero", "nought", "one"])
+    index, valid = mismatch(jax.random.key(0), tokens, np.array([0, 0, 1], np.int32))
+    assert valid.all()
+    assert index[:2].tolist() == [2, 2]
+
+
+def test_negative_labels_forbid_nothing():
+    tokens = tokenize(["one", "two"])
+    index, valid = mismatch(jax.random.key(0), tokens, np.array([-1, -1], np.int32))
+    assert valid.all()
+    assert index.tolist() == [1, 0]
+
+
+def test_one_large_cycle_where_all_captions_differ():
+    """A permutation uses each caption once; in one cycle no two images merely swap, except in a batch of two."""
+    n = 16
+    tokens = tokenize([f"caption {i}" for i in range(n)])
+    keys = jax.random.split(jax.random.key(3), 50)
+    index, valid = mismatch_keys(keys, tokens, np.full(n, -1))
+    assert valid.all()
+    for row in np.asarray(index):
+        at, cycle = 0, []
+        for _ in range(n):
+            cycle.append(at)
+            at = row[at]
+        assert sorted(cycle) == list(range(n))
+        assert at == 0
+
+
+def test_drawn_anew_with_each_key():
+    n = 16
+    tokens = tokenize([f"caption {i}" for i in range(n)])
+    keys = jax.random.split(jax.random.key(4), 200)
+    index = np.asarray(mismatch_keys(keys, tokens, None)[0])
+    assert len({tuple(row) for row in index}) == len(keys)
+    np.testing.assert_array_equal(index, mismatch_keys(keys, tokens, None)[0])  # and the key decides
+    for i in range(n):  # every other caption is met
+        assert set(index[:, i]) == set(range(n)) - {i}
+
+
+def test_a_clash_is_mended_by_any_caption_that_differs():
+    """Six images share a caption: the cycle clashes often, and all that differ must be met about equally often."""
+    tokens = tokenize(["same"] * 6 + ["x", "y", "z"])
+    keys = jax.random.split(jax.random.key(5), 900)
+    index = np.asarray(mismatch_keys(keys, tokens, None)[0])
+    counts = np.bincount(index[:, 0], minlength=9)
+    assert counts[:6].sum() == 0
+    assert counts[6:].min() > 240  # 300 expected, standard deviation 14
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 1), (2, 2, 2)])
+def test_a_sharded_batch_gets_the_captions_it_gets_on_one_device(shape):
+    rng = np.random.default_rng(1)
+    tokens, labels = random_batches(rng, 1, 16)
+    key = jax.random.key(9)
+    plain = jax.device_get(jax.jit(mismatch)(key, tokens[0], labels[0]))
+    mesh = sharding.make_mesh(MeshConfig(*shape))
+    rows = NamedSharding(mesh, sharding.spec(("batch",), (16,), mesh, DEFAULT_RULES, "batch"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    spread = jax.jit(mismatch, in_shardings=(everywhere, rows, rows), out_shardings=rows)(key, tokens[0], labels[0])
+    for one, eight in zip(plain, jax.device_get(spread), strict=True):
+        np.testing.assert_array_equal(one, eight)
+
+
+# ---------------------------------------------------------------- within groups
+
+
+@pytest.mark.parametrize(
+    "n, most, size",
+    [(16, 16, 16), (1024, 16, 16), (8, 16, 8), (24, 16, 12), (20, 16, 10), (34, 16, 34), (9, 0, 9), (1, 16, 1)],
+)
+def test_group_size(n, most, size):
+    assert group_size(n, most) == size
+
+
+def encoded(n):
+    """[n, 2] what stands for captions: their place, exactly."""
+    return jnp.stack([jnp.arange(n), -jnp.arange(n)], axis=1).astype(jnp.float32)
+
+
+def test_wrong_captions_come_from_the_group_and_differ():
+    n, size = 48, 16
+    tokens = tokenize([f"caption {i // 2}" for i in range(n)])  # pairs read the same
+    t, valid = jax.jit(wrong_captions, static_argnums=4)(jax.random.key(0), encoded(n), tokens, None, size)
+    place = np.asarray(t[:, 0]).astype(int)
+    np.testing.assert_array_equal(t, encoded(n)[place])
+    assert valid.all()
+    np.testing.assert_array_equal(place // size, np.arange(n) // size)
+    assert (place // 2 != np.arange(n) // 2).all()
+    steps = [tuple(place[i : i + size] - i) for i in range(0, n, size)]
+    assert len(set(steps)) == 3  # each group has a draw of its own
+
+
+def test_a_group_of_one_caption_has_no_wrong_one_whatever_the_others_have():
+    tokens = tokenize(["same"] * 16 + [f"caption {i}" for i in range(16)])
+    _, valid = wrong_captions(jax.random.key(0), encoded(32), tokens, None, 16)
+    np.testing.assert_array_equal(valid, np.arange(32) >= 16)
+
+
+def test_one_group_is_the_whole_batch():
+    tokens = tokenize([f"caption {i}" for i in range(16)])
+    index, _ = mismatch(jax.random.key(1), tokens, None)
+    t, _ = wrong_captions(jax.random.key(1), encoded(16), tokens, None, 16)
+    np.testing.assert_array_equal(t[:, 0], index)
+
+
+def test_wrong_captions_of_a_sharded_batch_move_nothing_between_devices_on_a_mesh():
+    n = 128
+    mesh = sharding.make_mesh(MeshConfig(data=8))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    tokens = tokenize([f"caption {i}" for i in range(n)])
+    run = jax.jit(
+        lambda k, t, tokens: wrong_captions(k, t, tokens, None, 16),
+        in_shardings=(everywhere, rows, rows),
+        out_shardings=rows,
+    )
+    compiled = run.lower(jax.random.key(0), encoded(n), tokens).compile()
+    text = compiled.as_text()
+    assert not [
+        kind for kind in ("all-gather", "all-to-all", "collective-permute", "all-reduce") if f" {kind}(" in text
+    ]
+    plain = wrong_captions(jax.random.key(0), encoded(n), tokens, None, 16)
+    for a, b in zip(compiled(jax.random.key(0), encoded(n), tokens), plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# ---------------------------------------------------------------- as the step uses it
+
+
+@pytest.fixture(scope="module")
+def step_parts(tiny):
+    """A config of the discriminator's size that matters here, its networks and parameters, and 16 images' ids."""
+    config = dataclasses.replace(tiny, remat=False, text=dataclasses.replace(tiny.text, length=24))
+    networks = Networks(config)
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    return config, networks, jax.device_get(networks.d.init(0, networks.d.shardings(mesh, config.rules)))
+
+
+CAPTIONS = ["a cat", "a dog", "a cat", "", "a bird", "a cat", "", "a dog", "a cat", "a fish"] + ["a cat"] * 6
+LABELS = [-1, 3, -1, -1, 3, -1, -1, -1, 5, -1, -1, -1, -1, -1, -1, -1]
+
+
+@pytest.mark.parametrize("micro_batches, shape", [(1, (1, 1, 1)), (2, (1, 1, 1)), (2, (4, 2, 1)), (4, (2, 2, 1))])
+def test_every_micro_batch_on_every_shard_is_mismatched(step_parts, micro_batches, shape):
+    """Through TrainStep.gradients and TrainStep.captions: t[:, 1] is another caption of the same micro-batch."""
+    config, networks, params = step_parts
+    step = TrainStep(networks)
+    step.config = dataclasses.replace(config, micro_batches=micro_batches)
+    mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
+    n = config.batch_size
+    r = config.resolution
+    ids = np.arange(n)
+    batch = {
+        "image": np.broadcast_to(ids[:, None, None, None], (n, r, r, 3)).astype(np.uint8),
+        "tokens": tokenize(CAPTIONS),
+        "label": np.array(LABELS, np.int32),
+    }
+
+    def loss(params, batch, key):
+        """No loss: notes what each image was given, at its own id."""
+        disc = networks.d.bind(params)
+        t, valid = step.captions(disc, batch, key)
+        id_ = batch["image"][:, 0, 0, 0].astype(jnp.int32)
+        part = jnp.full(len(id_), jax.random.uniform(key))
+        note = lambda x: jnp.zeros((n, *x.shape[1:]), jnp.float32).at[id_].add(x.astype(jnp.float32))
+        return 0.0 * t.sum(), {"t": note(t), "valid": note(valid), "part": note(part)}
+
+    def run(params, batch, key):
+        with sharding.use(mesh, config.rules):
+            return step.gradients(loss, params, batch, key)[1]
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    where = (networks.d.shardings(mesh, config.rules), batch_shardings(config, mesh), everywhere)
+    notes = jax.jit(run, in_shardings=where, out_shardings=everywhere)(params, batch, jax.random.key(2))
+    notes = {k: np.asarray(x) * micro_batches for k, x in notes.items()}  # each image is in one part: undo the mean
+    own, wrong = notes["t"][:, 0], notes["t"][:, 1]
+    _, part = np.unique(np.round(notes["part"], 5), return_inverse=True)
+    assert np.bincount(part).tolist() == [n // micro_batches] * micro_batches
+
+    same = same_by_hand(batch["tokens"], batch["label"])
+    close = np.abs(wrong[:, None] - own[None]).max(-1) < 1e-4 * np.abs(own).max()
+    together = part[:, None] == part[None]
+    np.testing.assert_array_equal(notes["valid"] > 0.5, (together & ~same).any(1))
+    for i in np.flatnonzero(notes["valid"] > 0.5):
+        assert not close[i, i]
+        assert not (close[i] & (batch["tokens"] == batch["tokens"][i]).all(1)).any()
+        assert (close[i] & together[i] & ~same[i]).any()
+    assert (notes["valid"] > 0.5).any()
+
+
+@pytest.fixture(scope="module")
+def d_loss(step_parts):
+    """Metrics of D's loss for given tokens of one batch of images, z and key."""
+    config, networks, params = step_parts
+    step = TrainStep(networks)
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    g_params = jax.device_get(networks.g.init(0, networks.g.shardings(mesh, config.rules)))
+    n, r = config.batch_size, config.resolution
+    image = np.random.default_rng(0).integers(0, 256, (n, r, r, 3)).astype(np.uint8)
+
+    def run(params, g_params, tokens):
+        batch = {"image": image, "tokens": tokens, "label": jnp.full(n, -1)}
+        return step.d_loss(params, g_params, batch, jax.random.key(1))[1]
+
+    compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    return lambda tokens: jax.device_get(compiled(params, g_params, tokens))
+
+
+def test_the_loss_depends_on_which_caption_belongs_to_which_image(d_loss):
+    tokens = tokenize([f"caption number {i}" for i in range(16)])
+    plain, again, moved = d_loss(tokens), d_loss(tokens), d_loss(np.roll(tokens, 1, axis=0))
+    for name in ("loss/d", "loss/d_match", "logits/real", "logits/wrong"):
+        assert plain[name] == again[name]
+        assert abs(plain[name] - moved[name]) > 1e-6, name
+    assert plain["logits/real"] != plain["logits/wrong"]
+
+
+def test_without_a_second_caption_there_is_no_matching_loss(d_loss):
+    metrics = d_loss(tokenize(["one and the same"] * 16))
+    assert metrics["loss/d_match"] == 0
+    assert metrics["loss/d"] == metrics["loss/d_gan"] > 0
+    assert d_loss(tokenize(["one and the same"] * 15 + ["another"]))["loss/d_match"] > 0
