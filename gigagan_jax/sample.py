@@ -1,9 +1,8 @@
 """Images from prompts: `python -m gigagan_jax.sample --workdir=DIR --prompt="a handwritten seven" --out=FILE_OR_DIR`.
 
-A `.png` path gets one grid (rows prompts, columns seeds); a folder gets one PNG an image, with its prompt and seed inside.
+A `.png` path gets one grid (rows are prompts, columns seeds). A folder gets one PNG per image, with prompt and seed inside.
 """
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,11 @@ from pathlib import Path
 import jax
 
 from gigagan_jax import cli
-from gigagan_jax.checkpoint.manager import Checkpoints
-from gigagan_jax.config import MeshConfig
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.inference.images import file_name, grid, save_png
-from gigagan_jax.inference.text_to_image import TextToImage, rows_and_seeds
-from gigagan_jax.parallel import sharding
-from gigagan_jax.telemetry.console import configure
+from gigagan_jax.inference.images import draw_grid, file_name, save_png
+from gigagan_jax.inference.sampler import prompts_and_seeds
+from gigagan_jax.inference.text_to_image import TextToImage
+from gigagan_jax.telemetry.console import configure_logging
 
 _log = logging.getLogger(__name__)
 
@@ -39,48 +36,42 @@ def verb(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="a .png for a grid, or a folder")
     args = parser.parse_args(argv)
-    configure(process_index=jax.process_index())
+    configure_logging(process_index=jax.process_index())
     if args.num < 1:
         raise UserError(f"--num={args.num}: must be at least 1")
+    # Seeds are 32 bits in the latents.
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed}: must be 0 to {2**32 - 1}")
     if not 0.0 <= args.truncation <= 1.0:
         raise UserError(f"--truncation={args.truncation}: must be 0 to 1")
+    # A folder may be named x.png.
     is_grid = args.out.suffix.lower() == ".png" and not args.out.is_dir()
     if not is_grid and args.out.is_file():
         raise UserError(f"--out={args.out} is a file and no .png: name a .png for a grid, or a folder")
 
-    checkpoints = Checkpoints(args.workdir)
-    step = checkpoints.newest()
-    if step is None:
-        raise UserError(f"{args.workdir} has no finished checkpoint yet: wait for the run's first one")
-    config = checkpoints.config(step)
-    if args.text_path is not None:
-        config = dataclasses.replace(config, text=dataclasses.replace(config.text, path=args.text_path))
-    # Sampling shares images between devices, whatever mesh the model was trained on.
-    sampler = TextToImage(config, sharding.make_mesh(MeshConfig()))
-    checkpoints.check_frozen(step, sampler.identities)
-    wanted = {"g_ema": sampler.abstract_params(), "w_avg": sampler.abstract_w_avg()}
-    state = checkpoints.restore_partial(step, wanted)
-    prompts, seeds = rows_and_seeds(args.prompt, args.num, args.seed)
-    _log.info("sampling %d images from step %d", len(prompts), step)
+    model = TextToImage.from_workdir(args.workdir, text_path=args.text_path)
+    prompts, seeds = prompts_and_seeds(args.prompt, args.num, args.seed)
+    _log.info("sampling %d images from step %d", len(prompts), model.step)
 
-    def progress(done: int, total: int) -> None:
-        if total > sampler.batch:
+    def log_progress(done: int, total: int) -> None:
+        # A single batch needs no progress.
+        if total > model.sampler.batch:
             _log.info("%d of %d images", done, total)
 
-    images = sampler(state["g_ema"], state["w_avg"], prompts, seeds, truncation=args.truncation, progress=progress)
+    images = model(prompts, seeds, truncation=args.truncation, progress=log_progress)
+    # All processes sample, since the model may span them; one writes.
     if jax.process_index() != 0:
         return 0
-    about = {"model": config.name, "step": str(step), "truncation": f"{args.truncation:g}"}
+    # Stored as text chunks of the PNG.
+    metadata = {"model": model.config.name, "step": str(model.step), "truncation": f"{args.truncation:g}"}
     if is_grid:
         shape = (len(args.prompt), args.num, *images.shape[1:])
         text = {"prompt": "\n".join(args.prompt), "seed": f"{seeds[0]}..{seeds[args.num - 1]}"}
-        save_png(args.out, grid(images.reshape(shape), args.prompt), about | text)
+        save_png(args.out, draw_grid(images.reshape(shape), args.prompt), metadata | text)
         print(args.out)
     else:
         for i, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
-            save_png(args.out / file_name(i, prompt, seed), image, about | {"prompt": prompt, "seed": str(seed)})
+            save_png(args.out / file_name(i, prompt, seed), image, metadata | {"prompt": prompt, "seed": str(seed)})
         print(f"{len(images)} images in {args.out}")
     return 0
 

@@ -1,6 +1,6 @@
 """Trains a model: `python -m gigagan_jax.train --config=configs/digits.py --workdir=DIR [--config.key=value] [--dry_run]`.
 
-The same command again goes on from the newest checkpoint.
+The same command again resumes from the newest checkpoint.
 """
 
 import logging
@@ -10,16 +10,15 @@ from collections.abc import Sequence
 import jax
 
 from gigagan_jax import cli
-from gigagan_jax.checkpoint.workdir import as_begun
+from gigagan_jax.checkpoint.workdir import with_original_settings
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.evaluation.hooks import EVALUATORS, snapshot_hook
-from gigagan_jax.inference.text_to_image import TextToImage
+from gigagan_jax.evaluation.hooks import make_hooks
 from gigagan_jax.parallel import cluster, compilation_cache, preemption, watchdog
 from gigagan_jax.parallel.signals import Interrupted
 from gigagan_jax.planning import dry_run
 from gigagan_jax.reporting import run_report
-from gigagan_jax.telemetry.console import configure
-from gigagan_jax.telemetry.goodput import process_began
+from gigagan_jax.telemetry.console import configure_logging
+from gigagan_jax.telemetry.goodput import process_start_time
 from gigagan_jax.telemetry.profiler import parse_steps
 from gigagan_jax.training.loop import Run
 
@@ -34,7 +33,9 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="build abstractly, print sizes and shardings"
     )
-    parser.add_argument("--devices", type=int, help="with --dry_run: plan for so many devices instead of those here")
+    parser.add_argument(
+        "--devices", type=int, help="with --dry_run: plan for this number of devices instead of those present"
+    )
     parser.add_argument("--profile_steps", default="", help="FIRST:LAST steps to take a trace of; see docs/seeing.md")
     for flags in (cluster, preemption, compilation_cache):
         flags.add_flags(parser)
@@ -42,41 +43,40 @@ def verb(argv: Sequence[str]) -> int:
     if args.devices is not None and args.devices < 1:
         raise UserError(f"--devices={args.devices}: must be at least 1")
     profile_steps = parse_steps(args.profile_steps) if args.profile_steps else None
-    config = cli.load_config(args.config, cli.config_overrides(unknown))
+    config = cli.load_config(args.config, cli.collect_overrides(unknown))
     if not args.dry_run:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the profiler listens: a request must not end the process
-    cluster.join(args)
-    configure(process_index=jax.process_index())
+        # The default action of SIGUSR1 ends the process. The profiler sets its handler only when the loop begins.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Before anything that touches a device, even jax.process_index().
+    cluster.join_processes(args)
+    configure_logging(process_index=jax.process_index())
     if args.dry_run:
-        print(dry_run.report(config, args.devices or jax.device_count(), args.workdir))
+        print(dry_run.report_dry_run(config, args.devices or jax.device_count(), args.workdir))
         return 0
     if args.workdir is None:
         raise UserError("--workdir=DIR is needed: the run's checkpoints, metrics and images go there")
     if args.devices:
         raise UserError("--devices goes with --dry_run")
-    config = as_begun(args.workdir, config)
-    compilation_cache.keep_programs(args.compilation_cache, args.workdir)
-    run = Run(config, args.workdir)
-    run.began = process_began()
-    run.profile_steps = profile_steps
-    sampler = TextToImage(config, run.mesh, frozen=lambda: run.frozen[0])
-    run.snapshot = snapshot_hook(config, sampler, args.workdir)
-    run.finish = [EVALUATORS[name](config, sampler, args.workdir) for name in config.evaluators]
+    config = with_original_settings(args.workdir, config)
+    # Before Run, which compiles the initialisation.
+    compilation_cache.enable_compilation_cache(args.compilation_cache, args.workdir)
+    run = Run(config, args.workdir, hooks=make_hooks, began=process_start_time(), profile_steps=profile_steps)
     if jax.process_index() == 0:
-        print(dry_run.summary(run.networks, run.mesh), flush=True)
+        print(dry_run.summarize_modules(run.networks, run.mesh), flush=True)
     try:
         with (
-            run_report.at_the_end(args.workdir, enabled=jax.process_index() == 0),
-            preemption.watch(args.maintenance_url),
-            watchdog.steps_timed(args.stall_seconds),
+            run_report.write_report_at_end(args.workdir, enabled=jax.process_index() == 0),
+            preemption.watch_notices(args.maintenance_url),
+            watchdog.watch_for_stall(args.stall_seconds),
         ):
             run.train()
     except Interrupted as e:
         _log.info("%s; run the same command again to go on", e)
         code = cli.RESTART if e.number == signal.SIGTERM else cli.INTERRUPTED
+        # Otherwise the other processes would wait for this one in their next collective.
         if not e.agreed:
-            watchdog.fail(f"{e} while it was not training", code)
-            watchdog.leave(code)
+            watchdog.report_failure(f"{e} while it was not training", code)
+            watchdog.exit_without_waiting(code)
         return code
     return 0
 

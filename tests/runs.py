@@ -31,7 +31,7 @@ def read(workdir: Path, config, devices=1):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
     networks = Networks(config)
     checkpoints = Checkpoints(workdir)
-    step = checkpoints.newest()
+    step = checkpoints.latest_valid_step()
     try:
         return checkpoints.restore(step, with_shardings(networks.abstract(), networks.shardings(mesh)))
     finally:

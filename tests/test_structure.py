@@ -1,8 +1,10 @@
 """The layout, held over the syntax trees: who imports whom, what stays out, names and lengths of files."""
 
 import ast
+import io
 import subprocess
 import sys
+import tokenize
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -11,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("gigagan_jax", "configs", "tools", "launch", "tests")
 PACKAGE = "gigagan_jax"
 LONGEST = 450
+LONGEST_FUNCTION = 80
 
 # Higher may import lower; groups of one row do not know each other.
 ROWS = (
@@ -149,7 +152,16 @@ def too_long(path, text):
     return [f"{lines} lines, of {LONGEST}"] if lines > LONGEST else []
 
 
-RULES = (wrong_neighbours, heavy_imports, tensorflow, torch, drawers, too_long)
+def long_functions(path, text):
+    """Functions of the package past LONGEST_FUNCTION lines."""
+    if not path.startswith(f"{PACKAGE}/"):
+        return []
+    found = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lines = {n.name: n.end_lineno - n.lineno + 1 for n in found}
+    return [f"{name}: {n} lines, of {LONGEST_FUNCTION}" for name, n in lines.items() if n > LONGEST_FUNCTION]
+
+
+RULES = (wrong_neighbours, heavy_imports, tensorflow, torch, drawers, too_long, long_functions)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.__name__)
@@ -188,6 +200,7 @@ def test_rule(rule):
         (drawers, "gigagan_jax/models/utils.py", ""),
         (drawers, "gigagan_jax/util/x.py", ""),
         (too_long, "tests/test_x.py", "\n" * (LONGEST + 1)),
+        (long_functions, "gigagan_jax/data/x.py", "def f():\n" + "    pass\n" * LONGEST_FUNCTION),
     ],
 )
 def test_a_rule_sees_what_it_forbids(rule, path, text):
@@ -219,10 +232,50 @@ def test_a_rule_sees_what_it_forbids(rule, path, text):
         (torch, "gigagan_jax/interop/keys.py", "def f():\n    import torch"),
         (drawers, "gigagan_jax/models/futile.py", ""),
         (too_long, "tests/test_x.py", "\n" * LONGEST),
+        (long_functions, "gigagan_jax/data/x.py", "def f():\n" + "    pass\n" * (LONGEST_FUNCTION - 1)),
     ],
 )
 def test_a_rule_lets_pass_what_is_right(rule, path, text):
     assert not rule(path, text)
+
+
+def circles(imports):
+    """Modules that import themselves by way of others: {module: what it imports} -> the first circle found, or None."""
+    done, way = set(), []
+
+    def visit(module):
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done or module not in imports:
+            return None
+        way.append(module)
+        found = next(filter(None, map(visit, sorted(imports[module]))), None)
+        done.add(way.pop())
+        return found
+
+    return next(filter(None, map(visit, sorted(imports))), None)
+
+
+def test_no_import_goes_in_a_circle():
+    """Imports within functions count too: they hide a circle, and do not undo it."""
+    package = {m: imported(p, SOURCES[p]) & set(MODULES) - {m} for m, p in MODULES.items() if top(m) == PACKAGE}
+    assert circles(package) is None
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_names_and_comments():
+    """Most functions say what they do to what; every twelfth line or so has a comment, which says why."""
+    names, lines, comments = [], 0, 0
+    for path, text in SOURCES.items():
+        if path.startswith(f"{PACKAGE}/"):
+            nodes = ast.walk(ast.parse(text))
+            names += [n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+            lines += text.count("\n")
+            tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+            comments += len({t.start[0] for t in tokens if t.type == tokenize.COMMENT})
+    named = [n.strip("_") for n in names if not n.startswith("__")]
+    assert sum("_" not in n for n in named) < 0.4 * len(named)
+    assert comments >= 0.07 * lines
 
 
 def test_all_files_are_looked_at():

@@ -112,7 +112,7 @@ def check_flags(args: argparse.Namespace) -> None:
     ):
         if not there and any(getattr(args, name) not in (None, False) for name in names):
             raise UserError(f"{', '.join('--' + name for name in names)} {go}")
-    cli.writable(args.json)
+    cli.check_writable(args.json)
 
 
 def verb(argv: Sequence[str]) -> int:
@@ -123,7 +123,7 @@ def verb(argv: Sequence[str]) -> int:
         return bench_data.verb(argv[1:])
     args, unknown = flags().parse_known_args(argv)
     check_flags(args)
-    overrides = cli.config_overrides(unknown)
+    overrides = cli.collect_overrides(unknown)
     if args.batch is not None:
         overrides.append(f"--config.batch_size={args.batch}")
     if args.against is not None:

@@ -34,7 +34,7 @@ from PIL import Image
 
 from gigagan_jax import cli
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.core.progress import Progress
+from gigagan_jax.core.progress import ProgressBar
 from gigagan_jax.data import pipeline
 from gigagan_jax.data.decoding import decode_to_pil
 from gigagan_jax.data.sources import tar_index
@@ -53,7 +53,7 @@ def write_tars(folder: Path, tars: int, each: int, sides: tuple[int, int] = (400
     photographs = [Image.fromarray(x) for x in load_sample_images().images]
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    progress = Progress("writing tars", tars)
+    progress = ProgressBar("writing tars", tars)
     for shard in range(tars):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i in range(each):
@@ -101,7 +101,7 @@ def bare(folder: Path) -> Iterator[int]:
 
 def ours(folder: Path, workers: int, threads: int) -> Iterator[int]:
     """Batches of the training pipeline, without end."""
-    with pipeline.build(
+    with pipeline.build_pipeline(
         TarSource(str(folder)), resolution=RESOLUTION, batch_size=BATCH, seed=0, tokenizer=ByteTokenizer(LENGTH),
         num_workers=workers, num_threads=threads,
     ) as data:  # fmt: skip
@@ -182,7 +182,7 @@ def indexing(folder: Path, repeats: int) -> dict[str, float]:
 
     def index(workers: int) -> None:
         with tempfile.TemporaryDirectory() as target:
-            tar_index.build(Path(target), Storage(), paths, workers=workers, quiet=True)
+            tar_index.build_index(Path(target), Storage(), paths, workers=workers, quiet=True)
 
     cores = os.cpu_count() or 1
     contestants = {
@@ -205,7 +205,7 @@ def memory(folder: Path, epochs: int) -> list[float]:
     """Resident MiB after each epoch."""
     source = TarSource(str(folder))
     resident = []
-    with pipeline.build(
+    with pipeline.build_pipeline(
         source, resolution=RESOLUTION, batch_size=BATCH, seed=0, tokenizer=ByteTokenizer(LENGTH), num_threads=2
     ) as data:
         for _ in range(epochs):
@@ -229,7 +229,7 @@ def verb(argv: Sequence[str]) -> int:
         raise UserError(
             f"--tars, --each, --repeats and --workers must be positive, and tars * each at least {2 * BATCH}"
         )
-    cli.writable(args.json)
+    cli.check_writable(args.json)
     with tempfile.TemporaryDirectory() as place:
         folder, small = Path(place) / "tars", Path(place) / "small"
         write_tars(folder, args.tars, args.each)

@@ -15,8 +15,8 @@ from gigagan_jax.config import Config
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.models.network import Params, is_spec, path_name
 from gigagan_jax.models.pretrained import hub
-from gigagan_jax.models.pretrained.frozen import Frozen
-from gigagan_jax.models.pretrained.text_encoder import NEEDS, architecture, text_spec
+from gigagan_jax.models.pretrained.frozen import FrozenNetworks
+from gigagan_jax.models.pretrained.text_encoder import REQUIREMENTS, read_architecture, text_spec
 from gigagan_jax.training.batch import abstract_batch
 
 UNKNOWN = -1  # the label of an example whose class is not known: it forbids no caption
@@ -51,7 +51,7 @@ def synthetic_batch(config: Config, shardings: dict[str, Any]) -> dict[str, jax.
             text = text_spec(config.text)
             value = draw_tokens(rng, spec.shape, text.vocab_size, text.end_id)
         elif name == "clip_tokens":
-            sizes = architecture("clip", config.clip_path, NEEDS["clip_text"]).text
+            sizes = read_architecture("clip", config.clip_path, REQUIREMENTS["clip_text"]).text
             value = draw_tokens(rng, spec.shape, sizes.vocab_size, sizes.eos_token_id)
         elif name == "label" and config.condition == "class":
             value = rng.integers(0, config.num_classes, spec.shape, np.int32)
@@ -116,13 +116,13 @@ def endless(batches: list[dict[str, np.ndarray]], shardings: dict[str, Any]) -> 
 # ---------------------------------------------------------------- frozen networks without their files
 
 
-def without_files(frozen: Frozen) -> list[str]:
+def without_files(frozen: FrozenNetworks) -> list[str]:
     """Hub ids of frozen networks that are not in the hub's cache."""
     paths = {tower.path for tower in frozen.towers.values()}
-    return sorted(p for p in paths if not Path(p).expanduser().exists() and hub.cached(p) is None)
+    return sorted(p for p in paths if not Path(p).expanduser().exists() and hub.find_cached(p) is None)
 
 
-def random_frozen(frozen: Frozen, mesh: Any, seed: int = 0) -> Params:
+def random_frozen(frozen: FrozenNetworks, mesh: Any, seed: int = 0) -> Params:
     """Random parameters of all frozen networks in their shapes and precisions, drawn on the devices, each born sharded.
 
     Matrices have a deviation of 1 / sqrt(inputs), gains are one, biases zero, the logit scale log(100): activations and so

@@ -20,11 +20,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gigagan_jax.config import Config
 from gigagan_jax.core.hardware import chip_name, count_chips, peak_flops
-from gigagan_jax.inference.latents import truncate, z_of_seed
-from gigagan_jax.models.pretrained.frozen import Frozen
+from gigagan_jax.inference.latents import truncate_w, z_of_seed
+from gigagan_jax.models.pretrained.frozen import FrozenNetworks
 from gigagan_jax.models.pretrained.text_encoder import text_spec
 from gigagan_jax.parallel import sharding
-from gigagan_jax.planning.topology import NETWORKS
+from gigagan_jax.planning.topology import BANDWIDTHS
 from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.state import GanState, Networks
 from gigagan_jax.training.step import TrainStep
@@ -88,7 +88,7 @@ class Bench:
             self.state = self.networks.init(self.mesh)
         return self.state
 
-    def weights(self, frozen: Frozen) -> Any:
+    def weights(self, frozen: FrozenNetworks) -> Any:
         """Parameters of the frozen networks of the step, or of `frozen` where that has others."""
         if self._weights is None:
             own = self.networks.frozen
@@ -132,7 +132,7 @@ class Bench:
         # A sign changed: what is only copied might not be copied at all.
         rate = self._rate(functools.partial(jax.jit(jnp.negative), x), steps, repeats, 2 * size)
         copy: dict[str, Any] = {"array_bytes": size, "bytes_per_second": rate}
-        network = NETWORKS.get(chip_name(device.device_kind) or "")
+        network = BANDWIDTHS.get(chip_name(device.device_kind) or "")
         if network is not None:
             peak_bandwidth = network.memory * count_chips([device])
             copy |= {"peak": peak_bandwidth, "share_of_peak": rate["median"] / peak_bandwidth}
@@ -211,16 +211,16 @@ class Bench:
     def _sampling(self, batch: int) -> Program:
         config, mesh = self.config, self.mesh
         module, z_dim = self.networks.g, config.generator.z_dim
-        frozen = Frozen(config, roles=("text",))
+        frozen = FrozenNetworks(config, roles=("text",))
         text = config.condition == "text"
 
         def generate(params: Any, w_avg: jax.Array, given: dict[str, jax.Array], psi: jax.Array, weights: Any) -> Any:
-            with sharding.use(mesh, config.rules):
+            with sharding.use_mesh(mesh, config.rules):
                 generator = module.bind(params)
-                said = frozen.encode(weights, given["tokens"]) if frozen.towers else {}
+                said = frozen.encode_captions(weights, given["tokens"]) if frozen.towers else {}
                 condition = generator.condition(given.get("tokens"), given["label"], said.get("features"))
                 w = generator.map(z_of_seed(given["seed"], z_dim), condition)
-                w = truncate(generator, w, condition, w_avg, psi, z_dim)
+                w = truncate_w(generator, w, condition, w_avg, psi, z_dim)
                 return generator.synthesize(w, condition)[-1]
 
         rng = np.random.default_rng(0)
@@ -229,7 +229,8 @@ class Bench:
             spec = text_spec(config.text)
             given["tokens"] = draw_tokens(rng, (batch, config.text.length), spec.vocab_size, spec.end_id)
         row = lambda *shape: NamedSharding(
-            mesh, sharding.spec(("batch", *(None,) * len(shape)), (batch, *shape), mesh, config.rules, "prompt")
+            mesh,
+            sharding.partition_spec(("batch", *(None,) * len(shape)), (batch, *shape), mesh, config.rules, "prompt"),
         )
         everywhere = NamedSharding(mesh, PartitionSpec())
         where = {k: row(*x.shape[1:]) for k, x in given.items()}

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from gigagan_jax.planning.hlo import Instruction, Module
-from gigagan_jax.planning.op_profile import module_name, way
+from gigagan_jax.planning.hlo import HloModule, Instruction
+from gigagan_jax.planning.op_profile import module_name, pass_direction
 
 MOST = 40  # rows of a table
 _NUMBER = re.compile(r"[._]\d+$")
@@ -93,7 +93,7 @@ class _Table:
     """The instructions of one program."""
 
     def __init__(self, text: str):
-        self.module = Module(text)
+        self.module = HloModule(text)
         self._exact: dict[str, Instruction] = {}
         for lines in self.module.computations.values():
             self._exact |= {i.name: i for i in lines}
@@ -107,9 +107,9 @@ class _Table:
             return None
         name = instruction.op_name
         if not name and instruction.opcode == "fusion":
-            inside = self.module.computations.get(instruction.attribute("calls"), [])
+            inside = self.module.computations.get(instruction.read_attribute("calls"), [])
             name = next((i.op_name for i in reversed(inside) if i.op_name), "")
-        return module_name(name, self.module.stack(instruction.frame)), way(name)
+        return module_name(name, self.module.call_stack(instruction.stack_frame)), pass_direction(name)
 
 
 def tables(seconds: dict[Kernel, float], runs: dict[Kernel, int], names: Names, steps: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from gigagan_jax.config import Config, digest
+from gigagan_jax.config import Config, config_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu")
@@ -87,7 +87,7 @@ def facts(config: Config | None, commit: str | None = None) -> dict[str, Any]:
     if config is not None:
         out["config"] = {
             "name": config.name,
-            "digest": digest(config),
+            "digest": config_digest(config),
             "dtype": config.dtype,
             "batch": config.batch_size,
         }

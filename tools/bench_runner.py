@@ -57,7 +57,7 @@ def main() -> None:
 
     import gigagan_jax
     from gigagan_jax import cli
-    from gigagan_jax.core.processes import keep_memory
+    from gigagan_jax.core.processes import tune_malloc
     from gigagan_jax.parallel import sharding
     from gigagan_jax.training.batch import abstract_batch
     from gigagan_jax.training.state import Networks
@@ -68,7 +68,7 @@ def main() -> None:
     except ImportError:  # where it was before
         from gigagan_jax.training.step import CompiledStep  # type: ignore[attr-defined, no-redef]
 
-    keep_memory()
+    tune_malloc()
     config = cli.load_config(asked["config"], asked["overrides"])
     if config.condition != "text" or config.text.encoder != "bytes":
         raise SystemExit("--against compares configs of the bytes encoder, such as configs/laion.py:small")

@@ -128,7 +128,7 @@ def read_config(args: argparse.Namespace, unknown: Sequence[str]) -> "Config":
     from gigagan_jax.config import DataConfig, from_dict
     from gigagan_jax.core.errors import UserError
 
-    overrides = cli.config_overrides(unknown)
+    overrides = cli.collect_overrides(unknown)
     if args.path:
         overrides.append(f"--config.data.path={args.path}")
     if args.config:
@@ -140,19 +140,19 @@ def read_config(args: argparse.Namespace, unknown: Sequence[str]) -> "Config":
     values = ConfigDict({"data": dataclasses.asdict(DataConfig(captions="optional"))})
     for text in overrides:
         name, _, value = text.removeprefix("--config.").partition("=")
-        cli.override(values, name, value)
+        cli.override_field(values, name, value)
     return from_dict(values)
 
 
 def index(config: "Config", workers: int) -> int:
     """Opens the data set, which indexes what needs an index."""
-    from gigagan_jax.data.sources.mixture import MixedSource
+    from gigagan_jax.data.sources.mixture import MixtureSource
     from gigagan_jax.data.sources.tar import TarSource
 
     source = open_source(config, workers, refresh=True)
-    for part in source.parts if isinstance(source, MixedSource) else (source,):
+    for part in source.parts if isinstance(source, MixtureSource) else (source,):
         if isinstance(part, TarSource):
-            table = f"{part.funnel_table()}\n" if part.funnel else ""
+            table = f"{part.format_filter_report()}\n" if part.filter_report else ""
             print(f"{table}{part.report}\nindex: {part.index.folder}")
         else:
             kind = type(part).__name__.removesuffix("Source").lower()
@@ -170,12 +170,12 @@ def open_source(config: "Config", workers: int, refresh: bool = False) -> "Sourc
 def check(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> int:
     """The doctor; 1 where the data is not healthy."""
     from gigagan_jax import cli
-    from gigagan_jax.preparation.check import check
+    from gigagan_jax.preparation.check import check_source
 
-    cli.writable(args.report)
+    cli.check_writable(args.report)
     limit = config.data.max_bad_fraction if args.max_bad_fraction is None else args.max_bad_fraction
     source = open_source(config, args.workers)
-    said, healthy = check(
+    said, healthy = check_source(
         source,
         sample=args.sample,
         seed=args.seed,
@@ -190,16 +190,16 @@ def check(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> in
 
 def convert(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> int:
     """Writes the data anew; 1 where nothing of it could be read."""
-    from gigagan_jax.core.formatting import in_bytes
-    from gigagan_jax.preparation.convert import LEFT_OUT, convert
+    from gigagan_jax.core.formatting import format_bytes
+    from gigagan_jax.preparation.convert import LEFT_OUT, convert_source
     from gigagan_jax.preparation.output import Output
 
     source = open_source(config, args.workers)
     out = Output(args.out)
-    done = convert(
+    done = convert_source(
         source, out, args.to, name=args.name, shard_size=args.shard_size, check_images=args.check_images, **how
     )
-    print(f"{done['examples']} examples in {done['shards']} shards, {in_bytes(done['bytes'])}, in {out}")
+    print(f"{done['examples']} examples in {done['shards']} shards, {format_bytes(done['bytes'])}, in {out}")
     if done["left_out"]:
         causes = ", ".join(f"{n} {cause}" for cause, n in done["left_out"].items())
         print(f"left out: {causes}; each is named in {out}/{LEFT_OUT}")
@@ -211,13 +211,13 @@ def convert(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> 
 def stats(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> int:
     """The page."""
     from gigagan_jax import cli
-    from gigagan_jax.core.formatting import percent
-    from gigagan_jax.preparation.stats import stats
+    from gigagan_jax.core.formatting import format_percent
+    from gigagan_jax.preparation.stats import write_stats
 
-    cli.writable(args.out)
+    cli.check_writable(args.out)
     title = config.data.path or ", ".join(config.data.mixture) or config.data.source
     source = open_source(config, args.workers)
-    said = stats(
+    said = write_stats(
         source,
         args.out,
         title=title,
@@ -228,19 +228,20 @@ def stats(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> in
         **how,
     )
     bad = said["examples"] - said["good"]
-    print(f"{said['examples']} of {said['total']} examples, {bad} bad ({percent(bad / max(1, said['examples']))})")
+    print(
+        f"{said['examples']} of {said['total']} examples, {bad} bad ({format_percent(bad / max(1, said['examples']))})"
+    )
     print(f"open {args.out} in a browser; the numbers are in {args.out.with_suffix('.json')}")
     return 0
 
 
 def embed(config: "Config", args: argparse.Namespace) -> int:
     """Embeddings of all captions."""
-    from embed_captions import embed  # type: ignore[import-not-found, unused-ignore]  # beside this file
-
     from gigagan_jax import cli
-    from gigagan_jax.training.input_pipeline import data_source
+    from gigagan_jax.preparation.embed import embed_captions
+    from gigagan_jax.training.input_pipeline import make_data_source
 
-    embed(config, data_source(config), cli.local_folder(args.out))
+    embed_captions(config, make_data_source(config), cli.local_folder(args.out))
     return 0
 
 
@@ -255,7 +256,7 @@ def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     from gigagan_jax import cli
     from gigagan_jax.core.errors import UserError
-    from gigagan_jax.telemetry.console import configure
+    from gigagan_jax.telemetry.console import configure_logging
 
     argv, beam_args = list(argv), []
     if "--" in argv:
@@ -268,7 +269,7 @@ def verb(argv: Sequence[str]) -> int:
     if args.task == "embed" and not args.config:
         raise UserError("embed: whose text encoder? name the config by --config=FILE.py (see --help)")
     config = read_config(args, unknown)
-    configure()
+    configure_logging()
     if args.task == "index":
         return index(config, args.workers)
     if args.task == "embed":

@@ -19,7 +19,7 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", type=cli.local_folder, required=True, help="of the training run")
     parser.add_argument("--out", type=Path, help="file to write; report.html in the workdir by default")
     args = parser.parse_args(argv)
-    out = run_report.write(args.workdir, args.out)
+    out = run_report.write_report(args.workdir, args.out)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     return 0
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from gigagan_jax import cli
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.core.formatting import duration
+from gigagan_jax.core.formatting import format_duration
 
 ROOT = Path(__file__).parents[1]
 LIST = ROOT / "tools" / "seeded_faults.toml"
@@ -238,7 +238,7 @@ def seed(
             left = (time.monotonic() - began) / i * (len(todo) - i)
             by = f" by {result.test}" if result.outcome == "caught" else f" {result.detail}".rstrip()
             said = f"{fault.name}: {result.outcome}{by} ({result.seconds:.0f} s)"
-            print(f"{i} of {len(todo)}  {said}  ETA {duration(left)}", flush=True)
+            print(f"{i} of {len(todo)}  {said}  ETA {format_duration(left)}", flush=True)
     return results
 
 
@@ -252,7 +252,7 @@ def verb(argv: Sequence[str]) -> int:
     args: Any = parser.parse_args(argv)
     if not args.timeout > 0:
         raise UserError(f"--timeout={args.timeout:g}: must be greater than 0")
-    cli.writable(args.json)
+    cli.check_writable(args.json)
     faults = read_faults()
     check(faults, ROOT)
     known = read_results(args.json)

@@ -1,4 +1,4 @@
-"""Are all processes of a run about to do the same? Where they are not, it is said before the first step."""
+"""Checks before the first step that all processes of a run have the same config, data and workdir."""
 
 import json
 import time
@@ -8,38 +8,44 @@ from typing import Any
 import jax
 
 from gigagan_jax.checkpoint import run_lock
-from gigagan_jax.config import OWN_FIELDS, Config, flatten, to_dict
+from gigagan_jax.config import OWN_FIELDS, Config, flatten_fields, to_dict
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.parallel import communication
 
-_SEEN_SECONDS = 120.0  # until a network disk shows what another machine has written
+# A network disk may show the write of another machine this late.
+_VISIBILITY_SECONDS = 120.0
 
 
-def check(config: Config, identity: str, workdir: Path, seconds: float = _SEEN_SECONDS) -> None:
+def assert_same_on_all_processes(
+    config: Config, identity: str, workdir: Path, seconds: float = _VISIBILITY_SECONDS
+) -> None:
     """Compares this process with process 0.
 
     Args:
-      config: of this process
-      identity: of its data set
-      workdir: of the run, held by process 0 (run_lock.py)
-      seconds: to wait for what process 0 has written there
+      config: config of this process
+      identity: identity of its data set
+      workdir: workdir of the run, which process 0 has locked (run_lock.py)
+      seconds: time to wait until the heartbeat of process 0 is visible
 
     Raises:
       UserError: another config, other data, or another folder of the same name.
     """
     if jax.process_count() == 1:
         return
-    mine = _said(config, identity)
-    theirs, run = communication.from_zero([mine, run_lock.read(workdir).get("run")])
-    names = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+    own_values = _comparable_values(config, identity)
+    # The broadcast is collective: every process reaches it, whatever its config says.
+    main_values, run = communication.broadcast_from_main([own_values, run_lock.read_heartbeat(workdir).get("run")])
+    names = sorted(k for k in own_values.keys() | main_values.keys() if own_values.get(k) != main_values.get(k))
     if names:
-        told = "; ".join(f"{k} is {mine.get(k)} here and {theirs.get(k)} there" for k in names[:8])
+        # Eight fields fit in a message; with another config file hundreds can differ.
+        differing = "; ".join(f"{k} is {own_values.get(k)} here and {main_values.get(k)} there" for k in names[:8])
         raise UserError(
-            f"process {jax.process_index()} differs from process 0: {told}; start all with the same config and the same data"
+            f"process {jax.process_index()} differs from process 0: {differing}; start all with the same config and the same data"
         )
-    end = time.monotonic() + seconds
-    while run_lock.read(workdir).get("run") != run:
-        if time.monotonic() > end:
+    # The run id is random: only a process that sees the same folder can read it.
+    deadline = time.monotonic() + seconds
+    while run_lock.read_heartbeat(workdir).get("run") != run:
+        if time.monotonic() > deadline:
             raise UserError(
                 f"--workdir={workdir} of process {jax.process_index()} is not that of process 0: it must lie on a disk that all "
                 "machines have mounted"
@@ -47,6 +53,8 @@ def check(config: Config, identity: str, workdir: Path, seconds: float = _SEEN_S
         time.sleep(0.5)
 
 
-def _said(config: Config, identity: str) -> dict[str, Any]:
-    values = {f"config.{k}": v for k, v in flatten(to_dict(config)).items() if k not in OWN_FIELDS}
+def _comparable_values(config: Config, identity: str) -> dict[str, Any]:
+    # OWN_FIELDS (paths, workers) may differ between the machines; identities cover their content.
+    values = {f"config.{k}": v for k, v in flatten_fields(to_dict(config)).items() if k not in OWN_FIELDS}
+    # Through JSON, as the broadcast sends it: a tuple must compare equal to a list.
     return json.loads(json.dumps(values | {"the data": identity}))

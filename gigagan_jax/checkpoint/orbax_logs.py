@@ -1,43 +1,53 @@
-"""What Orbax's threads say when they fail, kept for the one line that a user gets."""
+"""Filters the log of Orbax's threads: their errors become the one line that a user reads."""
 
 import logging
 import sys
 from typing import Any
 
-_LOGGERS = ("absl", "asyncio")  # that Orbax's threads complain to
+# Orbax's threads report errors to these loggers.
+ORBAX_LOGGERS = ("absl", "asyncio")
 
 
-class _Heard(logging.Filter):
-    """Keeps what Orbax's threads log when they fail: with several processes they hand it over only when all have ended.
+class BackgroundErrors(logging.Filter):
+    """Keeps the first error that a thread of Orbax logs.
 
-    A warning that says no more than that we asked for reading only goes nowhere.
+    With several processes Orbax raises such an error only after all processes have finished their write.
+
+    Attributes:
+      error: the first error; None without one.
     """
 
     error: BaseException | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        left = record.name == "asyncio" and "never retrieved" in record.getMessage()  # the second of two failed writes
-        if record.exc_info is None or not ("orbax" in record.pathname or left):
+        # asyncio reports the second of two failed writes.
+        unretrieved = record.name == "asyncio" and "never retrieved" in record.getMessage()
+        if record.exc_info is None or not ("orbax" in record.pathname or unretrieved):
+            # Orbax warns about every read-only manager; a reader asks for exactly that.
             return "directory is read only" not in record.getMessage()
         self.error = self.error or (record.exc_info[1] if isinstance(record.exc_info, tuple) else None)
-        return False  # it is raised too, as one line
+        # The caller raises the error as one line: a traceback in the log would repeat it.
+        return False
 
 
-def _quiet_about_closed_loops() -> None:
-    """One array that cannot be read or written ends the whole while others are still on their way; each of those then
-    complains, in a thread, that nobody listens any more. What there is to say is raised.
+def silence_closed_loop_errors() -> None:
+    """Hides "Event loop is closed" errors of Orbax's threads.
+
+    When one array fails, Orbax closes the loop while other arrays are in flight, and each of them then prints an error.
+    The first failure is raised all the same.
     """
     unraisable, excepthook = sys.unraisablehook, sys.excepthook
+    # Every Checkpoints installs the hooks: wrapping them again and again would nest them.
     if getattr(unraisable, "about_closed_loops", False):
         return
 
-    def quiet(problem: Any) -> None:
+    def hide_unraisable(problem: Any) -> None:
         if "Event loop is closed" not in str(problem.exc_value):
             unraisable(problem)
 
-    def quiet_print(kind: Any, value: Any, trace: Any) -> None:
+    def hide_exception(kind: Any, value: Any, trace: Any) -> None:
         if "Event loop is closed" not in str(value):
             excepthook(kind, value, trace)
 
-    quiet.about_closed_loops = True  # type: ignore[attr-defined]
-    sys.unraisablehook, sys.excepthook = quiet, quiet_print
+    hide_unraisable.about_closed_loops = True  # type: ignore[attr-defined]
+    sys.unraisablehook, sys.excepthook = hide_unraisable, hide_exception

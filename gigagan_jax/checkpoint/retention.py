@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept: the newest, one of every so many images for ever, and the best by a metric."""
+"""Retention of checkpoints: the newest, one per `keep_every_kimg` of images, and the best by a metric."""
 
 import dataclasses
 import difflib
@@ -13,12 +13,12 @@ from gigagan_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """What is known of a checkpoint.
+class CheckpointInfo:
+    """The values by which a checkpoint is kept or deleted.
 
-    step: of the run
-    images: real images seen; None where that cannot be read
-    metric: `best_metric` at that step; None where there is none
+    step: step of the run
+    images: number of real images seen; None if it cannot be read
+    metric: `best_metric` at that step; None without one
     """
 
     step: int
@@ -26,46 +26,52 @@ class Made:
     metric: float | None = None
 
 
-def kept(made: Sequence[Made], settings: CheckpointConfig) -> set[int]:
-    """Steps of the checkpoints that stay; the others are to be removed. What cannot be read stays.
+def checkpoints_to_keep(infos: Sequence[CheckpointInfo], settings: CheckpointConfig) -> set[int]:
+    """Returns the steps of the checkpoints to keep; the caller deletes the others.
 
-    The same with every call: one that was kept as the first of its stretch of images is still its first later on.
+    The choice is stable: a checkpoint that is the first of its interval of images stays the first in every later call.
     """
-    made = sorted(made, key=lambda m: m.step)
-    stay = {m.step for m in made[-settings.keep :]} | {m.step for m in made if m.images is None}
+    infos = sorted(infos, key=lambda m: m.step)
+    # An unreadable checkpoint stays: its file system may only be away for a moment.
+    kept = {m.step for m in infos[-settings.keep :]} | {m.step for m in infos if m.images is None}
     if settings.keep_every_kimg:
-        seen = {0}  # before the first multiple there is nothing to keep for ever
-        for m in made:
-            stretch = 0 if m.images is None else int(m.images // round(settings.keep_every_kimg * 1000))
-            if stretch not in seen:
-                seen.add(stretch)
-                stay.add(m.step)
+        # Interval 0 ends at the first multiple: before it there is nothing to keep forever.
+        seen_intervals = {0}
+        for m in infos:
+            # Rounded down: the first checkpoint at or after a multiple is the one that stays.
+            interval = 0 if m.images is None else int(m.images // round(settings.keep_every_kimg * 1000))
+            if interval not in seen_intervals:
+                seen_intervals.add(interval)
+                kept.add(m.step)
     if settings.keep_best:
         sign = 1 if settings.best_mode == "max" else -1
-        judged = [(sign * m.metric, m.step) for m in made if m.metric is not None and math.isfinite(m.metric)]
-        stay |= {step for _, step in sorted(judged)[-settings.keep_best :]}
-    return stay
+        # NaN compares with nothing and would make the sort arbitrary.
+        ranked = [(sign * m.metric, m.step) for m in infos if m.metric is not None and math.isfinite(m.metric)]
+        kept |= {step for _, step in sorted(ranked)[-settings.keep_best :]}
+    return kept
 
 
 class Retention:
-    """`kept` as a preservation policy of Orbax.
+    """`checkpoints_to_keep` as a preservation policy of Orbax.
 
     Args:
-      folder: of the checkpoints; each says in its item `measured` what it is judged by.
-      settings: of the run.
+      folder: folder of the checkpoints; their item `measured` holds images and metrics.
+      settings: checkpoint settings of the run.
     """
 
     def __init__(self, folder: Path, settings: CheckpointConfig):
         self._folder, self._settings = folder, settings
-        self._made: dict[int, Made] = {}
+        self._infos: dict[int, CheckpointInfo] = {}
 
-    def note(self, step: int, measured: Mapping[str, Any]) -> None:
-        """Takes note of a checkpoint that is being written."""
-        self._made[step] = self._judge(step, measured)
+    def record_checkpoint(self, step: int, measured: Mapping[str, Any]) -> None:
+        """Records a checkpoint that is being written."""
+        # Orbax asks for the decision before the new checkpoint can be read.
+        self._infos[step] = self._make_info(step, measured)
 
-    def check(self, metrics: Collection[str]) -> None:
-        """Raises UserError where `best_metric` is not among the metrics of the run."""
+    def check_metric(self, metrics: Collection[str]) -> None:
+        """Raises UserError if `best_metric` is not among the metrics of the run."""
         name = self._settings.best_metric
+        # A misspelled name would silently keep no best checkpoint.
         if self._settings.keep_best and name not in metrics:
             near = difflib.get_close_matches(name, metrics, n=3, cutoff=0.3)
             raise UserError(
@@ -74,21 +80,24 @@ class Retention:
             )
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question."""
-        stay = kept([self._read(c.step) for c in checkpoints], self._settings)
-        return [c.step in stay for c in checkpoints]
+        """Implements Orbax's PreservationPolicy."""
+        kept = checkpoints_to_keep([self._read_info(c.step) for c in checkpoints], self._settings)
+        return [c.step in kept for c in checkpoints]
 
-    def _read(self, step: int) -> Made:
-        if step not in self._made:
+    def _read_info(self, step: int) -> CheckpointInfo:
+        if step not in self._infos:
+            # JsonSave writes one file; reading it directly avoids a restore by Orbax.
             try:
                 text = (self._folder / str(step) / "measured" / "metadata").read_text(encoding="utf-8")
-                self._made[step] = self._judge(step, json.loads(text))
+                self._infos[step] = self._make_info(step, json.loads(text))
             except FileNotFoundError:
-                self._made[step] = Made(step, 0)  # written before there was such a choice: the newest are kept
+                # Earlier versions wrote no such item: only the newest of those checkpoints are kept.
+                self._infos[step] = CheckpointInfo(step, 0)
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                return Made(step, None)
-        return self._made[step]
+                # Not cached: the next call may be able to read it.
+                return CheckpointInfo(step, None)
+        return self._infos[step]
 
-    def _judge(self, step: int, measured: Mapping[str, Any]) -> Made:
+    def _make_info(self, step: int, measured: Mapping[str, Any]) -> CheckpointInfo:
         metric = measured["metrics"].get(self._settings.best_metric)
-        return Made(step, int(measured["images"]), None if metric is None else float(metric))
+        return CheckpointInfo(step, int(measured["images"]), None if metric is None else float(metric))

@@ -1,4 +1,7 @@
-"""One run at a time in a workdir: a second one would remove what the first is writing."""
+"""The lock of a workdir. Two runs in one workdir would delete each other's checkpoints.
+
+A record lock (`fcntl`) excludes other processes. A heartbeat file excludes other machines where locks are local.
+"""
 
 import contextlib
 import errno
@@ -15,60 +18,69 @@ from pathlib import Path
 from typing import Any
 
 from gigagan_jax.core.errors import Unreachable, UserError
+from gigagan_jax.core.workdir_files import HEARTBEAT_FILE, LOCK_FILE
 
-LOCK, ALIVE = "run.lock", "run.alive"
-_FAR_SECONDS = 90.0  # until a file server has forgotten a machine that was lost
-_BEAT_SECONDS, _BEATS = 10.0, 3  # between two signs of life; so many are waited for
+# A file server releases the locks of a lost machine after about this time.
+_LOST_HOST_SECONDS = 90.0
+# Interval of the heartbeats, and how many intervals a new run waits before it takes over.
+_HEARTBEAT_SECONDS, _HEARTBEATS_AWAITED = 10.0, 3
 
 _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def alone(workdir: Path, patience: float = _FAR_SECONDS, beat: float = _BEAT_SECONDS) -> Iterator[None]:
-    """Holds the workdir, which is made where it is missing, for this process.
-
-    By a record lock: the system gives it up when the process ends, however it ends, workers of the data do not inherit it,
-    and file servers know it. Disks in user space (a bucket that is mounted) know it within one machine only: so the process
-    also counts up in a file, and who finds a count of another machine looks whether it goes on.
+def hold_run_lock(
+    workdir: Path, patience: float = _LOST_HOST_SECONDS, beat: float = _HEARTBEAT_SECONDS
+) -> Iterator[None]:
+    """Locks the workdir for this process, and creates it if it is missing.
 
     Args:
+      workdir: workdir of the run.
       patience: seconds to wait for a lock of another machine, which may be lost.
-      beat: seconds between two signs of life.
+      beat: seconds between two heartbeats.
 
     Raises:
       UserError: another process trains in it, or it cannot be written.
-      Unreachable: another machine has the lock, and may be lost.
+      Unreachable: another machine holds the lock, and may be lost.
     """
-    with _usable(workdir):
+    # A record lock ends with its process, data workers do not inherit it, and file servers support it.
+    # File systems in user space (a mounted bucket) enforce it within one machine only: hence the heartbeat.
+    with _report_os_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    over = threading.Event()
+        handle = os.open(workdir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    finished = threading.Event()
+    # A process id is unique on one boot of one machine only, so the boot id belongs to it.
     me: dict[str, Any] = {
         "host": socket.gethostname(),
-        "boot": _boot(),
+        "boot": _boot_id(),
         "process": os.getpid(),
         "run": uuid.uuid4().hex,
     }
     try:
-        locked = _take(handle, workdir, me, patience)
-        _look(workdir, me if locked else {}, beat)
-        with _usable(workdir):
-            _sign(workdir, me, 0)
-        thread = threading.Thread(target=_live, args=(workdir, me, beat, over), daemon=True, name="alive")
+        locked = _acquire_lock(handle, workdir, me, patience)
+        # With the lock held, a heartbeat of this machine is of a run that is dead.
+        _check_heartbeat(workdir, me if locked else {}, beat)
+        with _report_os_errors(workdir):
+            _write_heartbeat(workdir, me, 0)
+        # A daemon: a run that fails must not wait for its heartbeat.
+        thread = threading.Thread(
+            target=_write_heartbeats, args=(workdir, me, beat, finished), daemon=True, name="alive"
+        )
         thread.start()
         try:
             yield
         finally:
-            over.set()
-            thread.join(beat)  # it may be writing
+            finished.set()
+            # The thread may be writing: its file must not reappear after it is deleted.
+            thread.join(beat)
             with contextlib.suppress(OSError):
-                (workdir / ALIVE).unlink()
+                (workdir / HEARTBEAT_FILE).unlink()
     finally:
         os.close(handle)
 
 
 @contextlib.contextmanager
-def _usable(workdir: Path) -> Iterator[None]:
+def _report_os_errors(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
@@ -77,95 +89,106 @@ def _usable(workdir: Path) -> Iterator[None]:
         ) from None
 
 
-def _boot() -> str:
-    """Names this machine since it was started; containers on it, too."""
+def _boot_id() -> str:
+    """Identifies this boot of the machine; all containers on it share the id."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
 
 
-def _occupied(workdir: Path, holder: dict[str, Any], kind: type[UserError] = UserError) -> UserError:
+def _occupied_error(workdir: Path, holder: dict[str, Any], kind: type[UserError] = UserError) -> UserError:
     who = f"process {holder.get('process', '?')} on {holder.get('host', 'a machine that is not told')}"
     return kind(f"--workdir={workdir}: another run is in it ({who}): stop that one first, or choose another folder")
 
 
-def _take(handle: int, workdir: Path, me: dict[str, Any], patience: float) -> bool:
-    """Takes the lock; False where there are none."""
-    end, said = time.monotonic() + patience, False
+def _acquire_lock(handle: int, workdir: Path, me: dict[str, Any], patience: float) -> bool:
+    """Takes the lock; returns False if the file system has no locks."""
+    deadline, announced = time.monotonic() + patience, False
     while True:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-                _log.warning("%s cannot be locked (%s): its signs of life must do", workdir, e.strerror)
+            # EACCES and EAGAIN mean that another process holds it; all else, that there are no locks.
+            if e.errno not in (errno.EACCES, errno.EAGAIN):
+                _log.warning("%s cannot be locked (%s): the heartbeat file is the only guard", workdir, e.strerror)
                 return False
-        holder = _parsed(os.pread(handle, 1000, 0))
+        holder = _parse_holder(os.pread(handle, 1000, 0))
+        # The kernel of this machine releases locks at once: its holder is alive.
         if holder.get("boot") == me["boot"]:
-            raise _occupied(workdir, holder)
-        if time.monotonic() > end:
-            raise _occupied(workdir, holder, Unreachable)
-        if not said:
+            raise _occupied_error(workdir, holder)
+        if time.monotonic() > deadline:
+            raise _occupied_error(workdir, holder, Unreachable)
+        if not announced:
             _log.info(
                 "waiting up to %.0f s for the run in %s on %s", patience, workdir, holder.get("host", "another machine")
             )
-            said = True
+            announced = True
         time.sleep(1)
-    # A full disk is found by what must be written; who holds the lock is only told.
+    # The content only serves messages. A full disk shows where a write is required.
     with contextlib.suppress(OSError):
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(me).encode(), 0)
     return True
 
 
-def _look(workdir: Path, holder: dict[str, Any], beat: float) -> None:
-    """Raises UserError where another process lives in the workdir.
+def _check_heartbeat(workdir: Path, holder: dict[str, Any], beat: float) -> None:
+    """Raises UserError if the heartbeat of another process advances.
 
     Args:
-      holder: of the lock, on whose machine nobody else can; {} where there are no locks
+      workdir: workdir of the run
+      holder: this process if it holds the lock; {} without locks
+      beat: seconds between two heartbeats
     """
-    before = read(workdir)
+    before = read_heartbeat(workdir)
     if not before or before.get("boot") == holder.get("boot"):
         return
     _log.info(
-        "a run on %s did not end by itself: looking for %.0f s whether it lives", before.get("host"), _BEATS * beat
+        "a run on %s has not ended cleanly: watching its heartbeat for %.0f s",
+        before.get("host"),
+        _HEARTBEATS_AWAITED * beat,
     )
-    end = time.monotonic() + _BEATS * beat
-    while time.monotonic() < end:
+    # Counts are compared and no times: the clocks of two machines may differ.
+    deadline = time.monotonic() + _HEARTBEATS_AWAITED * beat
+    while time.monotonic() < deadline:
         time.sleep(min(1.0, beat / 4))
-        now = read(workdir)
-        if not now:
+        current = read_heartbeat(workdir)
+        # The other run has just ended and deleted its file.
+        if not current:
             return
-        if now != before:
-            raise _occupied(workdir, now)
+        if current != before:
+            raise _occupied_error(workdir, current)
 
 
-def _live(workdir: Path, me: dict[str, Any], beat: float, over: threading.Event) -> None:
+def _write_heartbeats(workdir: Path, me: dict[str, Any], beat: float, finished: threading.Event) -> None:
     count = 0
-    while not over.wait(beat):
+    while not finished.wait(beat):
         count += 1
-        with contextlib.suppress(OSError):  # a full disk, a server that is away
-            _sign(workdir, me, count)
+        # A full disk or an absent server must not end a run that holds the lock.
+        with contextlib.suppress(OSError):
+            _write_heartbeat(workdir, me, count)
 
 
-def _sign(workdir: Path, me: dict[str, Any], count: int) -> None:
-    temporary = workdir / f"{ALIVE}.tmp"
+def _write_heartbeat(workdir: Path, me: dict[str, Any], count: int) -> None:
+    # Replaced whole: a reader on another machine must not see half a line.
+    temporary = workdir / f"{HEARTBEAT_FILE}.tmp"
     temporary.write_text(json.dumps(me | {"count": count}))
-    os.replace(temporary, workdir / ALIVE)
+    os.replace(temporary, workdir / HEARTBEAT_FILE)
 
 
-def read(workdir: Path) -> dict[str, Any]:
-    """What the process in a workdir says of itself; {} where there is none."""
+def read_heartbeat(workdir: Path) -> dict[str, Any]:
+    """Returns host, boot, process, run and count of the process in a workdir; {} without one."""
     try:
-        return _parsed((workdir / ALIVE).read_bytes())
+        return _parse_holder((workdir / HEARTBEAT_FILE).read_bytes())
     except OSError:
         return {}
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
+def _parse_holder(text: bytes) -> dict[str, Any]:
+    # The file is empty between the truncation and the write of its holder.
     try:
-        said = json.loads(text)
+        holder = json.loads(text)
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return holder if isinstance(holder, dict) else {}

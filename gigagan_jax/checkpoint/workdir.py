@@ -1,4 +1,4 @@
-"""The folder of a run: made, or found to hold this run; and the settings it was begun with."""
+"""The workdir of a run: opens it, and reads the settings that its run started with."""
 
 import contextlib
 import json
@@ -8,44 +8,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gigagan_jax.checkpoint.manager import FOLDER
-from gigagan_jax.config import Config, differences, flatten, is_fixed, to_dict, with_fields
-from gigagan_jax.config.migrations import numbered, upgrade
+from gigagan_jax.config import Config, fixed_differences, flatten_fields, is_fixed, to_dict, with_fields
+from gigagan_jax.config.migrations import upgrade_config, with_format
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE
 
 _log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
-
 
 def open_workdir(workdir: Path, config: Config) -> None:
-    """Makes the workdir of a run, or checks that it belongs to this one; on process 0, as the others wait for its answers.
+    """Creates the workdir of a run, or checks that its run has the same config.
+
+    Only process 0 calls it; the other processes wait for process 0 at their next collective call.
 
     Raises:
-      UserError: it cannot be written, or was made with a config that differs in more than what may change in a run.
+      UserError: it cannot be written, or its config differs in fields that are fixed during a run.
     """
-    file, folder = workdir / CONFIG_FILE, workdir / FOLDER
+    file, folder = workdir / CONFIG_FILE, workdir / CHECKPOINTS_FOLDER
+    # Checked here: the first save would fail, after the steps before it are paid for.
     if any(c in str(workdir.resolve()) for c in "[]"):
         raise UserError(f"--workdir={workdir}: Orbax cannot write checkpoints under a path with [ or ]; choose another")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # Before its first checkpoint a workdir holds nothing that another config could spoil.
         if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             raise UserError(f"{folder} is no folder that can be written: move it away, or choose another --workdir")
         steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
-        stored = _stored(file, folder, steps)
+        # None before the first checkpoint: until then another config can spoil nothing.
+        stored = _read_stored_config(file, folder, steps)
         lacked: dict[str, Any] = {}
         if stored is not None:
-            values, lacked = upgrade(stored, str(file))
-            changed = differences(values, config)
+            values, lacked = upgrade_config(stored, str(file))
+            changed = fixed_differences(values, config)
             if changed:
+                # Eight fields fit in a message.
                 more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
                 raise UserError(
                     f"{workdir} holds a run of another config ({'; '.join(changed[:8])}{more}): "
                     "use another --workdir, or the settings it was started with"
                 )
-        text = json.dumps(numbered(to_dict(config), lacked), indent=1)
+        text = json.dumps(with_format(to_dict(config), lacked), indent=1)
+        # A restart with the same config writes nothing: a full disk must not keep it from resuming.
         if not (file.exists() and file.read_text() == text):
+            # Replaced whole: a killed start must not leave half a config behind.
             temporary = file.with_suffix(".tmp")
             temporary.write_text(text)
             os.replace(temporary, file)
@@ -59,21 +63,23 @@ def open_workdir(workdir: Path, config: Config) -> None:
         ) from None
 
 
-def as_begun(workdir: Path, config: Config) -> Config:
-    """The config with what a run in this workdir was begun with before there was a field for it; said in the log.
+def with_original_settings(workdir: Path, config: Config) -> Config:
+    """Returns the config with the values that a run in this workdir started with.
 
-    A run goes on as it was begun, whatever the default of a field is that came later.
+    A field that is younger than the run keeps the behavior of the run, not the default of the field. The log names it.
     """
-    folder = workdir / FOLDER
+    folder = workdir / CHECKPOINTS_FOLDER
     try:
         steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
-        stored = _stored(workdir / CONFIG_FILE, folder, steps)
+        stored = _read_stored_config(workdir / CONFIG_FILE, folder, steps)
     except (OSError, ValueError):
-        return config  # what is wrong with it is said where it is opened
+        # `open_workdir` reports the error.
+        return config
     if stored is None:
         return config
-    _, lacked = upgrade(stored, str(workdir / CONFIG_FILE))
-    now = flatten(to_dict(config))
+    _, lacked = upgrade_config(stored, str(workdir / CONFIG_FILE))
+    now = flatten_fields(to_dict(config))
+    # The config holds lists where the migrations have tuples.
     kept = {k: v for k, v in lacked.items() if is_fixed(k) and now[k] != (list(v) if isinstance(v, tuple) else v)}
     for name, value in kept.items():
         _log.info(
@@ -85,13 +91,15 @@ def as_begun(workdir: Path, config: Config) -> Config:
     return with_fields(config, kept)
 
 
-def _stored(file: Path, folder: Path, steps: Sequence[int]) -> Any:
-    """The config of the run in a workdir: of its file, or where that was removed of the newest checkpoint; None without a run."""
+def _read_stored_config(file: Path, folder: Path, steps: Sequence[int]) -> Any:
+    """Returns the stored config of a run, from its file or its newest readable checkpoint; None without a run."""
     if not steps:
         return None
+    # A user may have deleted the file, for example because it was damaged.
     if file.exists():
         return json.loads(file.read_text())
     for step in reversed(steps):
-        with contextlib.suppress(OSError, ValueError):  # damaged: the one before says the same
+        # A damaged checkpoint: the one before it states the same fixed fields.
+        with contextlib.suppress(OSError, ValueError):
             return json.loads((folder / str(step) / "config" / "metadata").read_text())
     return None

@@ -1,17 +1,17 @@
-"""What the verbs share: flags, configs from files, and errors of one line."""
+"""Shared by the verbs: flags, configs from files, and one-line errors."""
 
-from gigagan_jax.cli.config_file import config_overrides, load_config, override, read_config_file
-from gigagan_jax.cli.entry_point import INTERRUPTED, RESTART, Parser, local_folder, main, writable
+from gigagan_jax.cli.config_file import collect_overrides, load_config, override_field, read_config_file
+from gigagan_jax.cli.entry_point import INTERRUPTED, RESTART, Parser, check_writable, local_folder, main
 
 __all__ = [
     "INTERRUPTED",
     "RESTART",
     "Parser",
-    "config_overrides",
+    "check_writable",
+    "collect_overrides",
     "load_config",
     "local_folder",
     "main",
-    "override",
+    "override_field",
     "read_config_file",
-    "writable",
 ]

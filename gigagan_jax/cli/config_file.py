@@ -1,4 +1,4 @@
-"""Configs from files, and `--config.key=value` overrides."""
+"""Reads configs from files and applies `--config.key=value` overrides."""
 
 import ast
 import importlib.util
@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gigagan_jax.config.config import DEFAULT_RULES, Config
-from gigagan_jax.config.migrations import upgrade
+from gigagan_jax.config.migrations import upgrade_config
 from gigagan_jax.config.serialization import from_dict
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.parallel.sharding import check_rules
@@ -20,14 +20,14 @@ def load_config(path: str, overrides: Sequence[str]) -> Config:
     """The config of `FILE.py[:arg]` with `--config.key=value` overrides.
 
     Raises:
-      UserError: no such file, a file that fails, an unknown key, a value that is not of the field's type.
+      UserError: the file is missing or fails, a key is unknown, or a value has another type than its field.
     """
     values = read_config_file(path)
     for text in overrides:
         name, separator, value = text.removeprefix("--config.").partition("=")
         if not separator:
             raise UserError(f"{text}: write --config.{name}=VALUE")
-        override(values, name, value)
+        override_field(values, name, value)
     config = from_dict(values)
     check_rules(config.rules, DEFAULT_RULES)
     return config
@@ -41,13 +41,15 @@ def read_config_file(spec: str) -> ConfigDict:
         raise UserError(
             f"--config={spec}: there is no file {path}; for example configs/digits.py (from the repository's root)"
         )
-    if file.suffix == ".json":  # config.json of a run
+    # The config.json of a run.
+    if file.suffix == ".json":
         if arg:
             raise UserError(f"--config={spec}: a stored config has no variants; leave :{arg} out")
         try:
-            return ConfigDict(upgrade(json.loads(file.read_text()), path)[0])
+            return ConfigDict(upgrade_config(json.loads(file.read_text()), path)[0])
         except (OSError, ValueError) as e:
             raise UserError(f"--config={spec}: {path} is not readable JSON ({e})") from None
+    # Not an import by name: config files lie outside of any package, and two may have one name.
     module_spec = importlib.util.spec_from_file_location(f"gigagan_config_{file.stem}", file)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config={spec}: {path} is not a Python file")
@@ -55,17 +57,18 @@ def read_config_file(spec: str) -> ConfigDict:
     try:
         module_spec.loader.exec_module(module)
         values = module.get_config(arg) if arg else module.get_config()
+    # A config file is the user's program. It may raise anything, and the user reads it in one line.
     except (Exception, SystemExit) as e:
-        # A config is the user's program: whatever it raises is theirs to read, in one line.
         raise UserError(f"--config={spec}: {type(e).__name__}: {e}") from e
     if not isinstance(values, (ConfigDict, dict)):
         raise UserError(f"--config={spec}: get_config() must return a ConfigDict, it returned {type(values).__name__}")
     return values if isinstance(values, ConfigDict) else ConfigDict(values)
 
 
-def override(values: ConfigDict, name: str, text: str) -> None:
-    """Sets one field of a ConfigDict from text, by the type it has. Unknown names are left to `from_dict` to explain."""
+def override_field(values: ConfigDict, name: str, text: str) -> None:
+    """Sets one field of a ConfigDict from text, by its current type. `from_dict` reports unknown names later."""
     *groups, key = name.split(".")
+    # ConfigDicts of a config file are locked against new keys; from_dict reports those with a better message.
     with values.unlocked():
         group: Any = values
         for g in groups:
@@ -77,15 +80,21 @@ def override(values: ConfigDict, name: str, text: str) -> None:
         old = group.get(key)
         if isinstance(old, ConfigDict):
             raise UserError(f"config.{name} is a group of settings: name one of {', '.join(sorted(old))}")
-        group.update({key: _parse(name, text, old)}) if old is None else _replace(group, key, _parse(name, text, old))
+        value = _parse_value(name, text, old)
+        if old is None:
+            group.update({key: value})
+        else:
+            _replace_value(group, key, value)
 
 
-def _replace(group: ConfigDict, key: str, value: Any) -> None:
+def _replace_value(group: ConfigDict, key: str, value: Any) -> None:
+    # A ConfigDict refuses another type for a known field, so the field is deleted first. from_dict checks types.
     del group[key]
     group[key] = value
 
 
-def _parse(name: str, text: str, old: Any) -> Any:
+def _parse_value(name: str, text: str, old: Any) -> Any:
+    # Text stays as it is: a path or prompt may look like a number.
     if isinstance(old, str):
         return text
     if isinstance(old, bool):
@@ -93,11 +102,14 @@ def _parse(name: str, text: str, old: Any) -> Any:
         if text.lower() not in known:
             raise UserError(f"config.{name}={text}: expected true or false")
         return known[text.lower()]
+    # Python literals: numbers, tuples, None. Any other text is a string.
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
-    sequence = isinstance(old, (tuple, list))  # a stored config has lists
+    # A config stored as JSON has lists where a fresh one has tuples.
+    sequence = isinstance(old, (tuple, list))
+    # One value is a tuple of one: --config.evaluators=digits needs no comma.
     if sequence and isinstance(value, (int, float, str)) and value != text:
         return (value,)
     if sequence and isinstance(value, str):
@@ -105,17 +117,17 @@ def _parse(name: str, text: str, old: Any) -> Any:
     return value
 
 
-def config_overrides(unknown: Sequence[str]) -> list[str]:
-    """`--config.a.b=v` (or `--config.a.b v`) among the arguments that argparse did not know."""
-    out: list[str] = []
-    rest = list(unknown)
-    while rest:
-        text = rest.pop(0)
+def collect_overrides(unknown: Sequence[str]) -> list[str]:
+    """The `--config.a.b=v` (or `--config.a.b v`) of the arguments that argparse does not know."""
+    overrides: list[str] = []
+    remaining = list(unknown)
+    while remaining:
+        text = remaining.pop(0)
         if not text.startswith("--config."):
             raise UserError(f"unknown argument {text} (see --help)")
         if "=" not in text:
-            if not rest or rest[0].startswith("--"):
+            if not remaining or remaining[0].startswith("--"):
                 raise UserError(f"{text}: write {text}=VALUE")
-            text += "=" + rest.pop(0)
-        out.append(text)
-    return out
+            text += "=" + remaining.pop(0)
+        overrides.append(text)
+    return overrides

@@ -1,4 +1,4 @@
-"""What all verbs share: the parser, exit codes, and errors of one line."""
+"""The entry point of all verbs: parser, exit codes, and one-line errors."""
 
 import argparse
 import os
@@ -8,56 +8,60 @@ from pathlib import Path
 from typing import NoReturn
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.core.processes import keep_memory
+from gigagan_jax.core.processes import tune_malloc
 from gigagan_jax.parallel import watchdog
 
-RESTART = 75  # EX_TEMPFAIL: stopped by SIGTERM with its state saved; launchers run the same command again
-INTERRUPTED = 130  # by the user, with its state saved
+# EX_TEMPFAIL: stopped by SIGTERM with its state saved. Launchers run the same command again.
+RESTART = 75
+# 128 + SIGINT, as shells report it: stopped by the user, with its state saved.
+INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """An ArgumentParser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a verb and leaves with its exit code: 2 and one line for bad input."""
-    keep_memory()
+    """Runs a verb and exits with its code: 2 and one line for bad input."""
+    # Before anything allocates: glibc applies the limits to later allocations only.
+    tune_malloc()
     try:
         code = verb(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:
         message = " ".join(str(e).split())
         print(f"error: {message}", file=sys.stderr, flush=True)
         code = e.code
-        watchdog.fail(message, code)
+        watchdog.report_failure(message, code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = INTERRUPTED
-        watchdog.fail("interrupted", code)
-        watchdog.leave(code)
+        watchdog.report_failure("interrupted", code)
+        watchdog.exit_without_waiting(code)
     except BrokenPipeError:
-        # The reader of our output went away (`| head`); nothing more can be said to it.
+        # The reader of our output is gone (`| head`). Python would fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-        watchdog.fail("its output was closed by who read it", code)
+        watchdog.report_failure("its output was closed by who read it", code)
     except Exception as e:
-        watchdog.unexpected(e)
+        watchdog.end_all_processes(e)
         raise
+    # After a failure, other processes may be in a collective, and a normal exit would wait for them.
     if code not in (0, RESTART, INTERRUPTED):
-        watchdog.leave(code)
+        watchdog.exit_without_waiting(code)
     sys.exit(code)
 
 
 def local_folder(text: str) -> Path:
-    """A folder on a disk of this machine, for argparse."""
+    """Type for argparse: a folder on a disk of this machine."""
     if "://" in text:
         raise UserError(f"{text}: only folders on a mounted disk can be used; mount the bucket")
     return Path(text)
 
 
-def writable(file: Path | None) -> None:
-    """Raises UserError for an output file that could not be written at the end of long work."""
+def check_writable(file: Path | None) -> None:
+    """Raises UserError for an output file that cannot be written, before the long work and not after it."""
     if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
         raise UserError(f"{file} cannot be written: name a file in a folder you may write to")

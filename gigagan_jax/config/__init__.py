@@ -1,7 +1,14 @@
 """Settings of a run: frozen dataclasses, read from ml_collections ConfigDicts; `default()` gives all of them to a config file."""
 
-from gigagan_jax.config.comparison import OWN_FIELDS, differences, digest, flatten, is_fixed
-from gigagan_jax.config.config import Config, entry_levels
+from gigagan_jax.config.comparison import (
+    FREE_FIELDS,
+    OWN_FIELDS,
+    config_digest,
+    fixed_differences,
+    flatten_fields,
+    is_fixed,
+)
+from gigagan_jax.config.config import Config
 from gigagan_jax.config.data import DataConfig, FilterConfig
 from gigagan_jax.config.model import (
     AttentionConfig,
@@ -26,6 +33,7 @@ from gigagan_jax.config.serialization import default, from_dict, to_dict, with_f
 
 __all__ = [
     "DEFAULT_RULES",
+    "FREE_FIELDS",
     "OWN_FIELDS",
     "AttentionConfig",
     "CheckpointConfig",
@@ -44,11 +52,10 @@ __all__ = [
     "TextConfig",
     "TransformerConfig",
     "VisionAidedConfig",
+    "config_digest",
     "default",
-    "differences",
-    "digest",
-    "entry_levels",
-    "flatten",
+    "fixed_differences",
+    "flatten_fields",
     "from_dict",
     "is_fixed",
     "to_dict",

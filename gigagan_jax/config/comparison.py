@@ -1,4 +1,4 @@
-"""Which settings may change within a workdir, and which did."""
+"""Compares the config of a run with a stored one: which settings may change within a workdir."""
 
 import hashlib
 import json
@@ -8,8 +8,8 @@ from typing import Any
 from gigagan_jax.config.config import Config
 from gigagan_jax.config.serialization import to_dict
 
-# What each machine of a run may have its own of: where things lie, and how they are read. That the data and the frozen
-# weights are the same is checked by their identities.
+# Fields that may differ between machines of a run: paths, and how files are read. The identities of data and frozen
+# weights are compared separately.
 OWN_FIELDS = (
     "data.path",
     "data.index",
@@ -20,7 +20,7 @@ OWN_FIELDS = (
     "clip.path",
     "vision_aided.path",
 )
-# What may change between two runs in one workdir: it does not alter what the stored state means.
+# Fields that may change between two runs in one workdir: they do not alter the meaning of the stored state.
 FREE_FIELDS = (
     *OWN_FIELDS,
     "total_kimg",
@@ -43,31 +43,35 @@ FREE_FIELDS = (
 )
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data.crop": "center", ...}"""
-    out: dict[str, Any] = {}
+def flatten_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dict, {"data.crop": "center", ...}."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            out |= flatten(value, name + ".")
+            flat |= flatten_fields(value, name + ".")
         else:
-            out[name] = list(value) if isinstance(value, tuple) else value
-    return out
+            # JSON has no tuples: a stored config has lists.
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 def is_fixed(name: str) -> bool:
-    """Must a field ("loss.clip") stay as it is within a workdir?"""
+    """Whether a field ("loss.clip") must not change within a workdir."""
+    # A name in FREE_FIELDS may be a whole group: "health" frees "health.window".
     return not any(name == f or name.startswith(f + ".") for f in FREE_FIELDS)
 
 
-def differences(stored: Mapping[str, Any], current: Config) -> list[str]:
+def fixed_differences(stored: Mapping[str, Any], current: Config) -> list[str]:
     """Lines "field: stored -> current" for fields that must not change within a workdir."""
-    a, b = flatten(stored), flatten(to_dict(current))
+    a, b = flatten_fields(stored), flatten_fields(to_dict(current))
     keys = [k for k in sorted(a.keys() | b.keys()) if is_fixed(k)]
+    # Configs of other versions lack fields. None would not do: it may be a value.
     missing = "(absent)"
     return [f"{k}: {a.get(k, missing)} -> {b.get(k, missing)}" for k in keys if a.get(k, missing) != b.get(k, missing)]
 
 
-def digest(config: Config) -> str:
+def config_digest(config: Config) -> str:
     """A short hash of the whole config."""
+    # Sorted keys: the order of fields in a file must not matter. 48 bits are enough to tell runs apart.
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]

@@ -77,11 +77,3 @@ class Config:
 
 
 # ---------------------------------------------------------------- reading
-
-
-def entry_levels(config: Config) -> tuple[int, ...]:
-    """Pyramid levels that the discriminator sees, high to low; level 0 is the output image."""
-    return tuple(range(len(config.resolutions))) if config.discriminator.multi_scale_input else (0,)
-
-
-# ---------------------------------------------------------------- comparing

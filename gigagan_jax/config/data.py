@@ -7,7 +7,7 @@ import dataclasses
 class FilterConfig:
     """Which examples are used, by their metadata: img2dataset's `.parquet` beside each tar (or the `.json` members of the
     tar), or columns of a Parquet data set. An example without a value that is asked for is dropped; but one without a
-    hash is nobody's duplicate, and is kept. Column names are found by their usual spellings (data/sources/filters.py)."""
+    hash is nobody's duplicate, and is kept. Column names are found by their usual spellings (data/sources/filter_columns.py)."""
 
     min_width: int = 0  # pixels of the image as it was found; 0: any
     min_height: int = 0  # pixels; 0: any

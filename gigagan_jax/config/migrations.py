@@ -1,22 +1,22 @@
-"""Stored configs of earlier code: what a field that they lack meant, so that a run goes on as it was begun.
+"""Upgrades stored configs of earlier versions, so that a resumed run keeps its behaviour.
 
-A stored config carries the number of its format under "format"; one without was written before there were numbers. Whoever
-adds a field to `Config` raises FORMAT and adds a line to ADDED: the value with which today's code does what the code
-before the field did. Today's default never fills in for it.
+A stored config has the number of its format under "format"; format 0 has no number. Whoever adds a field to `Config` raises
+FORMAT and adds a line to ADDED: the value with which the present code behaves as the code before the field. The present
+default is never used for it.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gigagan_jax.config.comparison import flatten
+from gigagan_jax.config.comparison import flatten_fields
 from gigagan_jax.core.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 FORMAT_KEY = "format"
-# Names of the fields that a run was begun without: config.json has them with the values of then, from its first restart on.
+# Names of fields that are newer than the run. From its first restart on, config.json has them with the values of ADDED.
 WITHOUT_KEY = "begun_without"
 
-# (format that the field came with, name, value that reproduces the code before it)
+# (format that introduced the field, name, value that reproduces the code before it)
 ADDED: tuple[tuple[int, str, Any], ...] = (
     (1, "generator.rgb_gain", 1.0),
     (1, "text.layer", "penultimate"),
@@ -77,7 +77,7 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (1, "checkpoint.best_mode", "min"),
     (1, "checkpoint.wait", False),
     (1, "checkpoint.timeout_seconds", 3600),
-    # What is not finite was not looked for; these may change within a run, and are as they came.
+    # Earlier code had no health checks. These fields may change within a run, so they take the first defaults.
     (1, "health.nonfinite", "rollback"),
     (1, "health.saturation", "warn"),
     (1, "health.collapse", "warn"),
@@ -99,66 +99,69 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (1, "health.min_level", 0.005),
     (1, "health.min_exit", 0.001),
 )
-# (format that it went with, name): nothing depends on it any more
+# (format that removed the field, name): nothing depends on it any more.
 REMOVED: tuple[tuple[int, str], ...] = ((1, "checkpoint.keep_period_kimg"),)
 
 
-def upgrade(stored: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A stored config with today's fields.
+def upgrade_config(stored: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A stored config with the present fields.
 
     Args:
-      stored: what the JSON holds.
-      where: the file, for messages.
+      stored: parsed JSON.
+      where: name of the file, for messages.
 
     Returns:
       (the config alone, {name: value} of the fields that it lacks or was begun without)
 
     Raises:
-      UserError: no config, or one of a newer format.
+      UserError: `stored` is no config, or has a newer format.
     """
     if not isinstance(stored, Mapping):
         raise UserError(f"{where} holds no config; remove it: the checkpoints hold the settings too")
-    values = _copy(stored)
+    values = _copy_groups(stored)
     number, without = values.pop(FORMAT_KEY, 0), values.pop(WITHOUT_KEY, ())
     if not isinstance(number, int) or number > FORMAT:
         raise UserError(
             f"{where} is of format {number}, this code knows formats up to {FORMAT}: a newer version of gigagan_jax wrote it; "
             "use that one"
         )
-    for came, name in REMOVED:
-        if came > number:
-            _remove(values, name.split("."))
+    # A field removed in an older format cannot be in the file; a user's own wrong key must still be reported.
+    for since, name in REMOVED:
+        if since > number:
+            _remove_field(values, name.split("."))
     if not (isinstance(without, (list, tuple)) and all(isinstance(name, str) for name in without)):
         raise UserError(f"{where}: {WITHOUT_KEY!r} is no list of names; remove it, or the file")
-    present = flatten(values)
+    # A restart stores the added values, which then look like chosen ones: WITHOUT_KEY remembers them.
+    present = flatten_fields(values)
     lacked = {name: present[name] for name in without if name in present}
-    for came, name, value in ADDED:
-        if came > number and _set_default(values, name.split("."), value):
+    for since, name, value in ADDED:
+        if since > number and _set_default(values, name.split("."), value):
             lacked[name] = value
     return values, lacked
 
 
-def numbered(values: Mapping[str, Any], begun_without: Iterable[str] = ()) -> dict[str, Any]:
-    """A config as it is stored.
+def with_format(values: Mapping[str, Any], begun_without: Iterable[str] = ()) -> dict[str, Any]:
+    """The dict that is stored for a config.
 
     Args:
       values: of the config.
-      begun_without: names of the fields that the run was begun without.
+      begun_without: names of fields that are newer than the run.
     """
     without = sorted(begun_without)
     return {FORMAT_KEY: FORMAT} | ({WITHOUT_KEY: without} if without else {}) | dict(values)
 
 
-def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+def _copy_groups(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy_groups(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
-def _remove(values: Any, path: list[str]) -> None:
+def _remove_field(values: Any, path: list[str]) -> None:
     *groups, key = path
     for group in groups:
         values = values.get(group, {})
         if not isinstance(values, dict):
-            return  # a value in the place of a group: said where the config is read
+            # A value in the place of a group: from_dict reports it.
+            return
     values.pop(key, None)
 
 
@@ -167,7 +170,8 @@ def _set_default(values: Any, path: list[str], value: Any) -> bool:
     for group in groups:
         values = values.setdefault(group, {})
         if not isinstance(values, dict):
-            return False  # a value in the place of a group: said where the config is read
+            # As in _remove_field.
+            return False
     if key in values:
         return False
     values[key] = value

@@ -1,4 +1,4 @@
-"""Between `Config` and plain dicts: the one place that reads an ml_collections ConfigDict."""
+"""Converts between `Config` and plain dicts. No other module reads an ml_collections ConfigDict."""
 
 import dataclasses
 import difflib
@@ -17,12 +17,12 @@ from gigagan_jax.core.errors import UserError
 
 
 def default() -> ConfigDict:
-    """All fields with their defaults, for a config file to change."""
+    """A ConfigDict of all fields with their defaults, for a config file to change."""
     return ConfigDict(to_dict(Config()))
 
 
 def to_dict(config: Any) -> Any:
-    """Nested plain dicts, lists as tuples: JSON, and the way back through `from_dict`."""
+    """Nested plain dicts for JSON; `from_dict` is the inverse."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Mapping):
@@ -31,20 +31,21 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(values: Any) -> Config:
-    """The frozen config of a ConfigDict or plain dict, checked.
+    """The frozen and validated config of a ConfigDict or plain dict.
 
     Raises:
-      UserError: an unknown key (with the nearest known one), a value of another type, settings that do not fit together.
+      UserError: an unknown key (the message names the nearest known one), a value of another type, or settings that
+        contradict each other.
     """
     if isinstance(values, ConfigDict):
         values = values.to_dict()
-    config = _without_auto(_read(Config, values, "config"))
+    config = _resolve_auto(_parse_value(Config, values, "config"))
     validate(config)
     return config
 
 
-def _without_auto(config: Config) -> Config:
-    """text.encoder="auto" as what it stands for, so that a stored config says what was run."""
+def _resolve_auto(config: Config) -> Config:
+    """Replaces text.encoder="auto" by the encoder it stands for, so that a stored config says what was run."""
     if config.text.encoder != "auto":
         return config
     path, encoder = config.text.path, "bytes"
@@ -53,41 +54,46 @@ def _without_auto(config: Config) -> Config:
             values = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
             kind = str(values.get("model_type", ""))
         except (OSError, ValueError, AttributeError):
-            kind = path.lower()  # a hub id, or a folder that the loader will complain about
+            # A hub id such as google/t5-v1_1-base, or a folder that the loader reports later.
+            kind = path.lower()
         encoder = "t5" if "t5" in kind else "clip"
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, encoder=encoder))
-    without: dict[str, Any] = {} if config.clip_path else {"clip": (0.0, 0.0)}
-    without |= {} if config.vision_path else {"vision_aided": 0.0}
-    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, **without))
+    # "auto" also switches off the losses of models whose weights are not given.
+    disabled: dict[str, Any] = {} if config.clip_path else {"clip": (0.0, 0.0)}
+    disabled |= {} if config.vision_path else {"vision_aided": 0.0}
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, **disabled))
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
+def _parse_value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise UserError(f"{where}: expected a group of settings, got {value!r}")
         hints = typing.get_type_hints(kind)
+        # Keys first: the message about a misspelt key is the most useful one.
         for key in value:
             if key not in hints:
                 near = difflib.get_close_matches(key, hints, 1)
                 hint = f"; did you mean {where}.{near[0]}?" if near else f"; known: {', '.join(sorted(hints))}"
                 raise UserError(f"unknown config key {where}.{key}{hint}")
-        return kind(**{k: _read(hints[k], v, f"{where}.{k}") for k, v in value.items()})  # type: ignore[operator]
+        return kind(**{k: _parse_value(hints[k], v, f"{where}.{k}") for k, v in value.items()})  # type: ignore[operator]
     origin = typing.get_origin(kind)
     if origin is tuple:
         args = typing.get_args(kind)
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a tuple like {_example(args)}, got {value!r}")
+            raise UserError(f"{where}: expected a tuple like {_example_tuple(args)}, got {value!r}")
         if args[-1] is Ellipsis:
-            return tuple(_read(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+            return tuple(_parse_value(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(value) != len(args):
             raise UserError(f"{where}: expected {len(args)} values, got {len(value)}")
-        return tuple(_read(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+        return tuple(_parse_value(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise UserError(f"{where}: expected a group of settings, got {value!r}")
-        return {str(k): _read(str, v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): _parse_value(str, v, f"{where}.{k}") for k, v in value.items()}
+    # An error of this package and not of the user: a field of Config has a type that nothing here checks.
     if isinstance(origin, types.UnionType):
         raise TypeError(f"{where}: unions are not supported in configs")
+    # bool is a subclass of int in Python: True must be neither 1.0 nor 1.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -95,12 +101,12 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _example(args: tuple) -> str:
+def _example_tuple(args: tuple) -> str:
     return {int: "(1, 2)", float: "(0.5, 1.0)", str: "('a', 'b')"}.get(args[0], "(...)")
 
 
 def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
-    """The config with other values of the fields {"loss.clip": ...}."""
+    """The config with these fields replaced, {"loss.clip": ...}."""
     if not fields:
         return config
     values = to_dict(config)
@@ -110,4 +116,5 @@ def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
         for g in groups:
             group = group[g]
         group[key] = value
+    # Validates again: the new values may contradict other settings.
     return from_dict(values)

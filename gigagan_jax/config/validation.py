@@ -1,4 +1,4 @@
-"""Which settings cannot work together; called by `config.from_dict`."""
+"""Validates settings: ranges, choices, and combinations that cannot work. `config.from_dict` calls it."""
 
 import functools
 import math
@@ -7,16 +7,19 @@ from typing import Any
 from gigagan_jax.core.errors import UserError
 
 
-def _levels(config: Any) -> int:
+def _count_levels(config: Any) -> int:
+    # Without multi-scale input, D scores the full resolution only.
     return len(config.resolutions) if config.discriminator.multi_scale_input else 1
 
 
-def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
+def _check_choice(where: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(f"config.{where}={value!r}: must be one of {', '.join(map(repr, allowed))}")
 
 
+# Sections of the networks that the text and attention settings belong to.
 _NETS = ("generator", "discriminator")
+# Names of fields with values that must be finite and greater than 0.
 _POSITIVE = (
     *("batch_size", "micro_batches", "total_kimg", "checkpoint_kimg", "snapshot_kimg", "log_kimg", "text.width"),
     *("loss.r1_interval", "checkpoint.keep", "ema.half_life_kimg", "snapshot.seeds", "discriminator.head_depth"),
@@ -34,6 +37,7 @@ _POSITIVE = (
     "discriminator.head_width",
     *(f"vision_aided.{size}" for size in ("projection", "head_width", "head_depth", "text.width", "text.heads")),
 )
+# Names of fields with values that must be finite and at least 0; 0 often switches something off.
 _NOT_NEGATIVE = (
     "loss.mismatch_group",
     *(
@@ -58,54 +62,62 @@ _NOT_NEGATIVE = (
 )
 
 
-def _get(config: Any, name: str) -> Any:
+def _get_field(config: Any, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), config)
 
 
 def _check_numbers(config: Any) -> None:
     for name in _POSITIVE:
-        if not 0 < _get(config, name) < math.inf:
-            raise UserError(f"config.{name}={_get(config, name)}: must be greater than 0")
+        if not 0 < _get_field(config, name) < math.inf:
+            raise UserError(f"config.{name}={_get_field(config, name)}: must be greater than 0")
     for name in _NOT_NEGATIVE:
-        if not 0 <= _get(config, name) < math.inf:
-            raise UserError(f"config.{name}={_get(config, name)}: must not be negative")
+        if not 0 <= _get_field(config, name) < math.inf:
+            raise UserError(f"config.{name}={_get_field(config, name)}: must not be negative")
     if config.text.length < 3:
         raise UserError(f"config.text.length={config.text.length}: must be at least 3 (a byte between begin and end)")
-    _one_of("checkpoint.best_mode", config.checkpoint.best_mode, ("min", "max"))
+    _check_choice("checkpoint.best_mode", config.checkpoint.best_mode, ("min", "max"))
     if config.checkpoint.keep_best and not config.checkpoint.best_metric:
         raise UserError("config.checkpoint.keep_best needs config.checkpoint.best_metric, a name of metrics.jsonl")
+    # jax.random.key takes seeds of 32 bits while 64-bit integers are disabled.
     if config.seed >= 2**32:
         raise UserError(f"config.seed={config.seed}: must be below {2**32}")
     for name in (f"{o}_optimizer.{beta}" for o in "gdv" for beta in ("beta1", "beta2")):
-        if _get(config, name) >= 1:
-            raise UserError(f"config.{name}={_get(config, name)}: must be below 1")
+        # Adam divides by 1 - beta^t.
+        if _get_field(config, name) >= 1:
+            raise UserError(f"config.{name}={_get_field(config, name)}: must be below 1")
     for net in _NETS:
-        t, a = _get(config, f"{net}.text"), _get(config, f"{net}.attention")
+        t, a = _get_field(config, f"{net}.text"), _get_field(config, f"{net}.attention")
+        # Widths are products of a size and a ratio: each factor may be valid and the product round to 0.
         if round(t.width * t.mlp_ratio) < 1 or round(a.head_dim * a.dim_multiplier) < 1 or a.mlp_ratio < 0.1:
             raise UserError(
                 f"config.{net}: text.mlp_ratio, attention.mlp_ratio or attention.dim_multiplier leaves no width"
             )
-        base = _get(config, f"{net}.channel_base")
+        # Channels are base / resolution.
+        base = _get_field(config, f"{net}.channel_base")
         if base < config.resolution:
             raise UserError(f"config.{net}.channel_base={base}: leaves no channel at resolution {config.resolution}")
 
 
 def _check_frozen(config: Any) -> None:
-    _one_of("text.encoder", config.text.encoder, ("bytes", "clip", "t5", "auto"))
-    _one_of("text.layer", config.text.layer, ("penultimate", "last"))
-    _one_of("vision_aided.backbone", config.vision_aided.backbone, ("clip", "dino"))
+    _check_choice("text.encoder", config.text.encoder, ("bytes", "clip", "t5", "auto"))
+    _check_choice("text.layer", config.text.layer, ("penultimate", "last"))
+    _check_choice("vision_aided.backbone", config.vision_aided.backbone, ("clip", "dino"))
     for name in config.vision_aided.augment:
-        _one_of("vision_aided.augment", name, ("color", "translation", "cutout"))
+        _check_choice("vision_aided.augment", name, ("color", "translation", "cutout"))
     v = config.vision_aided
+    # Features are taken in one pass through the tower, block by block.
     if not v.layers or min(v.layers) < 1 or list(v.layers) != sorted(set(v.layers)):
         raise UserError(f"config.vision_aided.layers={v.layers}: numbers of blocks, at least 1, in rising order")
+    # The weight changes from the first value to the last during a run.
     first, last = config.loss.clip
     if min(first, last) < 0 or not max(first, last) < math.inf:
         raise UserError(f"config.loss.clip={config.loss.clip}: weights must not be negative")
+    # CLIP compares images with captions.
     if config.uses_clip_loss and config.condition != "text":
         raise UserError(
             "config.loss.clip: the contrastive loss compares with captions and needs config.condition='text'"
         )
+    # Only text conditions load the encoder and CLIP.
     if config.condition != "text":
         return
     if config.text.encoder != "bytes" and not config.text.path:
@@ -128,6 +140,7 @@ def _check_vision_aided(config: Any) -> None:
             "config.vision_aided.path is not set: config.loss.vision_aided needs the folder or hub id of a "
             f"{config.vision_aided.backbone} image tower; 0 switches it off"
         )
+    # The vision-aided head conditions on the text feature at the end token, which bytes do not compute.
     if config.loss.vision_aided and config.condition == "text" and config.text.encoder == "bytes" and not text.depth:
         raise UserError(
             "config.vision_aided.text.depth=0: the bytes encoder says nothing of a caption at its end; use at least 1"
@@ -136,17 +149,19 @@ def _check_vision_aided(config: Any) -> None:
 
 def _check_data(data: Any) -> None:
     kinds = ("auto", "tar", "folder", "arrayrecord", "tfds", "parquet", "digits")
-    _one_of("data.source", data.source, kinds)
-    _one_of("data.captions", data.captions, ("required", "optional"))
-    _one_of("data.crop", data.crop, ("center", "random", "none", "pad"))
-    _one_of("data.resize_filter", data.resize_filter, ("lanczos", "bicubic", "bilinear", "box", "nearest"))
+    _check_choice("data.source", data.source, kinds)
+    _check_choice("data.captions", data.captions, ("required", "optional"))
+    _check_choice("data.crop", data.crop, ("center", "random", "none", "pad"))
+    _check_choice("data.resize_filter", data.resize_filter, ("lanczos", "bicubic", "bilinear", "box", "nearest"))
     for name in ("caption_dropout", "max_bad_fraction"):
         if not 0 <= getattr(data, name) <= 1:
             raise UserError(f"config.data.{name}={getattr(data, name)}: must be a share, 0 to 1")
+    # 0 switches off most filters; see FilterConfig.
     f = data.filters
     for name in ("min_width", "min_height", "min_caption", "max_caption", "max_watermark", "max_nsfw"):
         if not 0 <= getattr(f, name) < math.inf:
             raise UserError(f"config.data.filters.{name}={getattr(f, name)}: must not be negative")
+    # 0 switches the filter off.
     if f.max_aspect and not 1 <= f.max_aspect < math.inf:
         raise UserError(f"config.data.filters.max_aspect={f.max_aspect}: is longer side by shorter side, at least 1")
     if f.max_caption and f.max_caption < f.min_caption:
@@ -154,20 +169,40 @@ def _check_data(data: Any) -> None:
 
 
 def _check_health(health: Any) -> None:
-    _one_of("health.nonfinite", health.nonfinite, ("warn", "skip", "rollback"))
+    _check_choice("health.nonfinite", health.nonfinite, ("warn", "skip", "rollback"))
     for name in ("saturation", "penalty", "collapse", "levels", "updates"):
-        _one_of(f"health.{name}", getattr(health, name), ("off", "warn", "rollback"))
+        _check_choice(f"health.{name}", getattr(health, name), ("off", "warn", "rollback"))
+    # 0 is valid: no skips, no rollbacks, no grace period.
     for name in ("max_skips", "max_rollbacks", "grace"):
         if getattr(health, name) < 0:
             raise UserError(f"config.health.{name}={getattr(health, name)}: must not be negative")
+    # rollback_lr multiplies the learning rates, so 0 would stop training.
     for name in ("rollback_lr", "window", "patience"):
         if not 0 < getattr(health, name) < math.inf:
             raise UserError(f"config.health.{name}={getattr(health, name)}: must be greater than 0")
 
 
 def validate(config: Any) -> None:
-    """Raises UserError where the settings of a `Config` cannot work together."""
+    """Raises UserError for values out of range and settings that cannot work together."""
+    # The first error is reported. Later checks rely on earlier ones: the levels exist only for a valid resolution.
+    _check_levels(config)
+    _check_numbers(config)
+    _check_batch(config)
+    _check_data(config.data)
+    _check_health(config.health)
+    _check_choices(config)
+    _check_evaluators(config)
+    _check_frozen(config)
+    _check_vision_aided(config)
+    _check_condition(config)
+    _check_snapshot(config)
+    _check_discriminator(config)
+
+
+def _check_levels(config: Any) -> None:
     r = config.resolution
+    # Networks double the resolution from level to level, starting at 4.
+    # r & (r - 1) is 0 for powers of two only.
     if r < 8 or r & (r - 1):
         raise UserError(f"config.resolution={r}: must be a power of two, at least 8 (8, 16, 32, 64, ...)")
     levels = len(config.resolutions)
@@ -192,7 +227,10 @@ def validate(config: Any) -> None:
     ):
         if min(values) < least:
             raise UserError(f"config.{where}={values}: every entry must be at least {least}")
-    _check_numbers(config)
+
+
+def _check_batch(config: Any) -> None:
+    # The state counts images as uint32.
     if config.total_kimg * 1000 >= 2**32:
         raise UserError(
             f"config.total_kimg={config.total_kimg}: must be below {2**32 // 1000} (images are counted in 32 bits)"
@@ -201,7 +239,9 @@ def validate(config: Any) -> None:
         raise UserError(
             f"config.batch_size={config.batch_size} does not divide into config.micro_batches={config.micro_batches}"
         )
+    # Groups of the minibatch standard deviation lie within a micro-batch.
     micro = config.batch_size // config.micro_batches
+    d = config.discriminator
     if d.minibatch_std and micro % d.minibatch_std:
         raise UserError(
             f"config.discriminator.minibatch_std={d.minibatch_std} does not divide a micro-batch of {micro} images"
@@ -210,28 +250,40 @@ def validate(config: Any) -> None:
         raise UserError(
             "config.discriminator.minibatch_std=1: a group of one has no deviation; use 0 (off) or at least 2"
         )
-    _check_data(config.data)
-    _check_health(config.health)
-    _one_of("condition", config.condition, ("text", "class", "none"))
-    _one_of("dtype", config.dtype, ("bfloat16", "float32"))
-    _one_of("discriminator.head", d.head, ("modulated", "projection"))
-    _one_of("generator.adaptive_form", g.adaptive_form, ("auto", "bank", "shift", "im2col", "vmap"))
-    _one_of("loss.r1_levels", config.loss.r1_levels, ("full", "all"))
-    for net in ("generator", "discriminator"):
+
+
+def _check_choices(config: Any) -> None:
+    _check_choice("condition", config.condition, ("text", "class", "none"))
+    _check_choice("dtype", config.dtype, ("bfloat16", "float32"))
+    _check_choice("discriminator.head", config.discriminator.head, ("modulated", "projection"))
+    _check_choice(
+        "generator.adaptive_form", config.generator.adaptive_form, ("auto", "bank", "shift", "im2col", "vmap")
+    )
+    _check_choice("loss.r1_levels", config.loss.r1_levels, ("full", "all"))
+    for net in _NETS:
         attention = getattr(config, net).attention
-        _one_of(f"{net}.attention.kind", attention.kind, ("l2", "dot"))
-        _one_of(f"{net}.attention.norm", attention.norm, ("rms", "none"))
+        _check_choice(f"{net}.attention.kind", attention.kind, ("l2", "dot"))
+        _check_choice(f"{net}.attention.norm", attention.norm, ("rms", "none"))
+        # Only text conditions have a text transformer; others may keep any width.
         text = getattr(config, net).text
         if config.condition == "text" and text.width % text.heads:
             raise UserError(f"config.{net}.text.width={text.width} does not divide into {text.heads} heads")
+
+
+def _check_evaluators(config: Any) -> None:
     for name in config.evaluators:
-        _one_of("evaluators", name, ("digits",))
+        _check_choice("evaluators", name, ("digits",))
     if "digits" in config.evaluators and config.condition != "text":
         raise UserError("config.evaluators: 'digits' asks for digits by captions and needs config.condition='text'")
-    _check_frozen(config)
-    _check_vision_aided(config)
+
+
+def _check_condition(config: Any) -> None:
+    # With one class there is nothing to condition on.
     if config.condition == "class" and config.num_classes < 2:
         raise UserError(f"config.num_classes={config.num_classes}: condition='class' needs at least 2")
+
+
+def _check_snapshot(config: Any) -> None:
     s = config.snapshot
     if not s.prompts or not s.truncations or any(not 0 <= psi <= 1 for psi in s.truncations):
         raise UserError("config.snapshot: needs at least one prompt, and at least one truncation of 0 to 1")
@@ -239,11 +291,18 @@ def validate(config: Any) -> None:
         not p.strip().isdecimal() or int(p) >= config.num_classes for p in s.prompts
     ):
         raise UserError(f"config.snapshot.prompts={s.prompts}: must be class numbers, 0 to {config.num_classes - 1}")
+
+
+def _check_discriminator(config: Any) -> None:
+    g, d = config.generator, config.discriminator
+    # The projection head multiplies features with the embedding of the condition.
     if config.condition == "none" and d.head == "projection":
         raise UserError(
             "config.discriminator.head='projection' needs a condition; use 'modulated' with condition='none'"
         )
+    # D reads an image of each level, which only a pyramid of G provides for generated images.
     if g.pyramid != d.multi_scale_input:
         raise UserError("config.generator.pyramid and config.discriminator.multi_scale_input must be switched together")
-    if config.loss.level_weights and len(config.loss.level_weights) != _levels(config):
-        raise UserError(f"config.loss.level_weights needs {_levels(config)} entries, one a level, high to low")
+    # Empty: all levels weigh the same.
+    if config.loss.level_weights and len(config.loss.level_weights) != _count_levels(config):
+        raise UserError(f"config.loss.level_weights needs {_count_levels(config)} entries, one a level, high to low")

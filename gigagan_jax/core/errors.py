@@ -1,37 +1,44 @@
-"""What a user is meant to read, and what can be told of an error."""
+"""Errors that the user reads, and the classification of errors."""
 
 import errno
 
 
 class UserError(Exception):
-    """Bad input: one line that says what is wrong, where, and how to mend it.
+    """Bad input: one line that says what is wrong, where, and how to fix it.
 
-    The verbs print it without a traceback and leave with its exit code: 2, with which launchers do not start again.
+    The verbs print it without a traceback and exit with its code. Launchers do not restart a run that exits with 2.
     """
 
     code = 2
 
 
 class Unreachable(UserError):
-    """Something that the run needs is away, a machine, a process of its own or a disk: not the user's fault, and another
-    try may do.
-    """
+    """A machine, process or disk that the run needs is unavailable. It is not the user's fault, and a restart may succeed."""
 
     code = 1
 
 
-# What a network file system says when its server is away; every other error of a local file is final.
-_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.EAGAIN)
+# Errors of a network file system with an unreachable server. Every other error of a local file is final.
+_TRANSIENT_ERRORS = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENOTCONN,
+    errno.EAGAIN,
+)
 
 
-def passing(error: BaseException) -> bool:
-    """Is it that of a file system which is away for a while?"""
-    return isinstance(error, OSError) and error.errno in _PASSING
+def is_transient(error: BaseException) -> bool:
+    """Whether the error is of a file system that is unavailable for a while."""
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRORS
 
 
-def causes(error: BaseException) -> list[BaseException]:
-    """An error, and what it came of."""
-    out = [error]
-    while (cause := out[-1].__cause__ or out[-1].__context__) is not None and cause not in out:
-        out.append(cause)
-    return out
+def error_chain(error: BaseException) -> list[BaseException]:
+    """An error, its cause, the cause of that, and so on."""
+    chain = [error]
+    # `not in`: an error may be in its own chain, when it was raised again while another was handled.
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain

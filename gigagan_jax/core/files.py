@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def append(path: Path, text: str) -> None:
-    """Adds to a file, which is opened for it and closed: of a bucket that is mounted others see what was there at a closing."""
+def append_text(path: Path, text: str) -> None:
+    """Appends text to a file and closes it."""
+    # Closed after each write: on a mounted bucket, others see the contents of the last closing.
     with open(path, "a", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""What is known of accelerators without having one: peaks, memory and clocks, by the makers' data sheets."""
+"""Peak FLOP/s, memory and clocks of accelerators, from the makers' data sheets."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ class Chip:
     """One kind of chip.
 
     Attributes:
-      flops: dense bfloat16 FLOP/s at its peak.
+      flops: peak dense bfloat16 FLOP/s.
       memory: GiB.
-      clock: Hz, of a TPU, as the compiler's own figures have it; 0 where no estimate is made with it.
+      clock: Hz, of a TPU, from the figures of its compiler; 0 where no estimate uses it.
     """
 
     flops: float
@@ -20,6 +20,7 @@ class Chip:
     clock: float = 0.0
 
 
+# GPUs: without sparsity, which doubles the figures in the headlines of their data sheets.
 CHIPS = {
     "v4": Chip(275e12, 32, 1.05e9),
     "v5e": Chip(197e12, 16, 1.5e9),
@@ -31,7 +32,7 @@ CHIPS = {
     "H100": Chip(989e12, 80),
     "H200": Chip(989e12, 141),
 }
-# What JAX calls a TPU: its v5p is plainly "TPU v5".
+# `device_kind` of JAX -> chip. JAX calls a v5p plainly "TPU v5".
 _TPUS = {
     "TPU v4": "v4",
     "TPU v5e": "v5e",
@@ -41,21 +42,23 @@ _TPUS = {
     "TPU v6e": "v6e",
     "TPU v6 lite": "v6e",
 }
-_GPUS = ("H100 PCIe", "H100 NVL", "H200", "H100", "A100")  # parts of their names; the narrower first
+# Parts of the names that JAX reports. "H100" is part of the first two names, so it comes later.
+_GPUS = ("H100 PCIe", "H100 NVL", "H200", "H100", "A100")
 
 
 def chip_name(kind: str) -> str | None:
-    """The key of CHIPS for a `device_kind` of JAX; None for a kind that is not there, such as a CPU."""
+    """The key of CHIPS for a `device_kind` of JAX; None for an unknown kind, such as a CPU."""
     return _TPUS.get(kind) or next((name for name in _GPUS if name in kind), None)
 
 
 def count_chips(devices: Sequence[Any]) -> int:
-    """Chips that the devices of JAX are on: some TPUs show each of a chip's two cores as a device."""
-    where = lambda i, d: (getattr(d, "slice_index", 0), d.coords) if hasattr(d, "coords") else i
-    return len({where(i, d) for i, d in enumerate(devices)})
+    """Number of chips of these devices. Some TPUs show each of a chip's two cores as a device."""
+    # Cores of one chip share its coordinates. Devices without coordinates (GPUs, CPUs) are chips of their own.
+    place = lambda i, d: (getattr(d, "slice_index", 0), d.coords) if hasattr(d, "coords") else i
+    return len({place(i, d) for i, d in enumerate(devices)})
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
-    """bfloat16 FLOP/s of all these devices together at their peak; None where it is not known."""
+    """Peak bfloat16 FLOP/s of all these devices together; None for unknown devices."""
     name = chip_name(devices[0].device_kind) if devices else None
     return CHIPS[name].flops * count_chips(devices) if name else None

@@ -1,4 +1,4 @@
-"""Worker processes of this machine: how they treat memory, how they end, and one at a time in a folder."""
+"""Worker processes on this machine: memory settings, their end, parallel maps, and file locks."""
 
 import concurrent.futures
 import contextlib
@@ -12,64 +12,65 @@ from pathlib import Path
 from typing import Any
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.core.progress import Progress
+from gigagan_jax.core.progress import ProgressBar
 
 
-def keep_memory() -> None:
-    """Lets glibc keep what is freed instead of giving it back to the kernel.
-
-    XLA's CPU runtime allocates its temporaries anew every step, image decoders their pixels for every image; on two cores
-    the page faults were a quarter of the digits model's time (75 ms a step, 57 ms with this) and a fifth of the time to read
-    images. Elsewhere it changes nothing.
-    """
+def tune_malloc() -> None:
+    """Makes glibc keep freed memory instead of returning it to the kernel. Does nothing with another C library."""
+    # XLA's CPU runtime allocates its temporaries at every step, image decoders their pixels for every image. On two cores,
+    # page faults were a quarter of a step of the digits model (75 ms, 57 ms with this) and a fifth of reading images.
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
-        return  # not glibc
+        return
+    # Parameter numbers of glibc's malloc.h. The kernel gets memory back only above 2 GB free at the top of the heap.
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3
     for name, value in ((mmap_threshold, 32 << 20), (trim_threshold, 2_000_000_000), (top_pad, 64 << 20)):
         mallopt(name, value)
 
 
 def release_memory() -> None:
-    """Gives the kernel back what glibc keeps, a gigabyte after compiling. Elsewhere it does nothing."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+    """Returns freed memory to the kernel: a gigabyte after compiling. Does nothing with another C library."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def end_with_parent() -> None:
-    """Ends this worker process as soon as the process that started it is gone, however that ended.
+    """Ends this worker process as soon as its parent has ended, however that ended.
 
-    A parent that is killed has no time to tell its workers, which would go on with what they were given. Does nothing in a
-    process that `multiprocessing` did not start.
+    A killed parent cannot stop its workers, and they would go on working. Does nothing in a process that `multiprocessing`
+    did not start.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
 
-    def watch() -> None:
+    def wait_for_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
+        # sys.exit in a thread would end the thread only.
         os._exit(1)
 
-    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+    threading.Thread(target=wait_for_parent, name="end_with_parent", daemon=True).start()
 
 
 def begin_worker() -> None:
-    """What each worker process does first."""
+    """Initializer of each worker process."""
     end_with_parent()
-    keep_memory()
+    tune_malloc()
 
 
-def parallel(
+def map_parallel(
     task: Callable[[Any], Any], items: Sequence[Any], workers: int, title: str, quiet: bool = False
 ) -> Iterator[Any]:
-    """task(item) for each item in order, in processes that end with this one, with progress.
+    """Yields task(item) for each item in order. Worker processes end with this one; a progress line is printed.
 
     Raises:
-      UserError: a process was lost; whatever the task raises.
+      UserError: a worker process was lost. Errors of the task pass through.
     """
+    # 0 workers: one for each core.
     workers = min(workers or os.cpu_count() or 1, len(items))
-    progress = Progress(title, len(items), quiet=quiet)
+    progress = ProgressBar(title, len(items), quiet=quiet)
+    # No worker processes: they would cost an import of seconds each.
     if workers <= 1:
         for item in items:
             yield task(item)
@@ -78,32 +79,34 @@ def parallel(
     import multiprocessing
     from concurrent.futures.process import BrokenProcessPool
 
-    # Not forked: JAX, whose threads a fork would lose, may be running here.
+    # Spawn: a fork would copy JAX's locks without the threads that hold them.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker) as pool:
+        # Chunks of at most 16, and four a worker at least: slow items at the end keep all workers busy.
         try:
             for result in pool.map(task, items, chunksize=max(1, min(16, len(items) // (4 * workers)))):
                 yield result
                 progress.step()
         except BrokenProcessPool:
             raise UserError(
-                f"{title}: a worker process was lost, perhaps for want of memory: set fewer --workers; the same command "
-                "goes on where it was"
+                f"{title}: a worker process was lost, perhaps out of memory: set fewer --workers; the same command "
+                "resumes where it stopped"
             ) from None
+        # Without this, leaving the `with` would finish all items that are queued.
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 @contextlib.contextmanager
-def locked(file: Path, busy: Callable[[], object]) -> Iterator[None]:
-    """Holds a lock file, which the kernel gives back however this process ends; worker processes do not inherit it.
+def hold_file_lock(file: Path, busy: Callable[[], object]) -> Iterator[None]:
+    """Holds a lock on a file. The kernel releases it however this process ends; worker processes do not inherit it.
 
     Does nothing on Windows and on file systems without locks.
 
     Args:
-      file: in a folder that is there.
-      busy: called where another process holds it: what it raises is the end, otherwise this process waits.
+      file: in an existing folder.
+      busy: called if another process holds the lock. If it returns, this process waits for the lock.
 
     Raises:
       OSError: the file cannot be written.
@@ -113,15 +116,18 @@ def locked(file: Path, busy: Callable[[], object]) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
+    # 0o666 before the umask: another user of a shared folder must be able to open the file too.
     opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
+            # Without blocking first, so that `busy` can say why this process waits.
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             busy()
             fcntl.flock(opened, fcntl.LOCK_EX)
         except OSError:
-            pass  # a file system without locks
+            # A file system without locks.
+            pass
         yield
     finally:
         os.close(opened)

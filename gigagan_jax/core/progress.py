@@ -1,20 +1,21 @@
-"""One line of progress for work that takes a while: how many, how fast, how long still."""
+"""A progress line for long work: items done, rate, and time left."""
 
 import sys
 import time
 
-from gigagan_jax.core.formatting import duration
+from gigagan_jax.core.formatting import format_duration
 
-_PERIOD = 10.0  # seconds between lines where the output is a file; a terminal's line is rewritten
+# Seconds between lines in a file. On a terminal one line is rewritten twice a second.
+_FILE_PERIOD, _TERMINAL_PERIOD = 10.0, 0.5
 
 
-class Progress:
-    """Prints to stderr; nothing for work that ends within a period.
+class ProgressBar:
+    """Prints progress to stderr. Work that ends within one period prints nothing.
 
     Args:
-      title: what is being done.
-      total: number of steps.
-      unit: what is counted.
+      title: name of the work.
+      total: number of items.
+      unit: of the items, with a space in front.
       quiet: print nothing.
     """
 
@@ -22,21 +23,24 @@ class Progress:
         self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
         self.done = 0
         self._terminal = sys.stderr.isatty()
-        self._began = self._said = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._open = False
 
     def step(self, n: int = 1) -> None:
-        """`n` more steps are done."""
+        """Counts `n` more items."""
         self.done += n
         now = time.monotonic()
-        if self.quiet or now - self._said < (0.5 if self._terminal else _PERIOD):
+        # The last item must end the line even if nothing is due.
+        if self.quiet or now - self._printed < (_TERMINAL_PERIOD if self._terminal else _FILE_PERIOD):
             if self.done >= self.total:
                 self.close()
             return
-        self._said = now
-        rate = self.done / max(now - self._began, 1e-9)
+        self._printed = now
+        # The mean rate since the start, which varies less than a recent one.
+        rate = self.done / max(now - self._started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
-        line = f"{self.title}: {self.done} of {self.total}{self.unit}  {rate:.1f}/s  ETA {duration(left)}"
+        line = f"{self.title}: {self.done} of {self.total}{self.unit}  {rate:.1f}/s  ETA {format_duration(left)}"
+        # \x1b[K erases the rest of a longer line before.
         print(
             f"\r{line}\x1b[K" if self._terminal else line,
             end="" if self._terminal else "\n",
@@ -48,7 +52,7 @@ class Progress:
             self.close()
 
     def close(self) -> None:
-        """Ends the line."""
+        """Ends a line that is open on a terminal."""
         if self._open:
             print(file=sys.stderr, flush=True)
             self._open = False

@@ -1,4 +1,4 @@
-"""Encoded image files and caption files to what an Example holds. Sources share it, whatever they read from."""
+"""Decoding of image files and caption files; shared by all sources."""
 
 import contextlib
 import io
@@ -10,53 +10,57 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gigagan_jax.data.example import BadExample, Example, Record
 
-# Sizes are checked below, as an error: Pillow's own warning would only repeat it, once for each place in the code.
+# `decode_to_pil` checks sizes itself and raises. Pillow's warning would repeat that once for each call site.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode_image(data: bytes, least: int | None = None) -> np.ndarray:
-    """Decodes an image file to uint8 [H, W, 3]; all else as `decode_to_pil`."""
+    """Decodes an image file to uint8 [H, W, 3]. Arguments and errors are those of `decode_to_pil`."""
     return np.array(decode_to_pil(data, least))
 
 
 def decode_to_pil(data: bytes, least: int | None = None) -> Image.Image:
-    """Decodes an image file to RGB: upright by its EXIF, alpha over white, first frame, 16 bits to 8.
+    """Decodes an image file to RGB: upright by EXIF, alpha over white, first frame, 16 bits reduced to 8.
 
     Args:
-      data: the file.
-      least: decode a JPEG at a half, quarter or eighth of its size, as long as its short side stays at least so many
-        pixels; None decodes all of it. The decoder then leaves out work, and averages in the frequency domain.
+      data: the image file.
+      least: shortest side that a JPEG may have after decoding, in pixels. The decoder then works at a half, a quarter
+        or an eighth of the size and averages in the frequency domain. None decodes at full size.
 
-    Raises BadExample with cause `image_empty` (no bytes), `decompression_bomb` (more pixels than
-    `PIL.Image.MAX_IMAGE_PIXELS`) or `image_undecodable` (anything else, truncation included).
+    Raises:
+      BadExample: cause `image_empty` (no bytes), `decompression_bomb` (more pixels than
+        `PIL.Image.MAX_IMAGE_PIXELS`) or `image_undecodable` (anything else, truncation included).
     """
     if not data:
         raise BadExample("image_empty", "0 bytes")
     try:
         with Image.open(io.BytesIO(data)) as image:
+            # Pillow itself raises only at twice the limit.
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise BadExample(
                     "decompression_bomb", f"{image.width} x {image.height} pixels, {limit} pixels are allowed"
                 )
             if least is not None:
-                # Of the sizes that the decoder offers, draft takes the smallest that is no smaller than the one asked for.
+                # draft() takes the smallest of the decoder's sizes that is no smaller than the requested one.
                 scale = least / min(image.size)
                 image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+            # open() reads the header only. Truncated data raises here.
             image.load()
-            return _to_rgb(_upright(image))
+            return _to_rgb(_apply_orientation(image))
     except BadExample:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadExample("decompression_bomb", str(error)) from error
     except UnidentifiedImageError as error:
-        raise BadExample("image_undecodable", "no image format that is known") from error
-    except Exception as error:  # Decoders answer broken bytes with whatever exception they fall over.
+        raise BadExample("image_undecodable", "unknown image format") from error
+    # Decoders raise exceptions of many types for corrupt bytes.
+    except Exception as error:
         raise BadExample("image_undecodable", f"{type(error).__name__}: {error}") from error
 
 
 def decode_record(record: Record) -> Example:
-    """Decodes what a source has read. Raises BadExample as `decode_to_pil` does."""
+    """Decodes a stored record. Raises BadExample as `decode_to_pil` does."""
     image = record.image
     pixels = image if isinstance(image, np.ndarray) else decode_image(image)
     return Example(image=pixels, captions=record.captions, label=record.label, name=record.name)
@@ -65,28 +69,35 @@ def decode_record(record: Record) -> Example:
 def decode_captions(data: bytes) -> tuple[str, ...]:
     """Decodes a caption file: UTF-8, one caption a line, blank lines skipped.
 
-    Raises BadExample with cause `caption_undecodable` if it is not UTF-8.
+    Raises:
+      BadExample: cause `caption_undecodable` where the file is not UTF-8.
     """
     try:
+        # utf-8-sig drops the byte order mark that Windows editors write.
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadExample("caption_undecodable", f"not UTF-8: {error}") from error
+    # str.splitlines would split at form feeds and U+2028 too.
     lines = text.replace("\r", "\n").split("\n")
     return tuple(line.strip() for line in lines if line.strip())
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # The pixels are sound: broken metadata costs the rotation, not the image.
-        ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies what it need not turn
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    # Corrupt metadata costs the rotation, not the image: the pixels are intact.
+    with contextlib.suppress(Exception):
+        # Without in_place, Pillow copies images that need no rotation too.
+        ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # Pillow's own conversion of 16-bit grey clips at 255 in some releases.
-        wide = np.asarray(image).astype(np.float64).clip(0, 65535)
-        grey = np.rint(wide / 257).astype(np.uint8)
-        return Image.fromarray(np.repeat(grey[:, :, None], 3, axis=2))
+        # Some releases of Pillow clip 16-bit grey at 255 instead of scaling it.
+        grey16 = np.asarray(image).astype(np.float64).clip(0, 65535)
+        # 65535 / 257 = 255: both ends of the range map exactly.
+        grey8 = np.rint(grey16 / 257).astype(np.uint8)
+        return Image.fromarray(np.repeat(grey8[:, :, None], 3, axis=2))
+    # Palette images and RGB PNGs declare transparency in `info`, without an alpha band.
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)

@@ -1,12 +1,12 @@
-"""Text embeddings made ahead of time and kept beside the data, so that the step need not run the text encoder.
+"""Text embeddings computed ahead of time and stored beside the data. The training step then skips the text encoder.
 
-A folder made by `tools/prepare_data.py embed`: `index.json` says of which encoder and which data set, `null.safetensors`
-holds the null caption, and each `part-NNNNN.safetensors` the captions of `part_size` consecutive examples:
+`tools/prepare_data.py embed` writes the folder. `index.json` names the encoder and the data set, `null.safetensors`
+holds the null caption, and each `part-NNNNN.safetensors` holds the captions of `part_size` consecutive examples:
 
     features        [rows, D], the tokens of all captions one after the other, each up to its end of text
     row_starts      int64 [K + 1], first row of each caption
     caption_starts  int64 [E + 1], first caption of each example
-    clip_text       float32 [K, P], normalised embeddings for the contrastive loss; only where they were asked for
+    clip_text       float32 [K, P], normalised embeddings for the contrastive loss; only where that loss is on
 """
 
 import dataclasses
@@ -24,21 +24,23 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.source import Source
 
 INDEX, NULL = "index.json", "null.safetensors"
+# Examples in a part. Readers take it from index.json, so folders of another size stay readable.
 PART_SIZE = 1024
 
 
 def part_name(i: int) -> str:
-    """File of examples i * part_size and on."""
+    """File of the examples from i * part_size on."""
     return f"part-{i:05d}.safetensors"
 
 
-def describe(config: Config, source: Source) -> dict[str, Any]:
-    """What must agree between a folder and the run that reads it."""
+def expected_metadata(config: Config, source: Source) -> dict[str, Any]:
+    """Settings in which a folder of embeddings must agree with the run that reads it."""
     t = config.text
     return {
         "source": source.identity(),
         "examples": len(source),
         "encoder": t.encoder,
+        # Only CLIP offers a choice of layer. Another encoder's setting must not make folders differ.
         "layer": t.layer if t.encoder == "clip" else "last",
         "final_norm": t.final_norm,
         "length": t.length,
@@ -49,7 +51,7 @@ def describe(config: Config, source: Source) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class CaptionEmbedding:
     """One caption's embeddings: features [tokens up to the end of text, D], clip_text [P] or None."""
 
     features: np.ndarray
@@ -57,43 +59,47 @@ class Said:
 
 
 class Embeddings:
-    """Reads such a folder; safe to use from several threads.
+    """Reads a folder of stored embeddings; safe to use from several threads.
 
     Args:
-      folder: made by `tools/prepare_data.py embed`.
+      folder: written by `tools/prepare_data.py embed`.
       config: of the run.
       source: the run's data set.
 
     Attributes:
-      identities: SHA-256 of the frozen networks that made it, by role.
+      identities: SHA-256 of the frozen networks that computed the embeddings, by role.
 
     Raises:
-      UserError: the folder is missing, unfinished, or of another encoder or data set.
+      UserError: the folder is missing or unfinished, or belongs to another encoder or data set.
     """
 
     def __init__(self, folder: Path, config: Config, source: Source):
         self.folder, self._length = folder, config.text.length
         self._parts: dict[int, Any] = {}
         self._lock = threading.Lock()
-        make = f"make it with tools/prepare_data.py embed --out={folder}"
+        remedy = f"make it with tools/prepare_data.py embed --out={folder}"
+        # `embed` writes the index last: its absence means an unfinished folder.
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            made, self.identities, self._part_size = index["of"], dict(index["identities"]), int(index["part_size"])
+            stored, self.identities, self._part_size = index["of"], dict(index["identities"]), int(index["part_size"])
         except OSError:
             raise UserError(
-                f"config.data.embeddings={folder}: there is no {INDEX} in it (unfinished?); {make}"
+                f"config.data.embeddings={folder}: there is no {INDEX} in it (unfinished?); {remedy}"
             ) from None
         except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{folder / INDEX} cannot be read ({e!r}); {make}") from None
-        want = describe(config, source)
-        # What was made for the contrastive loss too serves a run without it.
-        enough = lambda k: made.get(k) == want[k] or (k == "clip_loss" and made.get(k))
-        differ = [f"{k}: {made.get(k)} there, {want[k]} here" for k in want if not enough(k)]
-        if differ:
-            raise UserError(f"config.data.embeddings={folder} does not fit this run ({'; '.join(differ)}); {make}")
-        self._clip = bool(want["clip_loss"])
+            raise UserError(f"{folder / INDEX} cannot be read ({e!r}); {remedy}") from None
+        expected = expected_metadata(config, source)
+        # A folder with embeddings for the contrastive loss also serves a run without that loss.
+        fits = lambda k: stored.get(k) == expected[k] or (k == "clip_loss" and stored.get(k))
+        differences = [f"{k}: {stored.get(k)} there, {expected[k]} here" for k in expected if not fits(k)]
+        if differences:
+            raise UserError(
+                f"config.data.embeddings={folder} does not fit this run ({'; '.join(differences)}); {remedy}"
+            )
+        self._has_clip = bool(expected["clip_loss"])
         self._null = read_null(folder)
 
+    # Locks and memory maps cannot be pickled. Each worker process opens the parts itself.
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_parts": {}}
 
@@ -101,39 +107,49 @@ class Embeddings:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
-    def of(self, example: int, caption: int | None) -> dict[str, np.ndarray]:
-        """Embeddings of a caption of an example, None for the null caption.
+    def caption_embedding(self, example: int, caption: int | None) -> dict[str, np.ndarray]:
+        """Embeddings of one caption of an example; `caption` None stands for the null caption.
 
         Returns:
-          `features` [length, D], zeros after the end of text; `clip_text` float32 [P] where the contrastive loss is on
-        """
-        said = self._null if caption is None else self._read(example, caption)
-        features = np.zeros((self._length, said.features.shape[1]), said.features.dtype)
-        features[: len(said.features)] = said.features
-        out = {"features": features}
-        if self._clip:
-            assert said.clip_text is not None
-            out["clip_text"] = said.clip_text
-        return out
+          `features` [length, D], zeros after the end of text; `clip_text` float32 [P] where the contrastive loss is on.
 
-    def _read(self, example: int, caption: int) -> Said:
+        Raises:
+          UserError: the example has more captions than it had when the folder was written.
+        """
+        embedding = self._null if caption is None else self._read_caption(example, caption)
+        # Captions differ in length, the rows of a batch do not.
+        features = np.zeros((self._length, embedding.features.shape[1]), embedding.features.dtype)
+        features[: len(embedding.features)] = embedding.features
+        arrays = {"features": features}
+        if self._has_clip:
+            # expected_metadata has checked that the folder holds clip_text.
+            assert embedding.clip_text is not None
+            arrays["clip_text"] = embedding.clip_text
+        return arrays
+
+    def _read_caption(self, example: int, caption: int) -> CaptionEmbedding:
         number, place = divmod(example, self._part_size)
-        part = self._part(number)
+        part = self._open_part(number)
         k = int(part["caption_starts"][place]) + caption
+        # Without this check, the embedding of the next example's caption would be returned.
         if k >= part["caption_starts"][place + 1]:
             raise UserError(
-                f"{self.folder / part_name(number)} lacks caption {caption} of example {example}: captions were added since "
-                "it was made; make the embeddings again"
+                f"{self.folder / part_name(number)} lacks caption {caption} of example {example}: captions were "
+                "added since it was made; make the embeddings again"
             )
+        # Rows of the ragged array: captions lie one after the other without padding.
         first, last = int(part["row_starts"][k]), int(part["row_starts"][k + 1])
+        # get_slice reads these rows only, not the whole tensor.
         features = part["file"].get_slice("features")[first:last]
-        clip = part["file"].get_slice("clip_text")[k : k + 1][0] if self._clip else None
-        return Said(features, clip)
+        clip = part["file"].get_slice("clip_text")[k : k + 1][0] if self._has_clip else None
+        return CaptionEmbedding(features, clip)
 
-    def _part(self, number: int) -> Any:
+    def _open_part(self, number: int) -> Any:
+        # One thread opens a part. The others wait rather than map the file again.
         with self._lock:
             if number not in self._parts:
-                file = _open(self.folder / part_name(number))
+                file = _open_tensors(self.folder / part_name(number))
+                # The two index arrays are small and stay in memory. Features stay on disk.
                 self._parts[number] = {
                     "file": file,
                     **{k: file.get_tensor(k) for k in ("caption_starts", "row_starts")},
@@ -141,55 +157,61 @@ class Embeddings:
             return self._parts[number]
 
 
-def _open(file: Path) -> Any:
+def _open_tensors(file: Path) -> Any:
     import safetensors
 
     try:
         return safetensors.safe_open(str(file), framework="numpy")
     except (OSError, ValueError, safetensors.SafetensorError) as e:
         why = "is missing" if not file.exists() else f"is damaged ({str(e).splitlines()[0]})"
+        # `embed` keeps every part that exists, a damaged one too.
         raise UserError(f"{file} {why}: make the embeddings again (remove the file first)") from None
 
 
-def read_null(folder: Path) -> Said:
-    """The null caption's embeddings."""
-    file = _open(folder / NULL)
-    return Said(file.get_tensor("features"), file.get_tensor("clip_text") if "clip_text" in file.keys() else None)  # noqa: SIM118
+def read_null(folder: Path) -> CaptionEmbedding:
+    """Reads the null caption's embeddings. Raises UserError where the file is missing or damaged."""
+    file = _open_tensors(folder / NULL)
+    # safe_open returns no mapping: `in` works on its keys() only.
+    clip_text = file.get_tensor("clip_text") if "clip_text" in file.keys() else None  # noqa: SIM118
+    return CaptionEmbedding(file.get_tensor("features"), clip_text)
 
 
-def write(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def save_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file and renames it into place."""
     import safetensors.numpy
 
+    # A killed run leaves a .tmp file, never half a part: `embed` keeps parts that exist.
     temporary = file.with_suffix(".tmp")
     safetensors.numpy.save_file({k: np.ascontiguousarray(x) for k, x in tensors.items()}, str(temporary))
     os.replace(temporary, file)
 
 
-def write_part(file: Path, examples: Sequence[Sequence[Said]], width: int, dtype: Any) -> None:
+def write_part(file: Path, examples: Sequence[Sequence[CaptionEmbedding]], width: int, dtype: Any) -> None:
     """Writes the captions of consecutive examples; `width` and `dtype` are those of the features."""
-    said = [one for example in examples for one in example]
+    captions = [caption for example in examples for caption in example]
     starts = lambda counts: np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    # A part may hold no caption at all. np.concatenate refuses an empty list.
+    empty = np.zeros((0, width), dtype)
     tensors = {
-        "features": np.concatenate([one.features for one in said]) if said else np.zeros((0, width), dtype),
-        "row_starts": starts([len(one.features) for one in said]),
+        "features": np.concatenate([caption.features for caption in captions]) if captions else empty,
+        "row_starts": starts([len(caption.features) for caption in captions]),
         "caption_starts": starts([len(example) for example in examples]),
     }
-    clips = [one.clip_text for one in said if one.clip_text is not None]
+    clips = [caption.clip_text for caption in captions if caption.clip_text is not None]
     if clips:
         tensors["clip_text"] = np.stack(clips)
-    write(file, tensors)
+    save_tensors(file, tensors)
 
 
-def write_null(folder: Path, said: Said) -> None:
+def write_null(folder: Path, null: CaptionEmbedding) -> None:
     """Writes the null caption's embeddings."""
-    write(
-        folder / NULL, {"features": said.features} | ({} if said.clip_text is None else {"clip_text": said.clip_text})
-    )
+    clip = {} if null.clip_text is None else {"clip_text": null.clip_text}
+    save_tensors(folder / NULL, {"features": null.features} | clip)
 
 
 def write_index(folder: Path, of: Mapping[str, Any], identities: Mapping[str, str]) -> None:
-    """Finishes a folder: without its index it is not read."""
+    """Completes a folder. Readers refuse a folder without an index."""
+    # "of" and the other keys are the format of folders that exist.
     text = json.dumps({"of": dict(of), "identities": dict(identities), "part_size": PART_SIZE}, indent=1)
     temporary = folder / "index.tmp"
     temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,8 @@
-"""Reading and decoding chunks of batches, in threads and worker processes."""
+"""Reading, decoding and preparing of examples, in threads and worker processes.
+
+Processes exchange chunks: some consecutive rows of a batch. A chunk is small enough that all threads work on one batch,
+and large enough that sending it costs little.
+"""
 
 import dataclasses
 import signal
@@ -13,34 +17,44 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.processes import begin_worker
 from gigagan_jax.data.captions import clean_all
 from gigagan_jax.data.decoding import decode_to_pil
+from gigagan_jax.data.embeddings import Embeddings
 from gigagan_jax.data.example import BadExample, Record
-from gigagan_jax.data.quarantine import MIN_TRIED, Bad, describe
+from gigagan_jax.data.quarantine import MIN_TRIED, FailedExample, format_causes
 from gigagan_jax.data.source import Source
+from gigagan_jax.data.tokenizers import Tokenizer
+from gigagan_jax.data.transforms import random_flip, resize_and_crop
 
 Batch = dict[str, np.ndarray]
-Asked = tuple[int, tuple[Bad, ...]]
-_GAP = 3  # times the resolution: from there on the resampling filter decides what is seen, not the decoder's scaling
-# As many bad examples side by side are taken for a data set that is not there, not for some broken files in it.
+# (index of the requested example, that example and its bad replacements where it is bad)
+ReadReport = tuple[int, tuple[FailedExample, ...]]
+# (rows of a batch, one report a row, None or why the run cannot continue)
+Chunk = tuple[Batch, list[ReadReport], UserError | None]
+# Multiple of the resolution to which `fast_decode` scales JPEGs down. From 3 on, the resampling filter determines
+# the result, not the decoder's scaling: above 50 dB for a photograph (tests/data/test_decoding.py).
+DECODE_MARGIN = 3
+# This many bad examples in a row mean that the data set is missing, not that some files are broken.
 _MAX_BAD_IN_A_ROW = 10_000
 
 
-def _start_worker(number: int, count: int) -> None:
-    # What stops a run is sent to all its processes; the main one decides, and still needs its data to get to a step's end.
+def start_worker(number: int, count: int) -> None:
+    """Initialises a worker process of grain, number `number` of `count`."""
+    # Schedulers signal every process of a job. The main process decides, and needs data to complete its step.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
     begin_worker()
 
 
-def _chunk_size(rows: int, readers: int) -> int:
-    """Rows of a chunk: a divisor of `rows`, at most 32, that leaves each reader some; 1 within one process."""
-    most = min(32, max(1, rows // readers)) if readers else 1
-    return next(c for c in range(most, 0, -1) if rows % c == 0)
+def chunk_size(rows: int, readers: int) -> int:
+    """Rows of a chunk: a divisor of `rows`, at most 32, that gives each reader some; 1 within one process."""
+    # Within one process nothing is sent, and single rows balance the threads best.
+    limit = min(32, max(1, rows // readers)) if readers else 1
+    return next(size for size in range(limit, 0, -1) if rows % size == 0)
 
 
-class _Chunks(grain.MapDataset):
-    """Element c: rows c * size and on, as (batch of `size`, what was asked for, None or why the run cannot go on)."""
+class ChunkDataset(grain.MapDataset):
+    """Element c holds rows c * size ... (c + 1) * size - 1 of this host's stream, as a Chunk."""
 
-    def __init__(self, reader: "_Reader", order: Sequence[int], position: Callable[[int], int], size: int):
+    def __init__(self, reader: "ExampleReader", order: Sequence[int], position: Callable[[int], int], size: int):
         super().__init__()
         self._reader, self._order, self._position, self._size = reader, order, position, size
         self._failure: UserError | None = None
@@ -51,104 +65,145 @@ class _Chunks(grain.MapDataset):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        if self._failure is not None:  # one search for a readable example is enough
+        # Prefetching threads would otherwise each search for a readable example once more.
+        if self._failure is not None:
             return {}, [], self._failure
         try:
             positions = [self._position(i) for i in range(index * self._size, (index + 1) * self._size)]
             examples = [self._reader(k, self._order[k]) for k in positions]
-        except UserError as error:  # as data: what is raised in a worker process arrives as another exception
+        # Returned as data: an exception raised in a worker process arrives as another type.
+        except UserError as error:
             self._failure = error
             return {}, [], error
         batch = {key: np.stack([example[key] for example, _ in examples]) for key in examples[0][0]}
-        return batch, [asked for _, asked in examples], None
+        return batch, [report for _, report in examples], None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Decoded:
-    """An example to be prepared: as an Example, but an image that was decoded here is not copied into an array first."""
+class DecodedExample:
+    """A decoded example without its name. Its image may be a Pillow image, which saves a copy before the resize."""
 
     image: np.ndarray | Image.Image
     captions: tuple[str, ...]
     label: int
 
 
-class _Decoder:
-    """What a source has read, to what is to be prepared. Raises BadExample."""
+class RecordDecoder:
+    """Turns a Record into a DecodedExample. Raises BadExample.
+
+    Args:
+      clean: pass captions through `captions.clean_all`.
+      least: as in `decode_to_pil`.
+    """
 
     def __init__(self, clean: bool, least: int | None):
         self._clean, self._least = clean, least
 
-    def __call__(self, record: Record) -> _Decoded:
+    def __call__(self, record: Record) -> DecodedExample:
         captions = record.captions
         if self._clean and captions:
             captions = clean_all(captions)
+            # An example without captions is unconditional. One whose captions were only markup is bad data.
             if not captions:
-                raise BadExample("caption_empty", "nothing is left of it by clean_captions")
+                raise BadExample("caption_empty", "clean_captions leaves nothing of its captions")
         image = record.image if isinstance(record.image, np.ndarray) else decode_to_pil(record.image, self._least)
-        return _Decoded(image, captions, record.label)
+        return DecodedExample(image, captions, record.label)
 
 
-class _Reader:
-    """(k, index) to an example ready to be stacked, and (index, what was bad on the way).
+@dataclasses.dataclass(frozen=True)
+class ExamplePreparer:
+    """Draws caption, crop and flip of a decoded example. Returns one row of a batch.
+
+    Attributes are the arguments of `pipeline.build_pipeline` with the same names. Picklable: worker processes need it.
+    """
+
+    resolution: int
+    tokenizer: Tokenizer
+    crop: str
+    flip: bool
+    caption_dropout: float
+    resize_filter: str
+    clip_tokenizer: Tokenizer | None
+    embeddings: Embeddings | None
+
+    def __call__(self, example: DecodedExample, index: int, rng: np.random.Generator) -> Batch:
+        # Drawn first, and always both: captions do not depend on how images are cropped.
+        choice, drop = rng.random(2)
+        which: int | None = None
+        if example.captions and drop >= self.caption_dropout:
+            which = int(choice * len(example.captions))
+        # The empty caption is the null caption of every tokenizer.
+        caption = "" if which is None else example.captions[which]
+        extra: Batch = {} if self.clip_tokenizer is None else {"clip_tokens": self.clip_tokenizer([caption])[0]}
+        if self.embeddings is not None:
+            extra |= self.embeddings.caption_embedding(index, which)
+        image = resize_and_crop(example.image, self.resolution, crop=self.crop, filter=self.resize_filter, rng=rng)
+        return {
+            "image": random_flip(image, rng) if self.flip else image,
+            "tokens": self.tokenizer([caption])[0],
+            "label": np.asarray(example.label, np.int32),
+            **extra,
+        }
+
+
+class ExampleReader:
+    """Reads the example at a position of the stream, or the next good one after a bad one.
 
     Runs in several threads, and in worker processes.
     """
 
     def __init__(
-        self,
-        source: Source,
-        seed: int,
-        max_bad_fraction: float,
-        decode: _Decoder,
-        prepare: Callable[[_Decoded, int, np.random.Generator], Batch],
+        self, source: Source, seed: int, max_bad_fraction: float, decode: RecordDecoder, prepare: ExamplePreparer
     ):
-        self.source = source
-        self._seed = seed
-        self._decode, self._prepare = decode, prepare
+        self.source, self.seed, self.prepare = source, seed, prepare
+        self._decode = decode
         self._index_dtype = np.int32 if len(source) <= 2**31 else np.int64
-        # Spares a second decoding of what is known to be bad; single dict operations are atomic.
-        self._bad: dict[int, Bad] = {}
+        # Known bad examples are not decoded again. Single dict operations are atomic, so this needs no lock.
+        self._bad: dict[int, FailedExample] = {}
         self._max_bad_fraction = max_bad_fraction
 
-    def __call__(self, k: int, first: int) -> tuple[Batch, Asked]:
-        bad: list[Bad] = []
-        part = self.source.neighbours(first)
-        allowed = min(int(self._max_bad_fraction * len(part)), _MAX_BAD_IN_A_ROW)
-        for step in range(min(len(part), max(MIN_TRIED, allowed))):
-            index = part[(first - part.start + step) % len(part)]
-            example = self._read(index)
-            if isinstance(example, Bad):
+    def __call__(self, k: int, first: int) -> tuple[Batch, ReadReport]:
+        """Reads example `first` for position `k`. Raises UserError where neither it nor a replacement is readable."""
+        bad: list[FailedExample] = []
+        candidates = self.source.replacement_range(first)
+        # A run that allows this share of bad examples must survive that many in a row.
+        allowed = min(int(self._max_bad_fraction * len(candidates)), _MAX_BAD_IN_A_ROW)
+        for step in range(min(len(candidates), max(MIN_TRIED, allowed))):
+            # In source order from `first` on, around the end: a later read of `first` finds the same replacement.
+            index = candidates[(first - candidates.start + step) % len(candidates)]
+            example = self._read_example(index)
+            if isinstance(example, FailedExample):
                 bad.append(example)
                 continue
-            # The position's generator, not the index's: each epoch crops anew.
-            prepared = self._prepare(example, index, np.random.default_rng((self._seed, k)))
-            return prepared | {"index": np.asarray(index, self._index_dtype)}, (first, tuple(bad))
+            # Seeded by the position, not the index: each epoch draws another crop.
+            row = self.prepare(example, index, np.random.default_rng((self.seed, k)))
+            return row | {"index": np.asarray(index, self._index_dtype)}, (first, tuple(bad))
         causes: dict[str, int] = {}
-        for one in bad:
-            causes[one.cause] = causes.get(one.cause, 0) + 1
-        everything = "all" if len(bad) == len(part) else f"{len(bad)} in a row of"
+        for failed in bad:
+            causes[failed.cause] = causes.get(failed.cause, 0) + 1
+        extent = "all" if len(bad) == len(candidates) else f"{len(bad)} in a row of"
         raise UserError(
-            f"no readable example: {everything} {len(part)} are bad ({describe(causes)}); "
+            f"no readable example: {extent} {len(candidates)} are bad ({format_causes(causes)}); "
             f"the first is {bad[0].name}: {bad[0].detail or bad[0].cause}"
         )
 
-    def _read(self, index: int) -> _Decoded | Bad:
+    def _read_example(self, index: int) -> DecodedExample | FailedExample:
         known = self._bad.get(index)
         if known is not None:
             return known
         try:
             return self._decode(self.source.read(index))
+        # Only BadExample: an error in a source itself must end the run, not empty the data set.
         except BadExample as error:
-            bad = Bad(index=index, name=self.source.name(index), cause=error.cause, detail=error.detail)
-            self._bad[index] = bad
-            return bad
+            failed = FailedExample(index=index, name=self.source.name(index), cause=error.cause, detail=error.detail)
+            self._bad[index] = failed
+            return failed
 
 
-def _concatenate(
-    chunks: Sequence[tuple[Batch, list[Asked], UserError | None]],
-) -> tuple[Batch, list[Asked], UserError | None]:
+def concatenate_chunks(chunks: Sequence[Chunk]) -> Chunk:
+    """Joins the chunks of one batch. A failure in any of them is the result."""
     failure = next((why for _, _, why in chunks if why is not None), None)
     if failure is not None:
         return {}, [], failure
     batch = {key: np.concatenate([chunk[key] for chunk, _, _ in chunks]) for key in chunks[0][0]}
-    return batch, [asked for _, some, _ in chunks for asked in some], None
+    return batch, [report for _, reports, _ in chunks for report in reports], None

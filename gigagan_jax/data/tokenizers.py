@@ -1,4 +1,4 @@
-"""Captions to token rows. A tokenizer is any object with the members of `Tokenizer`."""
+"""Tokenizers: captions to rows of token ids."""
 
 import logging
 import os
@@ -12,12 +12,13 @@ import numpy as np
 from gigagan_jax.core.errors import UserError
 
 _log = logging.getLogger(__name__)
+# One warning a process, over all threads and tokenizers: long captions would otherwise log one each.
 _truncation_lock = threading.Lock()
 _truncation_reported = False
 
 
 class Tokenizer(Protocol):
-    """What the pipeline and the text encoders need of a tokenizer."""
+    """The members that the pipeline and the text encoders use."""
 
     length: int
     vocab_size: int
@@ -28,17 +29,18 @@ class Tokenizer(Protocol):
         """Captions to int32 [N, length]."""
         ...
 
-    def null(self) -> np.ndarray:
+    def null_tokens(self) -> np.ndarray:
         """The null caption, int32 [length]."""
         ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens: needs no vocabulary file, for small runs and tests.
+    """UTF-8 bytes as tokens, for small runs and tests: no vocabulary file is needed.
 
     A row is bos, bytes + 3, eot, pads. The empty caption, bos eot pad ..., is the null caption.
     """
 
+    # Three special tokens come first, so byte b is token b + 3.
     pad_id = 0
     bos_id = 1
     eot_id = 2
@@ -53,20 +55,22 @@ class ByteTokenizer:
         self.length = length
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """Tokenizes captions to int32 [N, length]. Long ones are cut between characters, so eot still ends them."""
+        """Tokenizes captions to int32 [N, length]. Long ones are cut between characters and still end with eot."""
         rows = np.full((len(captions), self.length), self.pad_id, dtype=np.int32)
         for row, caption in zip(rows, captions, strict=True):
-            # 'replace': a caption with a lone surrogate, legal in JSON files, is no reason to stop.
+            # 'replace': JSON files may hold lone surrogates, which UTF-8 cannot encode.
             text = caption.encode("utf-8", "replace")
             if len(text) > self.length - 2:
                 self._report_truncation(len(text))
+                # 'ignore' drops the incomplete character at the cut.
                 text = text[: self.length - 2].decode("utf-8", "ignore").encode()
             row[0] = self.bos_id
+            # uint8 would overflow at + 3.
             row[1 : len(text) + 1] = np.frombuffer(text, np.uint8).astype(np.int32) + 3
             row[len(text) + 1] = self.eot_id
         return rows
 
-    def null(self) -> np.ndarray:
+    def null_tokens(self) -> np.ndarray:
         """The row of the null caption, int32 [length]."""
         return self([""])[0]
 
@@ -90,54 +94,62 @@ def _report_truncation(unit: str, size: int, room: int, length: int) -> None:
 
 
 class FrozenTokenizer:
-    """transformers' tokenizer of a frozen text encoder, from the folder of its weights.
+    """The tokenizer of a frozen text encoder, loaded by transformers from the folder of its weights.
 
     A row is begin (where the encoder has one), text, end, pads. The empty caption is the null caption.
 
     Args:
-      folder: with the tokenizer's files.
+      folder: holds the tokenizer's files.
       length: tokens a row, begin and end included.
-      vocab_size: ids that the encoder has an embedding for.
-      end_id: what the encoder takes for the end of text.
-      begins: does the encoder want a begin token?
+      vocab_size: rows of the encoder's embedding table.
+      end_id: the encoder's end-of-text token.
+      begins: whether the encoder expects a begin token.
 
     Raises:
-      UserError: no tokenizer there, or one that does not fit the encoder.
+      UserError: the folder holds no tokenizer, or one that does not fit the encoder.
     """
 
     def __init__(self, folder: Path, length: int, *, vocab_size: int, end_id: int, begins: bool):
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        # Reader threads tokenize at once already; and a fork after its own threads have started warns.
+        # Reader threads already tokenize in parallel. With its own threads, tokenizers warns about later forks.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        # Imported here: it takes seconds, and byte tokens do not need it.
         import transformers
 
-        mend = "copy the tokenizer's files (tokenizer.json, or vocab.json and merges.txt) of the same network beside the weights"
-        files = ("tokenizer.json", "vocab.json")  # a spiece.model alone would need sentencepiece
+        remedy = (
+            "copy the tokenizer's files (tokenizer.json, or vocab.json and merges.txt) of the same network beside the "
+            "weights"
+        )
+        # A spiece.model alone would need the package sentencepiece.
+        files = ("tokenizer.json", "vocab.json")
         if not any((folder / name).exists() for name in files):
-            raise UserError(f"{folder} holds no tokenizer (none of {', '.join(files)}): {mend}")
+            raise UserError(f"{folder} holds no tokenizer (none of {', '.join(files)}): {remedy}")
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
             backend = tokenizer.backend_tokenizer
+        # The parsers of damaged files raise exceptions of many types.
         except Exception as e:
-            # A damaged file raises whatever its parser raises.
             why = str(e).splitlines()[0] if str(e) else ""
             raise UserError(
-                f"{folder}: its tokenizer cannot be read ({type(e).__name__}: {why[:120]}): {mend}"
+                f"{folder}: its tokenizer cannot be read ({type(e).__name__}: {why[:120]}): {remedy}"
             ) from None
-        # Cut and padded here: those settings are not safe to use from several threads.
+        # __call__ truncates and pads: the backend's settings are not thread-safe, and saved files may contain some.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self.length, self.vocab_size, self.eot_id = length, vocab_size, end_id
-        own = tokenizer.eos_token_id
-        if len(tokenizer) > vocab_size or own != end_id:
+        eos_id = tokenizer.eos_token_id
+        # The embedding table may be larger: T5 pads its table. A smaller table would be indexed out of range.
+        if len(tokenizer) > vocab_size or eos_id != end_id:
             raise UserError(
-                f"{folder}: the tokenizer does not fit the weights: it has {len(tokenizer)} ids and ends a text by {own}, "
-                f"the weights have {vocab_size} and expect {end_id}: {mend}"
+                f"{folder}: the tokenizer does not fit the weights: it has {len(tokenizer)} ids and ends a text by "
+                f"{eos_id}, the weights have {vocab_size} and expect {end_id}: {remedy}"
             )
+        # CLIP rows begin with a token of their own, T5 rows do not.
         self._begin = [tokenizer.bos_token_id] if begins else []
         if begins and tokenizer.bos_token_id is None:
-            raise UserError(f"{folder}: the tokenizer has no begin token, which the weights expect: {mend}")
+            raise UserError(f"{folder}: the tokenizer has no begin token, which the weights expect: {remedy}")
+        # Without a pad token, the end token pads, as CLIP does.
         self.pad_id = end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._room = length - len(self._begin) - 1
         if self._room < 1:
@@ -146,26 +158,27 @@ class FrozenTokenizer:
             )
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """Captions to int32 [N, length]. Long ones are cut, so that the end still ends them."""
+        """Tokenizes captions to int32 [N, length]. Long ones are cut and still end with the end token."""
         rows = np.full((len(captions), self.length), self.pad_id, dtype=np.int32)
         for row, caption in zip(rows, captions, strict=True):
-            # Lone surrogates, legal in JSON files, are no text; text itself is never taken for the end token.
+            # The backend refuses lone surrogates, which JSON files may hold.
             text = caption.encode("utf-8", "replace").decode()
+            # A caption may spell out the end token. CLIP pools at the first one, so it must not occur in the text.
             ids = [i for i in self._backend.encode(text, add_special_tokens=False).ids if i != self.eot_id]
             if len(ids) > self._room:
                 _report_truncation("tokens", len(ids), self._room, self.length)
                 ids = ids[: self._room]
-            line = [*self._begin, *ids, self.eot_id]
-            row[: len(line)] = line
+            tokens = [*self._begin, *ids, self.eot_id]
+            row[: len(tokens)] = tokens
         return rows
 
-    def null(self) -> np.ndarray:
+    def null_tokens(self) -> np.ndarray:
         """The row of the null caption, int32 [length]."""
         return self([""])[0]
 
 
 def make_tokenizer(encoder: str, length: int, **options: Any) -> Tokenizer:
-    """The tokenizer of a text encoder, by its name in the config.
+    """Makes the tokenizer of a text encoder from its name in the config.
 
     Args:
       encoder: "bytes", or the name of a frozen one.

@@ -1,4 +1,4 @@
-"""Pixels of one example to the size that a network trains at. Pure functions; randomness comes in as a generator."""
+"""Resizing, cropping and flipping of one image. Pure functions; randomness comes from a generator argument."""
 
 import numpy as np
 from PIL import Image
@@ -24,12 +24,12 @@ def resize_and_crop(
     """Resizes and crops to a square.
 
     Args:
-      image: uint8 [H, W, 3] or a picture in RGB, larger or smaller than the result.
+      image: uint8 [H, W, 3] or an RGB image of Pillow, larger or smaller than the result.
       resolution: side R of the result, in pixels.
       crop: 'center' or 'random' scale the short side to R and keep the middle, or any, R x R window of it.
         'none' keeps the whole image and squeezes it to R x R; 'pad' keeps it and its aspect, on a white square.
-      filter: a key of FILTERS. When shrinking each of them, except 'nearest', averages over the pixels it covers.
-      rng: where 'random' takes its window from; not used by the other crops.
+      filter: a key of FILTERS. When shrinking, each of them except 'nearest' averages over the pixels it covers.
+      rng: source of the window's position for 'random'; the other crops do not use it.
 
     Returns:
       uint8 [R, R, 3].
@@ -38,38 +38,44 @@ def resize_and_crop(
       ValueError: unknown crop or filter, 'random' without rng, or an image of another shape or dtype.
     """
     if isinstance(image, np.ndarray):
+        # Image.fromarray takes other shapes and dtypes too, as images of other modes.
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
         image = Image.fromarray(image)
     if filter not in FILTERS:
         raise ValueError(f"unknown filter {filter!r}; there are {', '.join(FILTERS)}")
+    # Pillow orders sizes as (width, height), NumPy as [H, W].
     width, height = image.size
     side = min(height, width)
     if crop == "center":
+        # Half pixels are allowed: resize() takes a fractional box.
         box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
     elif crop == "random":
         if rng is None:
             raise ValueError("crop='random' needs a generator")
+        # The upper bound is exclusive: + 1 includes the last window.
         left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
         box = (left, top, left + side, top + side)
     elif crop == "none":
         box = (0, 0, width, height)
     elif crop == "pad":
-        return _padded(image, resolution, filter)
+        return _pad_to_square(image, resolution, filter)
     else:
         raise ValueError(f"unknown crop {crop!r}; there are {', '.join(CROPS)}")
-    # One call with a box: pixels that the crop throws away are never computed.
+    # One call with a box: Pillow does not compute pixels outside the crop.
     return np.array(image.resize((resolution, resolution), FILTERS[filter], box=box))
 
 
-def _padded(image: Image.Image, resolution: int, filter: str) -> np.ndarray:
+def _pad_to_square(image: Image.Image, resolution: int, filter: str) -> np.ndarray:
     width, height = image.size
     scale = resolution / max(height, width)
+    # A very long and thin image would round to no pixel at all.
     inner = (max(1, round(width * scale)), max(1, round(height * scale)))
-    out = np.full((resolution, resolution, 3), 255, np.uint8)
+    # White, as decode_to_pil composes alpha over white.
+    square = np.full((resolution, resolution, 3), 255, np.uint8)
     top, left = (resolution - inner[1]) // 2, (resolution - inner[0]) // 2
-    out[top : top + inner[1], left : left + inner[0]] = np.array(image.resize(inner, FILTERS[filter]))
-    return out
+    square[top : top + inner[1], left : left + inner[0]] = np.array(image.resize(inner, FILTERS[filter]))
+    return square
 
 
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

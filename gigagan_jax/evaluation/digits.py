@@ -1,7 +1,7 @@
-"""The judge of the digits model: are they the digits that were asked for, and as varied as the real ones?
+"""Evaluates the digits model: whether an image shows the digit of its prompt, and how varied the images are.
 
-The judge is an SVM fitted to scikit-learn's 8x8 digits. Real images take the same way as generated ones: resized as for
-training, then area-averaged back to 8x8, so that the resizing itself cannot make a difference between the two.
+The judge is an SVM fitted to scikit-learn's 8x8 digits. Real and generated images are processed alike: resized as for
+training, then area-averaged to 8x8. The resizing itself therefore causes no difference.
 """
 
 from __future__ import annotations
@@ -15,28 +15,38 @@ import numpy as np
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.evaluation.fid import frechet_distance, gaussian_moments
 
+# The targets below hold for this many images a digit: the Frechet distance of fewer images is larger.
 IMAGES_PER_DIGIT = 60
 MIN_ACCURACY = 0.98
 MIN_DIGIT_ACCURACY = 0.92
 MIN_VARIANCE_RATIO = 0.55
+# Two halves of the real images are at about 10 from each other.
 MAX_FRECHET = 30.0
-# The judge itself: 0.99 on held-out real digits, to two places. Below that its verdict would mean little.
+# The SVM reaches 0.99 (to two places) on held-out real digits. A less accurate judge could not measure MIN_ACCURACY.
 MIN_JUDGE_ACCURACY = 0.985
 
+# Pixels of scikit-learn's digits.
 _SIDE = 8
+# Real images of the 1,797 on which the judge is tested.
 _HELD_OUT = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitsReport:
-    """What `DigitsJudge.judge` found. Accuracies are fractions of 1."""
+    """The metrics of `DigitsJudge.judge_images`. Accuracies are fractions of 1."""
 
-    accuracy: float  # of all images, those that the judge reads as the digit of their prompt
-    per_digit_accuracy: tuple[float, ...]  # ten, by the digit of the prompt
-    variance_ratio: float  # pixel variance within a digit, generated over real, mean over the ten digits
-    frechet: float  # in 64 pixels of 0..16, generated to all real images; real halves are at about 10
-    judge_accuracy: float  # of the judge on held-out real digits
-    images_per_digit: int  # of the digit with the fewest images
+    # Fraction of the images that the judge classifies as the digit of their prompt.
+    accuracy: float
+    # [10], by the digit of the prompt.
+    per_digit_accuracy: tuple[float, ...]
+    # Pixel variance within a digit, generated over real; mean over the ten digits.
+    variance_ratio: float
+    # From generated to all real images, over 64 pixels in 0..16.
+    frechet: float
+    # Accuracy of the judge on held-out real digits.
+    judge_accuracy: float
+    # Number of images of the rarest digit.
+    images_per_digit: int
 
     @property
     def worst_digit_accuracy(self) -> float:
@@ -49,10 +59,10 @@ class DigitsReport:
     @property
     def passes(self) -> bool:
         """Whether every figure meets its target (the constants of this module)."""
-        return all(met for *_, met in self._rows())
+        return all(met for *_, met in self._target_rows())
 
     def to_dict(self) -> dict[str, Any]:
-        """Every figure, as plain JSON values."""
+        """Returns all metrics as JSON values."""
         return {
             "accuracy": self.accuracy,
             "per_digit_accuracy": list(self.per_digit_accuracy),
@@ -64,17 +74,18 @@ class DigitsReport:
             "passes": self.passes,
         }
 
-    def table(self) -> str:
-        """The figures beside their targets, as lines for a terminal (no trailing newline)."""
+    def format_table(self) -> str:
+        """Formats the metrics with their targets as lines for a terminal, without a trailing newline."""
         lines = [f"{'figure':<36}{'value':>8}{'target':>12}"]
-        for name, value, target, met in self._rows():
+        for name, value, target, met in self._target_rows():
             lines.append(f"{name:<36}{value:>8}{target:>12}  {'ok' if met else 'MISSED'}")
+        # No targets here: the line shows which digit fails.
         lines.append("accuracy by digit  " + "  ".join(f"{d}: {a:.2f}" for d, a in enumerate(self.per_digit_accuracy)))
         lines.append("every target is met" if self.passes else "not every target is met")
         return "\n".join(lines)
 
-    def _rows(self) -> list[tuple[str, str, str, bool]]:
-        """(name, value, target, met) of each figure that has a target; a NaN meets none."""
+    def _target_rows(self) -> list[tuple[str, str, str, bool]]:
+        """Returns (name, value, target, met) of each metric with a target; NaN meets no target."""
         worst = self.worst_digit_accuracy
         return [
             (
@@ -117,46 +128,48 @@ class DigitsReport:
 
 
 class DigitsJudge:
-    """Fits the judge once (about a second); `judge` may be called many times.
+    """Fits an SVM to the real digits, which takes about a second; `judge_images` may be called many times.
 
     Args:
-      resize: the resizing of the training pipeline, uint8 `[8, 8, 3]` to uint8 `[R, R, 3]`; R a multiple of 8.
+      resize: the resizing of the training pipeline, uint8 `[8, 8, 3]` to uint8 `[R, R, 3]`; R is a multiple of 8.
 
     Raises:
-      ValueError: `resize` returns something else.
+      ValueError: `resize` returns another shape or dtype.
     """
 
     def __init__(self, resize: Callable[[np.ndarray], np.ndarray]):
-        # Here and not above: scikit-learn takes a second to import, and most runs have no digits.
+        # Imported here: scikit-learn takes a second to import, and most runs have no digits.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
         from sklearn.svm import SVC
 
         digits = load_digits()
+        # scikit-learn's pixels lie in 0..16; they are rounded half up to 0..255.
         gray = np.floor(digits.images * (255 / 16) + 0.5).astype(np.uint8)
         resized = np.stack([resize(np.repeat(image[..., None], 3, axis=-1)) for image in gray])
         self.resolution = resized.shape[1]
-        real = self._pixels(resized)
+        real = self._to_gray_pixels(resized)
         labels = digits.target
+        # A fixed split: the metrics of two runs must not differ by their judges.
         train_x, held_x, train_y, held_y = train_test_split(
             real, labels, test_size=_HELD_OUT, random_state=0, stratify=labels
         )
-        # gamma is scikit-learn's own choice for these digits, in pixels of 0..16.
+        # gamma is that of scikit-learn's own example for these digits, with pixels in 0..16.
         self._svm = SVC(gamma=0.001).fit(train_x, train_y)
         self.judge_accuracy = float(self._svm.score(held_x, held_y))
         self._moments = gaussian_moments(real)
-        self._variance = np.array([_variance(real[labels == digit]) for digit in range(10)])
+        self._variance = np.array([_mean_variance(real[labels == digit]) for digit in range(10)])
 
-    def judge(self, images: np.ndarray, digits: np.ndarray) -> DigitsReport:
-        """Judges generated images against the digits that their prompts named.
+    def judge_images(self, images: np.ndarray, digits: np.ndarray) -> DigitsReport:
+        """Compares generated images with the digits of their prompts.
 
         Args:
-          images: uint8 `[N, R, R, 3]`, R as training had it.
+          images: uint8 `[N, R, R, 3]`, R as in training.
           digits: integers `[N]` in 0..9; every digit at least twice, and
             `IMAGES_PER_DIGIT` times to pass.
 
         Raises:
-          ValueError: shapes, dtypes or digits are not these.
+          ValueError: a shape, a dtype or a digit is another.
           UserError: a digit has fewer than two images.
         """
         images, digits = np.asarray(images), np.asarray(digits)
@@ -167,14 +180,16 @@ class DigitsJudge:
         if len(digits) and not (digits.min() >= 0 and digits.max() <= 9):
             raise ValueError(f"digits must lie in 0..9, got {digits.min()}..{digits.max()}")
         counts = np.bincount(digits, minlength=10)
+        # One image has no variance.
         if counts.min() < 2:
             raise UserError(
                 f"the judge needs at least 2 images of every digit, got {counts.min()} of digit {counts.argmin()}: "
                 f"generate more (the targets are for {IMAGES_PER_DIGIT} a digit)"
             )
-        pixels = self._pixels(images)
+        pixels = self._to_gray_pixels(images)
         correct = self._svm.predict(pixels) == digits
-        variance = np.array([_variance(pixels[digits == digit]) for digit in range(10)])
+        # Within a digit: a model that draws one picture a digit has all accuracy and no variance.
+        variance = np.array([_mean_variance(pixels[digits == digit]) for digit in range(10)])
         return DigitsReport(
             accuracy=float(correct.mean()),
             per_digit_accuracy=tuple(float(correct[digits == digit].mean()) for digit in range(10)),
@@ -184,19 +199,20 @@ class DigitsJudge:
             images_per_digit=int(counts.min()),
         )
 
-    def _pixels(self, images: np.ndarray) -> np.ndarray:
-        """uint8 `[N, R, R, 3]` to gray `[N, 64]` in 0..16, area-averaged to 8x8."""
+    def _to_gray_pixels(self, images: np.ndarray) -> np.ndarray:
+        """Converts uint8 `[N, R, R, 3]` to gray `[N, 64]` in 0..16, area-averaged to 8x8."""
         r = self.resolution
         if images.dtype != np.uint8 or images.shape[1:] != (r, r, 3) or r % _SIDE:
             raise ValueError(
                 f"digits are judged as uint8 [N, {r}, {r}, 3] with a side that is a multiple of {_SIDE}, "
                 f"got {images.dtype} {list(images.shape)}"
             )
+        # Whole cells: the average of an R x R image is exact.
         cell = r // _SIDE
         cells = images.reshape(len(images), _SIDE, cell, _SIDE, cell, 3).astype(np.float64)
         return cells.mean(axis=(2, 4, 5)).reshape(len(images), _SIDE * _SIDE) * (16 / 255)
 
 
-def _variance(pixels: np.ndarray) -> float:
-    """The variance over images `[N, 64]` of one digit, mean over pixels."""
+def _mean_variance(pixels: np.ndarray) -> float:
+    """Returns the unbiased variance over images `[N, 64]` of one digit, as the mean over pixels."""
     return float(pixels.var(axis=0, ddof=1).mean())

@@ -1,4 +1,4 @@
-"""The Frechet distance between two Gaussians fitted to features (the FID, when the features are Inception's)."""
+"""The Frechet distance between two Gaussians fitted to features; with Inception's features it is the FID."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from gigagan_jax.core.errors import UserError
 
 
 def gaussian_moments(features: np.ndarray, min_samples: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Mean `[D]` and unbiased covariance `[D, D]`, in float64, of features `[N, D]`.
+    """Returns the mean `[D]` and the unbiased covariance `[D, D]` of features `[N, D]`, in float64.
 
     Args:
       features: `[N, D]`, any real dtype.
-      min_samples: the fewest rows accepted; at least 2, since one sample has no covariance.
+      min_samples: minimum number of rows; at least 2, since one sample has no covariance.
 
     Raises:
       ValueError: features are not two-dimensional, or not finite.
@@ -26,21 +26,19 @@ def gaussian_moments(features: np.ndarray, min_samples: int = 2) -> tuple[np.nda
         raise UserError(
             f"a Frechet distance needs at least {needed} images, got {len(features)}: raise the number of images"
         )
+    # float64: sums over tens of thousands of float32 rows lose the digits that small distances need.
     features = features.astype(np.float64)
     if not np.isfinite(features).all():
         bad = int((~np.isfinite(features).all(axis=1)).sum())
         raise ValueError(f"{bad} of {len(features)} feature rows hold NaN or infinity")
     mean = features.mean(axis=0)
+    # Centred first: E[x x'] - mean mean' cancels where the mean is large.
     centred = features - mean
     return mean, centred.T @ centred / (len(features) - 1)
 
 
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
-    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in the squared unit of the features (Heusel et al., 2017).
-
-    The trace of the square root is taken as the sum of the roots of the eigenvalues of `sqrt(cov1) cov2 sqrt(cov1)`,
-    which is symmetric and positive semidefinite: unlike a general matrix square root of `cov1 cov2`, that neither
-    turns complex nor fails where a covariance is singular.
+    """Returns |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), the squared distance (Heusel et al., 2017).
 
     Args:
       mu1, mu2: means `[D]`.
@@ -59,20 +57,26 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
         )
     if not all(np.isfinite(a).all() for a in (mu1, cov1, mu2, cov2)):
         raise ValueError("frechet_distance: a mean or covariance holds NaN or infinity")
+    # The trace of the root is the sum of the roots of the eigenvalues of sqrt(cov1) cov2 sqrt(cov1). That matrix is
+    # symmetric: unlike a general root of cov1 cov2 it never turns complex, and a singular covariance is no problem.
     root1 = _psd_sqrt(cov1, "cov1")
+    # For its checks only.
     _psd_sqrt(cov2, "cov2")
     product = root1 @ cov2 @ root1
+    # eigvalsh reads one triangle: rounding must not make the result depend on which.
     eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
+    # Rounding can leave the eigenvalues of a singular matrix just below zero.
     trace_root = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
     distance = np.sum((mu1 - mu2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * trace_root
-    # Rounding can leave equal Gaussians a hair below zero.
+    # Rounding can leave the distance of equal Gaussians just below zero.
     return max(0.0, float(distance))
 
 
 def _psd_sqrt(cov: np.ndarray, name: str) -> np.ndarray:
-    """The symmetric square root `[D, D]` of a positive semidefinite matrix `[D, D]`."""
+    """Returns the symmetric square root `[D, D]` of a positive semidefinite matrix `[D, D]`."""
+    # A zero matrix has no scale; tiny keeps the comparisons below valid.
     scale = max(float(np.abs(cov).max()), np.finfo(np.float64).tiny)
-    # float32 statistics are welcome: their rounding is what the tolerance allows for.
+    # The tolerances allow for statistics that were computed in float32.
     if np.abs(cov - cov.T).max() > 1e-5 * scale:
         raise ValueError(f"{name} is not symmetric, so it is no covariance")
     values, vectors = np.linalg.eigh((cov + cov.T) / 2)

@@ -1,4 +1,4 @@
-"""Hooks of the training loop that draw and judge samples: grids of fixed prompts, and the digits' judge."""
+"""Evaluators of a training run: grids of fixed prompts and seeds, and the metrics of the digits."""
 
 import logging
 from pathlib import Path
@@ -7,56 +7,72 @@ import jax
 import numpy as np
 
 from gigagan_jax.config import Config
+from gigagan_jax.core.workdir_files import SNAPSHOTS_FOLDER
 from gigagan_jax.data.sources.digits import digit_captions
 from gigagan_jax.data.transforms import resize_and_crop
 from gigagan_jax.evaluation.digits import IMAGES_PER_DIGIT, DigitsJudge
-from gigagan_jax.inference.images import grid, save_png, side_by_side
-from gigagan_jax.inference.text_to_image import TextToImage, rows_and_seeds
+from gigagan_jax.inference.images import draw_grid, save_png, side_by_side
+from gigagan_jax.inference.sampler import Sampler, prompts_and_seeds
 from gigagan_jax.telemetry.metrics import MetricLogger
-from gigagan_jax.training.loop import Hook
+from gigagan_jax.training.loop import Hook, Hooks, Run
 from gigagan_jax.training.state import GanState
 
 _log = logging.getLogger(__name__)
 
 
-def snapshot_hook(config: Config, sampler: TextToImage, workdir: Path) -> Hook:
-    """Draws the grid of fixed prompts (rows) and seeds (columns), one for each truncation, side by side."""
+def snapshot_hook(config: Config, sampler: Sampler, workdir: Path) -> Hook:
+    """Returns a hook that draws grids of fixed prompts (rows) and seeds (columns), one grid for each truncation."""
     s = config.snapshot
 
-    def draw(state: GanState, kimg: float, logger: MetricLogger) -> None:
+    def draw_snapshot(state: GanState, kimg: float, logger: MetricLogger) -> None:
+        # A grid has the same prompts and seeds in every snapshot: only the generator differs.
         pictures = []
-        prompts, seeds = rows_and_seeds(s.prompts, s.seeds, 0)
+        prompts, seeds = prompts_and_seeds(s.prompts, s.seeds, 0)
         for psi in s.truncations:
             images = sampler(state.g_ema, state.w_avg, prompts, seeds, truncation=psi)
-            pictures.append(grid(images.reshape(len(s.prompts), s.seeds, *images.shape[1:]), s.prompts))
+            pictures.append(draw_grid(images.reshape(len(s.prompts), s.seeds, *images.shape[1:]), s.prompts))
+        # Every process samples, since the sampler is a program of the whole mesh; one writes.
         titles = [f"{kimg:.0f} kimg, truncation {psi:g}" for psi in s.truncations]
         picture = side_by_side(pictures, titles)
         if jax.process_index() == 0:
-            path = workdir / "snapshots" / f"{kimg:010.3f}kimg.png"
+            # Zero-padded: the names sort by time.
+            path = workdir / SNAPSHOTS_FOLDER / f"{kimg:010.3f}kimg.png"
             save_png(path, picture, {"kimg": f"{kimg:.3f}", "config": config.name})
-            logger.image("samples", int(state.step), np.asarray(picture.convert("RGB")))
+            logger.log_image("samples", int(state.step), np.asarray(picture.convert("RGB")))
             _log.info("samples: %s", path)
 
-    return draw
+    return draw_snapshot
 
 
-def digits_hook(config: Config, sampler: TextToImage, workdir: Path) -> Hook:
-    """Judges the digits of fresh seeds by an SVM trained on real ones, and prints and logs the figures."""
+def digits_hook(config: Config, sampler: Sampler, workdir: Path) -> Hook:
+    """Returns a hook that evaluates digits of fresh seeds with an SVM (digits.py), and prints and logs the metrics."""
 
-    def judge(state: GanState, kimg: float, logger: MetricLogger) -> None:
+    def judge_digits(state: GanState, kimg: float, logger: MetricLogger) -> None:
+        # The judge sees real digits as training sees them.
         resize = lambda x: resize_and_crop(x, config.resolution, crop="center", filter=config.data.resize_filter)
+        # Training knows several captions for a digit: they are used in turn.
         captions = [digit_captions(d)[i % len(digit_captions(d))] for d in range(10) for i in range(IMAGES_PER_DIGIT)]
-        seeds = [_FRESH_SEEDS + i for i in range(len(captions))]
+        seeds = [_FIRST_FRESH_SEED + i for i in range(len(captions))]
         images = sampler(state.g_ema, state.w_avg, captions, seeds)
-        judged = DigitsJudge(resize).judge(images, np.repeat(np.arange(10), IMAGES_PER_DIGIT))
+        judged = DigitsJudge(resize).judge_images(images, np.repeat(np.arange(10), IMAGES_PER_DIGIT))
         if jax.process_index() == 0:
             figures = {"accuracy": judged.accuracy, "worst_digit_accuracy": judged.worst_digit_accuracy}
             figures |= {"variance_ratio": judged.variance_ratio, "frechet": judged.frechet}
-            logger.scalars(int(state.step), kimg, {f"digits/{k}": v for k, v in figures.items()})
-            print(judged.table(), flush=True)
+            logger.log_scalars(int(state.step), kimg, {f"digits/{k}": v for k, v in figures.items()})
+            print(judged.format_table(), flush=True)
 
-    return judge
+    return judge_digits
 
 
-_FRESH_SEEDS = 1_000_000  # far from those of the snapshots
+# Far above the seeds of the snapshots.
+_FIRST_FRESH_SEED = 1_000_000
+# Names for config.evaluators.
 EVALUATORS = {"digits": digits_hook}
+
+
+def make_hooks(run: Run) -> Hooks:
+    """The hooks that a run's config asks for; they share one sampler, which takes the run's frozen networks."""
+    config = run.config
+    sampler = Sampler(config, run.mesh, frozen=lambda: run.frozen[0])
+    finish = [EVALUATORS[name](config, sampler, run.workdir) for name in config.evaluators]
+    return Hooks(snapshot_hook(config, sampler, run.workdir), finish)

@@ -1,91 +1,73 @@
-"""From prompts to images: load once, call many times."""
+"""From prompts to images by a trained model: load once, call many times.
 
-import functools
+model = TextToImage.from_workdir("runs/digits")
+images = model(["a handwritten seven"], seeds=[0])     # uint8 [1, R, R, 3]
+"""
+
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from gigagan_jax.config import Config
+from gigagan_jax.checkpoint.manager import Checkpoints
+from gigagan_jax.config import Config, MeshConfig
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.data.tokenizers import make_tokenizer
-from gigagan_jax.inference.images import to_uint8
-from gigagan_jax.inference.latents import truncate, z_of_seed
-from gigagan_jax.models.generator import Generator
-from gigagan_jax.models.network import Module, Params
-from gigagan_jax.models.pretrained.frozen import Frozen
-from gigagan_jax.models.pretrained.text_encoder import tokenizer_options
+from gigagan_jax.inference.sampler import Sampler
+from gigagan_jax.models.network import Params
 from gigagan_jax.parallel import sharding
 
 
 class TextToImage:
     """A generator with its weights.
 
-    The batch of one device is fixed, and short requests are filled up: the same program runs whatever is asked for, so
-    that a prompt and a seed give the same image in any batch.
-
     Args:
-      config: the run's config.
-      mesh: devices to sample on.
-      device_batch: images a device makes at once.
-      frozen: gives the parameters of networks that are loaded elsewhere, called when they are first needed; where the text
-        encoder is not among them, it is loaded then. See models/pretrained/frozen.py.
+      sampler: runs the generator.
+      params: of G, usually its moving average.
+      w_avg: [w_dim], moving average of w, for truncation.
+      step: of the checkpoint that the weights come from.
 
     Attributes:
-      identities: of the frozen networks that were loaded here.
-
-    Raises:
-      UserError: the frozen text encoder is missing or damaged.
+      config: of the run.
     """
 
-    def __init__(self, config: Config, mesh: Any, *, device_batch: int = 8, frozen: Callable[[], Params] | None = None):
-        self.config, self.mesh = config, mesh
-        self.module = Module("generator", lambda rngs: Generator(config, rngs=rngs))
-        self.batch = device_batch * sharding.batch_shards(mesh, config.rules)
-        self.tokenizer = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
-        self.frozen = Frozen(config, roles=("text",))
-        self.identities: dict[str, str] = {}
-        self._loaded = frozen
-        if frozen is None:
-            self._frozen, self.identities = self.frozen.load(mesh)
-        self.shardings = self.module.shardings(mesh, config.rules)
-        rules = config.rules
-        row = lambda *shape: NamedSharding(
-            mesh, sharding.spec(("batch", *(None,) * len(shape)), (self.batch, *shape), mesh, rules, "prompt")
-        )
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self._inputs = {"tokens": row(config.text.length), "label": row(), "seed": row()}
-        self._run = jax.jit(
-            self._generate,
-            in_shardings=(self.shardings, everywhere, self._inputs, everywhere, self.frozen.shardings(mesh)),
-            out_shardings=row(config.resolution, config.resolution, 3),
-        )
+    def __init__(self, sampler: Sampler, params: Params, w_avg: jax.Array, step: int):
+        self.sampler, self.params, self.w_avg, self.step = sampler, params, w_avg, step
 
-    @functools.cached_property
-    def _frozen(self) -> Params:
-        loaded = self._loaded() if self._loaded is not None else {}
-        mine = {k: params for k, params in loaded.items() if k in self.frozen.towers}
-        return mine if mine.keys() == self.frozen.towers.keys() else self.frozen.load(self.mesh)[0]
+    @property
+    def config(self) -> Config:
+        return self.sampler.config
 
-    def _generate(
-        self, params: Params, w_avg: jax.Array, batch: dict[str, jax.Array], psi: jax.Array, frozen: Params
-    ) -> jax.Array:
-        with sharding.use(self.mesh, self.config.rules):
-            generator = self.module.bind(params)
-            z_dim = self.config.generator.z_dim
-            said = self.frozen.encode(frozen, batch["tokens"]) if self.frozen.towers else {}
-            condition = generator.condition(batch["tokens"], batch["label"], said.get("features"))
-            w = generator.map(z_of_seed(batch["seed"], z_dim), condition)
-            w = truncate(generator, w, condition, w_avg, psi, z_dim)
-            return generator.synthesize(w, condition)[-1]
+    @classmethod
+    def from_workdir(cls, workdir: str | Path, *, text_path: str | None = None, device_batch: int = 8) -> "TextToImage":
+        """The newest intact checkpoint of a training run, on all devices here.
+
+        Args:
+          workdir: of the run.
+          text_path: folder or hub id of the frozen text encoder, where it moved since training.
+          device_batch: images a device makes at once.
+
+        Raises:
+          UserError: no finished checkpoint, a damaged one, or another text encoder than the model was trained with.
+        """
+        checkpoints = Checkpoints(Path(workdir))
+        step = checkpoints.latest_valid_step()
+        if step is None:
+            raise UserError(f"{workdir} has no finished checkpoint yet: wait for the run's first one")
+        config = checkpoints.read_config(step)
+        if text_path is not None:
+            config = dataclasses.replace(config, text=dataclasses.replace(config.text, path=text_path))
+        # Devices share the images, whatever mesh the model was trained on.
+        sampler = Sampler(config, sharding.make_mesh(MeshConfig()), device_batch=device_batch)
+        checkpoints.check_frozen(step, sampler.identities)
+        # Of the state only what sampling needs: not D, nor the optimizers.
+        wanted = {"g_ema": sampler.abstract_params(), "w_avg": sampler.abstract_w_avg()}
+        state = checkpoints.restore_partial(step, wanted)
+        return cls(sampler, state["g_ema"], state["w_avg"], step)
 
     def __call__(
         self,
-        params: Params,
-        w_avg: jax.Array,
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
@@ -95,11 +77,9 @@ class TextToImage:
         """Images of prompts.
 
         Args:
-          params: of G, e.g. the moving average of a checkpoint.
-          w_avg: [w_dim] of the same checkpoint.
           prompts: one an image; class numbers as text for a class-conditional model.
           seeds: one an image, 0 to 2^32 - 1.
-          truncation: psi, 0 to 1.
+          truncation: psi, 0 (the mean image of a prompt) to 1 (all variety).
           progress: called with (images done, images in all).
 
         Returns:
@@ -108,66 +88,4 @@ class TextToImage:
         Raises:
           UserError: a seed or truncation out of range, a prompt that is no class of a class-conditional model.
         """
-        if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
-        for seed in seeds:
-            if not 0 <= seed < 2**32:
-                raise UserError(f"seed {seed}: must be 0 to {2**32 - 1}")
-        if not 0.0 <= truncation <= 1.0:
-            raise UserError(f"truncation {truncation}: must be 0 (the mean image of a prompt) to 1 (none)")
-        columns = {
-            "tokens": self.tokenizer(list(prompts)),
-            "label": self._labels(prompts),
-            "seed": np.asarray(seeds, np.uint32),
-        }
-        psi = np.float32(truncation)
-        params = jax.device_put(params, self.shardings)  # a running average may be cut further than its parameters
-        images, total = [], len(prompts)
-        for start in range(0, total, self.batch):
-            count = min(self.batch, total - start)
-            rows = [start + min(i, count - 1) for i in range(self.batch)]
-            put = lambda x, where, rows=rows: jax.make_array_from_callback(
-                (self.batch, *x.shape[1:]), where, lambda index: x[rows][index]
-            )
-            batch = {k: put(x, self._inputs[k]) for k, x in columns.items()}
-            out = self._run(params, w_avg, batch, psi, self._frozen)
-            try:
-                images.append(to_uint8(_gather(out))[:count])
-            except ValueError as e:
-                raise UserError(f"the model's images are broken ({e}): has its training diverged?") from None
-            if progress is not None:
-                progress(start + count, total)
-        return np.concatenate(images) if images else np.zeros((0, *(self.config.resolution,) * 2, 3), np.uint8)
-
-    def _labels(self, prompts: Sequence[str]) -> np.ndarray:
-        if self.config.condition != "class":
-            return np.full(len(prompts), -1, np.int32)
-        n = self.config.num_classes
-        for p in prompts:
-            if not p.strip().isdecimal() or int(p) >= n:
-                raise UserError(f"prompt {p!r}: this model is class-conditional, give a class number 0 to {n - 1}")
-        return np.asarray([int(p) for p in prompts], np.int32)
-
-    def abstract_params(self) -> Params:
-        """ShapeDtypeStructs with shardings, to restore weights into."""
-        return jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.module.abstract(), self.shardings
-        )
-
-    def abstract_w_avg(self) -> jax.ShapeDtypeStruct:
-        """The same for w_avg."""
-        where = NamedSharding(self.mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct((self.config.generator.w_dim,), jnp.float32, sharding=where)
-
-
-def _gather(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
-def rows_and_seeds(prompts: Sequence[str], num: int, seed: int) -> tuple[list[str], list[int]]:
-    """`num` images of each prompt, with seeds seed, seed + 1, ... the same for every prompt."""
-    return [p for p in prompts for _ in range(num)], [(seed + i) % 2**32 for _ in prompts for i in range(num)]
+        return self.sampler(self.params, self.w_avg, prompts, seeds, truncation=truncation, progress=progress)

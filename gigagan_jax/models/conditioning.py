@@ -7,6 +7,7 @@ features come in from outside.
 positions (eq. 3a). w = M(z, t_global) (eq. 3b).
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -14,17 +15,47 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gigagan_jax.config import AttentionConfig, Config, TransformerConfig
+from gigagan_jax.config import AttentionConfig, Config, GeneratorConfig, TextConfig, TransformerConfig
 from gigagan_jax.models.layers.attention import FeedForward, SelfAttention
-from gigagan_jax.models.layers.equalized import Linear, RmsNorm, Stack, leaky_relu, normalize, param, value
+from gigagan_jax.models.layers.equalized import (
+    Linear,
+    RmsNorm,
+    ScannedLayers,
+    declare_parameter,
+    leaky_relu,
+    materialize,
+    normalize,
+)
 from gigagan_jax.models.pretrained.text_encoder import BYTE_VOCABULARY, BYTES_END, text_spec
 from gigagan_jax.parallel.sharding import constrain
 
 PAD_ID, END_ID = 0, BYTES_END  # of the bytes encoder
 
 
+@dataclasses.dataclass(frozen=True)
+class ConditionSettings:
+    """What a network is conditioned on, whatever the network.
+
+    Attributes:
+      kind: "text", "class" or "none".
+      text: the text encoder, for "text".
+      num_classes: for "class".
+      class_width: features of a class embedding, for "class".
+    """
+
+    kind: str
+    text: TextConfig
+    num_classes: int
+    class_width: int
+
+    @classmethod
+    def from_config(cls, config: Config) -> "ConditionSettings":
+        """The settings of a run."""
+        return cls(config.condition, config.text, config.num_classes, config.generator.w_dim)
+
+
 class Condition(NamedTuple):
-    """What a network knows of the wish behind an image. Parts that do not apply are None.
+    """What a network is told about the image to make or to judge. Parts that do not apply are None.
 
     global_: [N, D] t_global or class embedding
     local: [N, C - 1, D] t_local
@@ -44,26 +75,32 @@ class ByteEncoder(nnx.Module):
 
     def __init__(self, width: int, length: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.embedding = param(rngs, (BYTE_VOCABULARY, width), ("vocab", "embed"), std=1.0)
-        self.position = param(rngs, (length, width), (None, "embed"), std=1.0)
-        self.mix = param(rngs, (3, width), (None, "embed"), std=1.0)
-        self.bias = param(rngs, (width,), ("embed",))
+        self.embedding = declare_parameter(rngs, (BYTE_VOCABULARY, width), ("vocab", "embed"), std=1.0)
+        self.position = declare_parameter(rngs, (length, width), (None, "embed"), std=1.0)
+        self.mix = declare_parameter(rngs, (3, width), (None, "embed"), std=1.0)
+        self.bias = declare_parameter(rngs, (width,), ("embed",))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens int32 [N, C] -> [N, C, width]"""
-        x = (value(self.embedding, jnp.float32)[tokens] + value(self.position, jnp.float32)).astype(self.dtype)
+        # Looked up in float32: the gradient of a lookup adds up over a batch.
+        x = (materialize(self.embedding, jnp.float32)[tokens] + materialize(self.position, jnp.float32)).astype(
+            self.dtype
+        )
         # Padding is not a neighbour: t_global is read at the last token before it.
         seen = (tokens != PAD_ID)[:, :, None]
         padded = jnp.pad(jnp.where(seen, x, jnp.zeros_like(x)), ((0, 0), (1, 1), (0, 0)))
-        mix = value(self.mix, self.dtype, 1.0 / math.sqrt(3.0))
+        # 1 / sqrt(3): a sum of three neighbours of unit variance keeps it.
+        mix = materialize(self.mix, self.dtype, 1.0 / math.sqrt(3.0))
+        # A depthwise convolution of width three, written as three products: faster to compile.
         near = padded[:, :-2] * mix[0] + x * mix[1] + padded[:, 2:] * mix[2]
-        return x + leaky_relu(near + value(self.bias, self.dtype))
+        return x + leaky_relu(near + materialize(self.bias, self.dtype))
 
 
 class TransformerBlock(nnx.Module):
     """Pre-norm self-attention and feed-forward, x + f(x); padding is not looked at."""
 
     def __init__(self, config: TransformerConfig, *, dtype: Any, rngs: nnx.Rngs):
+        # Dot products: T follows the text encoder, where the Lipschitz bound of D is not at stake.
         attention = AttentionConfig(heads=config.heads, head_dim=config.width // config.heads, kind="dot")
         self.attention = SelfAttention(config.width, attention, dtype=dtype, rngs=rngs)
         self.feed_forward = FeedForward(config.width, config.mlp_ratio, "rms", dtype=dtype, rngs=rngs)
@@ -77,13 +114,14 @@ class TextTransformer(nnx.Module):
     """T (eq. 3a). Features of the encoder are projected to T's width where they differ."""
 
     def __init__(self, in_width: int, config: TransformerConfig, *, remat: bool, dtype: Any, rngs: nnx.Rngs):
+        # CLIP's width may differ from T's.
         self.project = (
             Linear(in_width, config.width, axes=("embed", None), dtype=dtype, rngs=rngs)
             if in_width != config.width
             else None
         )
         make = lambda: TransformerBlock(config, dtype=dtype, rngs=rngs)
-        self.blocks = Stack(make, config.depth, remat=remat, rngs=rngs) if config.depth else None
+        self.blocks = ScannedLayers(make, config.depth, remat=remat, rngs=rngs) if config.depth else None
         self.norm = RmsNorm(config.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, features: jax.Array, mask: jax.Array, end: jax.Array) -> Condition:
@@ -92,9 +130,11 @@ class TextTransformer(nnx.Module):
         if self.blocks is not None:
             x = self.blocks(x, mask)
         x = self.norm(x)
+        # A product with one-hot rows instead of a gather: the partitioner keeps it on the example's device.
         at_end = jax.nn.one_hot(end, x.shape[1], dtype=x.dtype)
         t_global = jnp.einsum("nc,ncd->nd", at_end, x)
         # Without the end token: positions from it on move up by one.
+        # The end token went into t_global; leaving it out keeps the length static.
         keep = jnp.arange(x.shape[1] - 1) < end[:, None]
         local = jnp.where(keep[:, :, None], x[:, :-1], x[:, 1:])
         return Condition(t_global, local, jnp.where(keep, mask[:, :-1], mask[:, 1:]))
@@ -107,17 +147,26 @@ class Conditioner(nnx.Module):
       UserError: the sizes of a frozen encoder cannot be found out (see models/pretrained/text_encoder.py).
     """
 
-    def __init__(self, config: Config, transformer: TransformerConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.kind = config.condition
-        self.width = transformer.width if self.kind == "text" else config.generator.w_dim
+    def __init__(
+        self,
+        settings: ConditionSettings,
+        transformer: TransformerConfig,
+        *,
+        remat: bool = False,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.kind = settings.kind
+        self.width = transformer.width if self.kind == "text" else settings.class_width
         if self.kind == "text":
-            self.spec = text_spec(config.text)
-            own = config.text.encoder == "bytes"
-            make = lambda: ByteEncoder(config.text.width, config.text.length, dtype=dtype, rngs=rngs)
-            self.encoder = make() if own else None
-            self.transformer = TextTransformer(self.spec.width, transformer, remat=config.remat, dtype=dtype, rngs=rngs)
+            text = settings.text
+            self.spec = text_spec(text)
+            # A frozen encoder is no part of the network: its features come in from outside.
+            trained = text.encoder == "bytes"
+            self.encoder = ByteEncoder(text.width, text.length, dtype=dtype, rngs=rngs) if trained else None
+            self.transformer = TextTransformer(self.spec.width, transformer, remat=remat, dtype=dtype, rngs=rngs)
         elif self.kind == "class":
-            self.embedding = param(rngs, (config.num_classes, self.width), ("vocab", "embed"), std=1.0)
+            self.embedding = declare_parameter(rngs, (settings.num_classes, self.width), ("vocab", "embed"), std=1.0)
 
     def __call__(
         self, tokens: jax.Array | None, labels: jax.Array | None, features: jax.Array | None = None
@@ -128,27 +177,32 @@ class Conditioner(nnx.Module):
                 features = self.encoder(tokens)
             if tokens is None or features is None:
                 raise ValueError("condition='text' needs tokens, and with a frozen encoder its features")
-            end = self.spec.end(tokens)
+            # The end-of-text token's place, by the tokenizer's id: padding may have ids of its own.
+            end = self.spec.end_position(tokens)
+            # What comes after the end is padding, whatever its ids are.
             mask = jnp.arange(tokens.shape[1]) <= end[:, None]
             return self.transformer(features, mask, end)
         if self.kind == "class":
-            return Condition(value(self.embedding, jnp.float32)[labels])
+            return Condition(materialize(self.embedding, jnp.float32)[labels])
         return Condition(None)
 
 
 class Mapping(nnx.Module):
-    """M: w = M(z, t_global), fully connected, inputs normalised to unit second moment (StyleGAN2; eq. 3b)."""
+    """M: w = M(z, t_global), fully connected, inputs normalised to unit second moment (StyleGAN2; eq. 3b).
 
-    def __init__(self, config: Config, global_width: int, *, rngs: nnx.Rngs):
-        g = config.generator
-        conditional = config.condition != "none"
-        width = g.z_dim + (global_width if conditional else 0)
+    Args:
+      g: sizes of z, w and the layers.
+      global_width: features of t_global; 0 without a condition.
+    """
+
+    def __init__(self, g: GeneratorConfig, global_width: int, *, rngs: nnx.Rngs):
         make = lambda n: Linear(n, g.w_dim, axes=("style", None), lr_mul=g.mapping_lr_mul, rngs=rngs)
-        self.first = make(width)
+        self.first = make(g.z_dim + global_width)
         self.rest = nnx.List([make(g.w_dim) for _ in range(g.mapping_depth - 1)])
 
     def __call__(self, z: jax.Array, t_global: jax.Array | None) -> jax.Array:
         """z [N, z_dim], t_global [N, D] or None -> w [N, w_dim] float32"""
+        # z and t_global differ in size: each is normalised before they are joined (StyleGAN2).
         parts = [normalize(z)] if t_global is None else [normalize(z), normalize(t_global)]
         x = leaky_relu(self.first(jnp.concatenate(parts, axis=-1)))
         for layer in self.rest:

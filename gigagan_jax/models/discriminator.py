@@ -6,23 +6,33 @@ copies that belong to the same example (levels x sources), so that joining them 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gigagan_jax.config import Config, entry_levels
-from gigagan_jax.models.conditioning import Conditioner
+from gigagan_jax.config import DiscriminatorConfig
+from gigagan_jax.models.conditioning import Conditioner, ConditionSettings
 from gigagan_jax.models.layers.adaptive_conv import modulated_head
 from gigagan_jax.models.layers.attention import FeedForward, SelfAttention
-from gigagan_jax.models.layers.equalized import SQRT2, Conv, Linear, Stack, leaky_relu, normalize, run
+from gigagan_jax.models.layers.equalized import (
+    SQRT2,
+    Conv,
+    Linear,
+    ScannedLayers,
+    call_with_remat,
+    leaky_relu,
+    mark_as_attention,
+    normalize,
+)
 from gigagan_jax.parallel.sharding import constrain
 
 
-def channels(config: Config, resolution: int) -> int:
+def channels_at(d: DiscriminatorConfig, resolution: int) -> int:
     """Channels of the trunk at `resolution` (A2: min(base / resolution, max))."""
-    return min(config.discriminator.channel_base // resolution, config.discriminator.channel_max)
+    return min(d.channel_base // resolution, d.channel_max)
 
 
 class Pair(NamedTuple):
@@ -32,14 +42,31 @@ class Pair(NamedTuple):
     exit: int
 
 
-def pairs(config: Config) -> tuple[Pair, ...]:
+def entry_levels(d: DiscriminatorConfig) -> tuple[int, ...]:
+    """Pyramid levels that the discriminator sees, high to low; level 0 is the output image."""
+    return tuple(range(len(d.blocks))) if d.multi_scale_input else (0,)
+
+
+def prediction_pairs(d: DiscriminatorConfig) -> tuple[Pair, ...]:
     """All predictions in the order in which the discriminator returns them; 15 for five levels (sec. 3.3)."""
-    stages = len(config.resolutions)
-    exits = range(stages) if config.discriminator.multi_scale_output else (stages - 1,)
-    return tuple(Pair(i, j) for j in exits for i in entry_levels(config) if i <= j)
+    levels = len(d.blocks)
+    exits = range(levels) if d.multi_scale_output else (levels - 1,)
+    return tuple(Pair(i, j) for j in exits for i in entry_levels(d) if i <= j)
 
 
-def _flat(x: jax.Array) -> jax.Array:
+class Logits(NamedTuple):
+    """What D says about the images of one source: for each of `prediction_pairs` float32 [N, h * w].
+
+    own: with the image's own caption, or without a condition
+    wrong: with a wrong caption; empty where none was given
+    """
+
+    own: list[jax.Array]
+    wrong: list[jax.Array]
+
+
+def _merge_copies(x: jax.Array) -> jax.Array:
+    """[N, P, ...] -> [N * P, ...]"""
     return x.reshape(-1, *x.shape[2:])
 
 
@@ -55,9 +82,11 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, P, H, W, in] -> [N, P, H', W', out]"""
-        h = _flat(x)
+        h = _merge_copies(x)
+        # Main branch at full resolution, downsampled in its second convolution.
         y = leaky_relu(self.conv1(leaky_relu(self.conv0(h))))
         h = h if self.skip is None else self.skip(h)
+        # Two branches of unit variance add up to two: the division keeps one (StyleGAN2).
         y = (h + y) / SQRT2
         return constrain(y.reshape(*x.shape[:2], *y.shape[1:]), "batch", None, None, None, "channels")
 
@@ -65,16 +94,17 @@ class ResidualBlock(nnx.Module):
 class AttentionLayer(nnx.Module):
     """Squared-distance self-attention and feed-forward, x + gain * f(x)."""
 
-    def __init__(self, config: Config, features: int, *, dtype: Any, rngs: nnx.Rngs):
-        d = config.discriminator
+    def __init__(self, d: DiscriminatorConfig, features: int, *, dtype: Any, rngs: nnx.Rngs):
         self.gain = d.attention_gain
         self.attention = SelfAttention(features, d.attention, dtype=dtype, rngs=rngs)
         a = d.attention
         self.feed_forward = FeedForward(features, a.mlp_ratio, a.norm, dtype=dtype, rngs=rngs) if d.mlp else None
+        mark_as_attention(self)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, P, H, W, C] -> the same shape"""
         n, p, h, w, c = x.shape
+        # Copies are a batch to attention: no token sees another copy.
         y = x.reshape(n * p, h * w, c)
         y += self.gain * self.attention(y)
         if self.feed_forward is not None:
@@ -85,8 +115,8 @@ class AttentionLayer(nnx.Module):
 class Epilogue(nnx.Module):
     """The last stage: 4 x 4 to one vector, with the deviation over groups of images where it is switched on."""
 
-    def __init__(self, config: Config, features: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.group = config.discriminator.minibatch_std
+    def __init__(self, d: DiscriminatorConfig, features: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.group = d.minibatch_std
         self.conv = Conv(features, features, kernel=3, dtype=dtype, rngs=rngs)
         # A convolution of its own for the deviation channel: features + 1 would not divide over a mesh.
         stat = lambda: Conv(1, features, kernel=3, bias=False, axes=(None, "conv_out"), dtype=dtype, rngs=rngs)
@@ -96,12 +126,15 @@ class Epilogue(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, P, 4, 4, C] -> [N, P, 1, 1, C]"""
         n, p = x.shape[:2]
-        y = self.conv(_flat(x))
+        # Linear in the input: the deviation's part is added before the activation.
+        y = self.conv(_merge_copies(x))
         if self.conv_std is not None:
+            # Within a group of examples, for each copy: levels and sources never mix.
             deviation = minibatch_std(x, self.group).astype(x.dtype)
             y += self.conv_std(
                 jnp.broadcast_to(deviation[..., None, None, None], (n, p, 4, 4, 1)).reshape(n * p, 4, 4, 1)
             )
+        # 4 x 4 positions become one vector: the last prediction judges the whole image.
         y = leaky_relu(self.dense(leaky_relu(y).reshape(n * p, -1)))
         return y.reshape(n, p, 1, 1, -1)
 
@@ -113,24 +146,30 @@ def minibatch_std(x: jax.Array, group: int) -> jax.Array:
     """
     n, p = x.shape[:2]
     y = x.astype(jnp.float32).reshape(n // group, group, p, -1)
+    # The epsilon keeps the root's gradient finite where all images of a group are equal.
     deviation = jnp.sqrt(jnp.var(y, axis=1) + 1e-8).mean(-1)
     return jnp.repeat(deviation, group, axis=0)
 
 
 class ModulatedHead(nnx.Module):
-    """psi_j(phi, t_D) + Conv1x1(phi) (eq. 7): a conditional and an unconditional prediction, added."""
+    """psi_j(phi, t_D) + Conv1x1(phi) (eq. 7): a conditional and an unconditional prediction, added.
 
-    def __init__(self, config: Config, features: int, condition_width: int, *, dtype: Any, rngs: nnx.Rngs):
-        d = config.discriminator
+    Args:
+      d: width and depth of psi.
+      features: channels of phi.
+      condition_width: features of t_D; 0 without a condition.
+    """
+
+    def __init__(self, d: DiscriminatorConfig, features: int, condition_width: int, *, dtype: Any, rngs: nnx.Rngs):
         self.unconditional = Conv(features, 1, kernel=1, axes=("conv_in", None), dtype=dtype, rngs=rngs)
-        depth = d.head_depth if config.condition != "none" else 0
+        depth = d.head_depth if condition_width else 0
         kind: dict[str, Any] = {"w_dim": condition_width, "kernel": 1, "dtype": dtype, "rngs": rngs}
         self.layers = modulated_head(features, d.head_width, depth, **kind)
 
     def __call__(self, x: jax.Array, t: jax.Array | None) -> jax.Array:
         """x [N, P, h, w, C], t [N, M, D] -> float32 logits [N, P, M, h * w]; M = 1 without a condition"""
         n, p, h, w, c = x.shape
-        logits = self.unconditional(_flat(x)).reshape(n, p, 1, h * w).astype(jnp.float32)
+        logits = self.unconditional(_merge_copies(x)).reshape(n, p, 1, h * w).astype(jnp.float32)
         if t is None:
             return logits
         m = t.shape[1]
@@ -144,7 +183,7 @@ class ModulatedHead(nnx.Module):
 class ProjectionHead(nnx.Module):
     """Projection discriminator: <embedding(c), phi> / sqrt(C) + Conv1x1(phi) (Miyato and Koyama, 2018)."""
 
-    def __init__(self, config: Config, features: int, condition_width: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, d: DiscriminatorConfig, features: int, condition_width: int, *, dtype: Any, rngs: nnx.Rngs):
         self.unconditional = Conv(features, 1, kernel=1, axes=("conv_in", None), dtype=dtype, rngs=rngs)
         self.embed = Linear(condition_width, features, axes=("embed", None), bias=None, dtype=dtype, rngs=rngs)
         self.scale = 1.0 / math.sqrt(features)
@@ -154,69 +193,107 @@ class ProjectionHead(nnx.Module):
         if t is None:
             raise ValueError("a projection head needs a condition")
         n, p, h, w, _ = x.shape
-        logits = self.unconditional(_flat(x)).reshape(n, p, 1, h * w).astype(jnp.float32)
+        logits = self.unconditional(_merge_copies(x)).reshape(n, p, 1, h * w).astype(jnp.float32)
         by_class = jnp.einsum("nphwc,nmc->npmhw", x, self.embed(t) * self.scale, preferred_element_type=jnp.float32)
         return logits + by_class.reshape(n, p, -1, h * w)
 
 
-class Stage(nnx.Module):
-    """phi at one resolution: blocks, attention, and the way down (the epilogue at 4 px)."""
+class DiscriminatorLevel(nnx.Module):
+    """One resolution of the trunk: fromRGB, phi (blocks, attention, the way down), and the head (Fig. 5).
 
-    def __init__(self, config: Config, index: int, *, dtype: Any, rngs: nnx.Rngs):
-        d = config.discriminator
-        resolutions = config.resolutions[::-1]
-        c = channels(config, resolutions[index])
+    Args:
+      d: the discriminator's settings.
+      index: of the level; 0 is the output image, the last is 4 px and ends in the epilogue.
+      condition_width: features of t_D; 0 without a condition.
+      remat: recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self, d: DiscriminatorConfig, index: int, condition_width: int, *, remat: bool, dtype: Any, rngs: nnx.Rngs
+    ):
+        last = len(d.blocks) - 1
+        resolution = 4 << (last - index)
+        features = channels_at(d, resolution)
+        below = features if index == last else channels_at(d, resolution // 2)
         same, depth = d.blocks[index] - 1, d.attention_depth[index]
-        block = lambda: ResidualBlock(c, c, down=False, dtype=dtype, rngs=rngs)
-        self.blocks = Stack(block, same, remat=config.remat, rngs=rngs) if same else None
-        layer = lambda: AttentionLayer(config, c, dtype=dtype, rngs=rngs)
-        self.attention = Stack(layer, depth, remat=config.remat, rngs=rngs) if depth else None
-        self.remat = config.remat
-        if index + 1 < len(resolutions):
-            below = channels(config, resolutions[index + 1])
-            self.down: nnx.Module = ResidualBlock(c, below, down=True, dtype=dtype, rngs=rngs)
+        self.remat = remat
+        entry = lambda: Conv(3, features, kernel=1, axes=("rgb", "conv_out"), dtype=dtype, rngs=rngs)
+        self.entry = entry() if index in entry_levels(d) else None
+        block = lambda: ResidualBlock(features, features, down=False, dtype=dtype, rngs=rngs)
+        self.blocks = ScannedLayers(block, same, remat=remat, rngs=rngs) if same else None
+        layer = lambda: AttentionLayer(d, features, dtype=dtype, rngs=rngs)
+        self.attention = ScannedLayers(layer, depth, remat=remat, rngs=rngs) if depth else None
+        self.down: nnx.Module
+        if index == last:
+            self.down = Epilogue(d, features, dtype=dtype, rngs=rngs)
         else:
-            self.down = Epilogue(config, c, dtype=dtype, rngs=rngs)
+            self.down = ResidualBlock(features, below, down=True, dtype=dtype, rngs=rngs)
+        head = ModulatedHead if d.head == "modulated" else ProjectionHead
+        is_exit = index in {pair.exit for pair in prediction_pairs(d)}
+        self.head = head(d, below, condition_width, dtype=dtype, rngs=rngs) if is_exit else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, P, H, W, C] -> [N, P, H / 2, W / 2, C']; the last stage gives [N, P, 1, 1, C]"""
+    def __call__(
+        self, x: jax.Array | None, images: jax.Array | None, t: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """One step down the trunk.
+
+        Args:
+          x: [N, P, H, W, C] from the level above; None at the first.
+          images: [N, S, H, W, 3] of this level of the pyramid; None where no image enters.
+          t: [N, M, D] captions, or None.
+
+        Returns:
+          ([N, P + S, H / 2, W / 2, C'] for the level below, logits [N, P + S, M, h * w] or None); the last level ends
+          at [N, P + S, 1, 1, C].
+        """
+        if self.entry is not None and images is not None:
+            y = leaky_relu(self.entry(_merge_copies(images)))
+            y = y.reshape(*images.shape[:2], *y.shape[1:])
+            # Levels that share a stage run as one batch: joined along P, nothing moves between devices.
+            x = y if x is None else jnp.concatenate([x, y], axis=1)
+        assert x is not None  # an image enters at the first level
         for name, layers in (("blocks", self.blocks), ("attention", self.attention)):
             if layers is not None:
                 with jax.named_scope(name):
                     x = layers(x)
         with jax.named_scope("down"):
-            return run(self.down, self.remat, x)
+            x = call_with_remat(self.down, self.remat, x)
+        return x, None if self.head is None else self.head(x, t)
 
 
 class Discriminator(nnx.Module):
     """(image pyramids, captions) -> logits of every pair (eq. 6 and 7).
 
     Args:
-      config: the run's config; `config.discriminator` and what it conditions on.
+      d: the discriminator's settings.
+      condition: what it is conditioned on.
+      mapping_lr_mul: learning-rate multiplier of the layers after a class embedding, as in G's mapping network.
+      remat: recompute each block in the backward pass.
+      dtype: of the computation.
       rngs: stream "params" draws the initial values.
     """
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        d = config.discriminator
-        dtype = jnp.dtype(config.dtype)
-        self.dtype = dtype
-        self.conditioner = Conditioner(config, d.text, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        d: DiscriminatorConfig,
+        condition: ConditionSettings,
+        *,
+        mapping_lr_mul: float,
+        remat: bool,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.conditioner = Conditioner(condition, d.text, remat=remat, dtype=dtype, rngs=rngs)
         width = self.conditioner.width
-        layer = lambda: Linear(width, width, axes=("style", None), lr_mul=config.generator.mapping_lr_mul, rngs=rngs)
+        layer = lambda: Linear(width, width, axes=("style", None), lr_mul=mapping_lr_mul, rngs=rngs)
         self.class_mapping = nnx.List([layer() for _ in range(d.class_mapping_depth)])
-        resolutions = config.resolutions[::-1]
-        head = ModulatedHead if d.head == "modulated" else ProjectionHead
-        exits = {pair.exit for pair in pairs(config)}
-        entries, stages, heads = [], [], []
-        for i, resolution in enumerate(resolutions):
-            c = channels(config, resolution)
-            enters = i in entry_levels(config)
-            entry = lambda c=c: Conv(3, c, kernel=1, axes=("rgb", "conv_out"), dtype=dtype, rngs=rngs)
-            entries.append(entry() if enters else None)
-            stages.append(Stage(config, i, dtype=dtype, rngs=rngs))
-            out = channels(config, resolutions[min(i + 1, len(resolutions) - 1)])
-            heads.append(head(config, out, width, dtype=dtype, rngs=rngs) if i in exits else None)
-        self.entries, self.stages, self.heads = nnx.List(entries), nnx.List(stages), nnx.List(heads)
+        condition_width = width if condition.kind != "none" else 0
+        self.levels = nnx.List(
+            [
+                DiscriminatorLevel(d, i, condition_width, remat=remat, dtype=dtype, rngs=rngs)
+                for i in range(len(d.blocks))
+            ]
+        )
 
     def condition(
         self, tokens: jax.Array | None, labels: jax.Array | None = None, features: jax.Array | None = None
@@ -233,28 +310,34 @@ class Discriminator(nnx.Module):
                     t = leaky_relu(layer(t))
             return t
 
-    def __call__(self, pyramid: list[jax.Array], t: jax.Array | None) -> list[jax.Array]:
-        """Logits of all sources and captions.
+    def __call__(
+        self, images: Mapping[str, list[jax.Array]], own: jax.Array | None, wrong: jax.Array | None = None
+    ) -> dict[str, Logits]:
+        """What D says about every source of images.
 
         Args:
-          pyramid: one array [N, S, r, r, 3] per entry level, high to low; S sources (e.g. fake and real) an example.
-          t: [N, M, D] M captions an example, or None.
+          images: {source, such as "fake" or "real": pyramid, one array [N, r, r, 3] an entry level, high to low}.
+          own: [N, D] the images' captions, one an example for all sources, or None.
+          wrong: [N, D] captions that do not belong to them, or None.
 
         Returns:
-          float32 [N, S, M, h * w] for each of `pairs(config)`, in that order.
+          {source: Logits}
         """
+        sources = list(images)
+        pyramid = [jnp.stack(level, axis=1) for level in zip(*images.values(), strict=True)]  # [N, S, r, r, 3]
+        captions = [t for t in (own, wrong) if t is not None]
+        t = jnp.stack(captions, axis=1) if captions else None
+        logits = {source: Logits([], []) for source in sources}
         x: jax.Array | None = None
-        logits: list[jax.Array] = []
-        n, sources = pyramid[0].shape[:2]
-        for i, (entry, stage, head) in enumerate(zip(self.entries, self.stages, self.heads, strict=True)):
-            with jax.named_scope(f"{pyramid[0].shape[2] >> i}px"):  # for profiles
-                if entry is not None:
-                    y = leaky_relu(entry(_flat(pyramid[i])))
-                    y = y.reshape(n, sources, *y.shape[1:])
-                    x = y if x is None else jnp.concatenate([x, y], axis=1)
-                assert x is not None  # the first level always enters
-                x = stage(x)
-                if head is not None:
-                    out = head(x, t)
-                    logits += [out[:, k : k + sources] for k in range(0, x.shape[1], sources)]
+        for i, level in enumerate(self.levels):
+            with jax.named_scope(f"{pyramid[0].shape[2] >> i}px"):  # profiles are summed by these names
+                x, out = level(x, pyramid[i] if i < len(pyramid) else None, t)
+            if out is None:
+                continue
+            # Copies come level by level, and within a level source by source.
+            for copy in range(out.shape[1]):
+                of_source = logits[sources[copy % len(sources)]]
+                of_source.own.append(out[:, copy, 0])
+                if wrong is not None:
+                    of_source.wrong.append(out[:, copy, 1])
         return logits

@@ -6,39 +6,54 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gigagan_jax.config import Config
-from gigagan_jax.models.conditioning import Condition, Conditioner, Mapping
+from gigagan_jax.config import GeneratorConfig
+from gigagan_jax.models.conditioning import Condition, Conditioner, ConditionSettings, Mapping
 from gigagan_jax.models.layers.adaptive_conv import AdaptiveConv
 from gigagan_jax.models.layers.attention import CrossAttention, FeedForward, SelfAttention
-from gigagan_jax.models.layers.equalized import Conv, Stack, param, run
+from gigagan_jax.models.layers.equalized import (
+    Conv,
+    ScannedLayers,
+    call_with_remat,
+    declare_parameter,
+    mark_as_attention,
+)
 from gigagan_jax.models.layers.resample import upsample
 from gigagan_jax.parallel.sharding import constrain
 
 
-def channels(config: Config, resolution: int) -> int:
+def channels_at(g: GeneratorConfig, resolution: int) -> int:
     """Channels of the generator's features at `resolution` (A2: min(base / resolution, max))."""
-    return min(config.generator.channel_base // resolution, config.generator.channel_max)
+    return min(g.channel_base // resolution, g.channel_max)
 
 
 class AttentionLayer(nnx.Module):
-    """g_attn then g_xa of eq. 5, each with its feed-forward; every branch is x + gain * f(x)."""
+    """g_attn then g_xa of eq. 5, each with its feed-forward; every branch is x + gain * f(x).
 
-    def __init__(self, config: Config, features: int, text_width: int, *, dtype: Any, rngs: nnx.Rngs):
-        g = config.generator
+    Args:
+      g: sizes and gains.
+      features: channels of the feature map.
+      context_width: features of t_local; 0 without cross-attention.
+    """
+
+    def __init__(self, g: GeneratorConfig, features: int, context_width: int, *, dtype: Any, rngs: nnx.Rngs):
         a = g.attention
         self.gain = g.attention_gain
+        # Sec. 3.1: w as one more token tells attention of the style.
         extra = g.w_dim if g.w_token else 0
         feed_forward = lambda: FeedForward(features, a.mlp_ratio, a.norm, dtype=dtype, rngs=rngs)
         self.attention = SelfAttention(features, a, extra_features=extra, dtype=dtype, rngs=rngs)
         self.self_mlp = feed_forward() if g.mlp_after_self else None
-        cross = g.cross_attention and config.condition == "text"
-        self.cross = CrossAttention(features, text_width, a, dtype=dtype, rngs=rngs) if cross else None
-        self.cross_mlp = feed_forward() if cross and g.mlp_after_cross else None
+        cross = lambda: CrossAttention(features, context_width, a, dtype=dtype, rngs=rngs)
+        self.cross = cross() if context_width else None
+        self.cross_mlp = feed_forward() if context_width and g.mlp_after_cross else None
+        mark_as_attention(self)
 
     def __call__(self, x: jax.Array, w: jax.Array, local: jax.Array | None, mask: jax.Array | None) -> jax.Array:
         """x [N, H, W, C], w [N, w_dim], local [N, S, D], mask [N, S] -> [N, H, W, C]"""
         shape = x.shape
         x = x.reshape(shape[0], -1, shape[-1])
+        # The gain keeps the residual stream's size over the layers, as equalized weights give branches of unit
+        # variance.
         x += self.gain * self.attention(x, w if self.attention.to_extra is not None else None)
         if self.self_mlp is not None:
             x += self.gain * self.self_mlp(x)
@@ -50,47 +65,41 @@ class AttentionLayer(nnx.Module):
         return constrain(x.reshape(shape), "batch", None, None, "channels")
 
 
-def attention_stack(
-    config: Config, features: int, text_width: int, depth: int, *, dtype: Any, rngs: nnx.Rngs
-) -> Stack | None:
-    """`depth` attention layers of one shape, compiled once; None for none."""
-    layer = lambda: AttentionLayer(config, features, text_width, dtype=dtype, rngs=rngs)
-    return Stack(layer, depth, remat=config.remat, rngs=rngs) if depth else None
-
-
 class SynthesisBlock(nnx.Module):
     """Residual block of two adaptive 3x3 convolutions, followed by attention layers (eq. 5).
 
     Args:
+      g: sizes and gains.
+      bank: filters N of each adaptive convolution.
       up: double the resolution on entry.
       single: one convolution only, as the first block has after the constant.
-      depth: attention layers.
+      attention: the attention layers at the end; None for none.
     """
 
     def __init__(
         self,
-        config: Config,
+        g: GeneratorConfig,
         in_channels: int,
         out_channels: int,
         *,
         bank: int,
         up: bool,
         single: bool = False,
-        depth: int,
-        text_width: int,
+        attention: ScannedLayers | None = None,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        g = config.generator
         self.gain, self.up = g.residual_gain, up
         conv = lambda i, up: AdaptiveConv(
             i, out_channels, w_dim=g.w_dim, bank=bank, up=up, form=g.adaptive_form, dtype=dtype, rngs=rngs
         )
+        # The first convolution takes the change of channels and resolution; the second keeps both.
         self.conv0 = conv(in_channels, up)
         self.conv1 = None if single else conv(out_channels, False)
+        # A skip without a convolution where shapes allow it: the identity needs no parameters.
         changes = in_channels != out_channels
         self.skip = Conv(in_channels, out_channels, kernel=1, bias=False, dtype=dtype, rngs=rngs) if changes else None
-        self.attention = attention_stack(config, out_channels, text_width, depth, dtype=dtype, rngs=rngs)
+        self.attention = attention
 
     def __call__(self, x: jax.Array, w: jax.Array, local: jax.Array | None, mask: jax.Array | None) -> jax.Array:
         """x [N, H, W, in] -> [N, H', W', out]"""
@@ -100,59 +109,109 @@ class SynthesisBlock(nnx.Module):
             with jax.named_scope("conv1"):
                 h = self.conv1(h, w)
         with jax.named_scope("skip"):
-            x = x if self.skip is None else self.skip(x)  # 1 x 1 before upsampling: the same, at a quarter of the cost
+            # A 1x1 convolution commutes with upsampling: before it, the same costs a quarter.
+            x = x if self.skip is None else self.skip(x)
         x = (upsample(x) if self.up else x) + self.gain * h
         if self.attention is not None:
             x = self.attention(x, w, local, mask)
         return constrain(x, "batch", None, None, "channels")
 
 
+class SynthesisLevel(nnx.Module):
+    """One resolution of the synthesis network: blocks, attention, and the image that is added to the pyramid (Fig. 4).
+
+    Args:
+      g: the generator's settings.
+      index: of the level; 0 is 4 px, the only one that does not start with upsampling.
+      in_channels: of the level below.
+      context_width: features of t_local; 0 without cross-attention.
+      remat: recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        g: GeneratorConfig,
+        index: int,
+        in_channels: int,
+        context_width: int,
+        *,
+        remat: bool,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        features = channels_at(g, 4 << index)
+        self.remat = remat
+
+        def attention_layers(depth: int) -> ScannedLayers | None:
+            layer = lambda: AttentionLayer(g, features, context_width, dtype=dtype, rngs=rngs)
+            return ScannedLayers(layer, depth, remat=remat, rngs=rngs) if depth else None
+
+        def block(c_in: int, **kind: bool) -> SynthesisBlock:
+            attention = attention_layers(g.attention_depth[index] if g.attention_every_block else 0)
+            return SynthesisBlock(
+                g, c_in, features, bank=g.bank[index], attention=attention, dtype=dtype, rngs=rngs, **kind
+            )
+
+        # A level's first block differs in shape from the others, which are scanned.
+        self.entry = block(in_channels, up=index > 0, single=index == 0)
+        same = g.blocks[index] - 1
+        more = lambda: ScannedLayers(lambda: block(features, up=False), same, remat=remat, rngs=rngs)
+        self.blocks = more() if same else None
+        # Attention after the last block only fits the paper's parameter count (docs/models.md).
+        self.attention = attention_layers(0 if g.attention_every_block else g.attention_depth[index])
+        # ToRGB of StyleGAN2: modulated, but not demodulated, so that the style sets the size of what is added.
+        self.to_rgb = AdaptiveConv(
+            features,
+            3,
+            w_dim=g.w_dim,
+            kernel=1,
+            demodulate=False,
+            gain=g.rgb_gain,
+            activation=False,
+            out_axis="rgb",
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: jax.Array, image: jax.Array | None, w: jax.Array, condition: Condition
+    ) -> tuple[jax.Array, jax.Array]:
+        """(features, image) of the level below -> those of this level: [N, H, W, C], float32 [N, H, W, 3]"""
+        x = call_with_remat(self.entry, self.remat, x, w, condition.local, condition.mask)
+        for layers in (self.blocks, self.attention):
+            if layers is not None:
+                x = layers(x, w, condition.local, condition.mask)
+        # Float32: the image is a sum over levels, and bfloat16 would round the small ones away.
+        rgb = self.to_rgb(x, w).astype(jnp.float32)
+        image = rgb if image is None else upsample(image) + rgb
+        return x, constrain(image, "batch", None, None, None)
+
+
 class Generator(nnx.Module):
     """(z, caption) -> image pyramid; eq. 3 and 4.
 
     Args:
-      config: the run's config; `config.generator` and what it conditions on.
+      g: the generator's settings.
+      condition: what it is conditioned on.
+      remat: recompute each block in the backward pass.
+      dtype: of the computation.
       rngs: stream "params" draws the initial values.
     """
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        g = config.generator
-        dtype = jnp.dtype(config.dtype)
-        self.remat, self.dtype = config.remat, dtype
-        self.conditioner = Conditioner(config, g.text, dtype=dtype, rngs=rngs)
-        text_width = self.conditioner.width
-        self.mapping = Mapping(config, text_width, rngs=rngs)
-        first = channels(config, 4)
-        self.constant = param(rngs, (4, 4, first), (None, None, None), std=1.0)
-        entry, rest, attention, to_rgb = [], [], [], []
-        previous = first
-        for i, resolution in enumerate(config.resolutions):
-            c, depth = channels(config, resolution), g.attention_depth[i]
-
-            def block(c_in: int, c: int = c, i: int = i, depth: int = depth, **kind: bool) -> SynthesisBlock:
-                inside = depth if g.attention_every_block else 0
-                return SynthesisBlock(
-                    config, c_in, c, bank=g.bank[i], depth=inside, text_width=text_width, dtype=dtype, rngs=rngs, **kind
-                )
-
-            entry.append(block(previous, up=i > 0, single=i == 0))
-            same = g.blocks[i] - 1
-            make = lambda block=block, c=c: block(c, up=False)
-            rest.append(Stack(make, same, remat=config.remat, rngs=rngs) if same else None)
-            after = 0 if g.attention_every_block else depth
-            attention.append(attention_stack(config, c, text_width, after, dtype=dtype, rngs=rngs))
-            rgb: dict[str, Any] = {
-                "w_dim": g.w_dim,
-                "kernel": 1,
-                "demodulate": False,
-                "gain": g.rgb_gain,
-                "activation": False,
-                "out_axis": "rgb",
-            }
-            to_rgb.append(AdaptiveConv(c, 3, **rgb, dtype=dtype, rngs=rngs))
-            previous = c
-        self.entry, self.rest = nnx.List(entry), nnx.List(rest)
-        self.attention, self.to_rgb = nnx.List(attention), nnx.List(to_rgb)
+    def __init__(self, g: GeneratorConfig, condition: ConditionSettings, *, remat: bool, dtype: Any, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.conditioner = Conditioner(condition, g.text, remat=remat, dtype=dtype, rngs=rngs)
+        width = self.conditioner.width
+        self.mapping = Mapping(g, width if condition.kind != "none" else 0, rngs=rngs)
+        context_width = width if g.cross_attention and condition.kind == "text" else 0
+        features = channels_at(g, 4)
+        # StyleGAN's learned 4x4 start; z enters through w only.
+        self.constant = declare_parameter(rngs, (4, 4, features), (None, None, None), std=1.0)
+        levels = []
+        for i in range(len(g.blocks)):
+            levels.append(SynthesisLevel(g, i, features, context_width, remat=remat, dtype=dtype, rngs=rngs))
+            features = channels_at(g, 4 << i)
+        self.levels = nnx.List(levels)
 
     def condition(
         self, tokens: jax.Array | None, labels: jax.Array | None = None, features: jax.Array | None = None
@@ -167,22 +226,16 @@ class Generator(nnx.Module):
             return self.mapping(z, condition.global_)
 
     def synthesize(self, w: jax.Array, condition: Condition) -> list[jax.Array]:
-        """w [N, w_dim] -> float32 images [N, r, r, 3] in about [-1, 1], for r in config.resolutions (eq. 4 and 5)"""
-        n = w.shape[0]
-        x = jnp.broadcast_to(self.constant[...].astype(self.dtype), (n, *self.constant.shape))
+        """w [N, w_dim] -> float32 images [N, r, r, 3] in about [-1, 1], for r in 4, 8, ... (eq. 4 and 5)"""
+        # The same start for every example: a broadcast, which the first convolution consumes.
+        x = jnp.broadcast_to(self.constant[...].astype(self.dtype), (w.shape[0], *self.constant.shape))
         x = constrain(x, "batch", None, None, "channels")
         image: jax.Array | None = None
         images = []
-        levels = zip(self.entry, self.rest, self.attention, self.to_rgb, strict=True)
-        for i, (entry, rest, attention, to_rgb) in enumerate(levels):
-            with jax.named_scope(f"{4 << i}px"):  # for profiles
-                x = run(entry, self.remat, x, w, condition.local, condition.mask)
-                for layers in (rest, attention):
-                    if layers is not None:
-                        x = layers(x, w, condition.local, condition.mask)
-                rgb = to_rgb(x, w).astype(jnp.float32)
-                image = rgb if image is None else upsample(image) + rgb
-                images.append(constrain(image, "batch", None, None, None))
+        for i, level in enumerate(self.levels):
+            with jax.named_scope(f"{4 << i}px"):  # profiles are summed by these names
+                x, image = level(x, image, w, condition)
+            images.append(image)
         return images
 
     def __call__(
@@ -195,5 +248,6 @@ class Generator(nnx.Module):
         """z [N, z_dim], and what `condition` takes -> (images low to high, w [N, w_dim])"""
         with jax.named_scope("generator"):
             condition = self.condition(tokens, labels, features)
+            # Once: all levels share one w, as styles are not mixed in the paper.
             w = self.map(z, condition)
             return self.synthesize(w, condition), w

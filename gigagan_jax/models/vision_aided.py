@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gigagan_jax.config import Config
-from gigagan_jax.models.conditioning import Conditioner
+from gigagan_jax.config import VisionAidedConfig
+from gigagan_jax.models.conditioning import Conditioner, ConditionSettings
 from gigagan_jax.models.layers.adaptive_conv import modulated_head
-from gigagan_jax.models.layers.equalized import Conv, Linear, leaky_relu, normalize, param, value
+from gigagan_jax.models.layers.equalized import Conv, Linear, declare_parameter, leaky_relu, materialize, normalize
 
 
 class RandomProjection(nnx.Module):
@@ -28,23 +28,31 @@ class RandomProjection(nnx.Module):
 
     def __init__(self, width: int, out: int, count: int, *, rngs: nnx.Rngs):
         std = 1.0 / math.sqrt(width)
-        self.weights = nnx.List([param(rngs, (width, out), ("conv_in", "conv_out"), std=std) for _ in range(count)])
+        # Declared as parameters to be placed and drawn like others; they are in the frozen state and never trained.
+        self.weights = nnx.List(
+            [declare_parameter(rngs, (width, out), ("conv_in", "conv_out"), std=std) for _ in range(count)]
+        )
 
     def __call__(self, features: list[jax.Array]) -> list[jax.Array]:
         """[N, h, w, C] a layer -> [N, h, w, out] a layer, each position of unit second moment"""
         # A tower's channels differ in size by orders of magnitude; the heads start from inputs of one size.
         unit = lambda x: normalize(x).astype(x.dtype)
-        return [unit(x @ value(w, x.dtype)) for x, w in zip(features, self.weights, strict=True)]
+        return [unit(x @ materialize(w, x.dtype)) for x, w in zip(features, self.weights, strict=True)]
 
 
 class Head(nnx.Module):
-    """3x3 convolutions, modulated by the caption, to a map of logits; and an unmodulated prediction, added (as eq. 7)."""
+    """3x3 convolutions, modulated by the caption, to a map of logits; and an unmodulated prediction, added (as eq. 7).
 
-    def __init__(self, config: Config, condition_width: int, *, dtype: Any, rngs: nnx.Rngs):
-        v = config.vision_aided
+    Args:
+      v: channels and depth.
+      condition_width: features of the caption; 0 without a condition.
+    """
+
+    def __init__(self, v: VisionAidedConfig, condition_width: int, *, dtype: Any, rngs: nnx.Rngs):
+        # 3x3 before the caption comes in: the heads first see their neighbourhood.
         self.entry = Conv(v.projection, v.head_width, kernel=3, dtype=dtype, rngs=rngs)
         self.unconditional = Conv(v.head_width, 1, kernel=1, axes=("conv_in", None), dtype=dtype, rngs=rngs)
-        depth = v.head_depth if config.condition != "none" else 0
+        depth = v.head_depth if condition_width else 0
         kind: dict[str, Any] = {"w_dim": condition_width, "kernel": 3, "dtype": dtype, "rngs": rngs}
         self.layers = modulated_head(v.head_width, v.head_width, depth, **kind)
 
@@ -55,6 +63,7 @@ class Head(nnx.Module):
         if t is not None:
             for layer in self.layers:
                 x = layer(x, t)
+            # The two predictions are added as logits, as in the discriminator's heads (eq. 7).
             logits += x.astype(jnp.float32)
         return logits.reshape(logits.shape[0], -1)
 
@@ -63,23 +72,27 @@ class VisionAided(nnx.Module):
     """(projected features, captions) -> logits a layer.
 
     Args:
-      config: the run's config; `config.vision_aided` and what it conditions on.
+      v: sizes of the heads, and the layers of the tower that they read.
+      condition: what the heads are conditioned on.
+      remat: recompute each block of the text transformer in the backward pass.
+      dtype: of the computation.
       rngs: stream "params" draws the initial values.
     """
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
-        self.conditioner = Conditioner(config, config.vision_aided.text, dtype=dtype, rngs=rngs)
-        width = self.conditioner.width
+    def __init__(self, v: VisionAidedConfig, condition: ConditionSettings, *, remat: bool, dtype: Any, rngs: nnx.Rngs):
+        self.conditioner = Conditioner(condition, v.text, remat=remat, dtype=dtype, rngs=rngs)
+        conditional = condition.kind != "none"
+        width = self.conditioner.width if conditional else 0
         # Features of the end of text differ between captions in a few directions only: one learned layer spreads them.
         mix = lambda: Linear(width, width, axes=("style", None), rngs=rngs)
-        self.mix = mix() if config.condition != "none" else None
-        self.heads = nnx.List([Head(config, width, dtype=dtype, rngs=rngs) for _ in config.vision_aided.layers])
+        self.mix = mix() if conditional else None
+        self.heads = nnx.List([Head(v, width, dtype=dtype, rngs=rngs) for _ in v.layers])
 
     def condition(
         self, tokens: jax.Array | None, labels: jax.Array | None, features: jax.Array | None = None
     ) -> jax.Array | None:
         """tokens int32 [N, C], labels int32 [N] or features [N, C, D] of a frozen encoder -> [N, D]"""
+        # As D, V reads the caption's global descriptor only.
         t = self.conditioner(tokens, labels, features).global_
         return t if t is None or self.mix is None else leaky_relu(self.mix(normalize(t)))
 

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that a run that starts again does not compile again."""
+"""The persistent compilation cache: a run that restarts loads its compiled programs from disk."""
 
 import argparse
 import contextlib
@@ -14,15 +14,18 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.workdir_files import COMPILATION_CACHE_FOLDER
 
 _log = logging.getLogger(__name__)
-FOLDER = "compilation_cache"
-CHECKED = ".checked"  # as old as the newest file that is known to be whole
-_MIN_SECONDS = 0.1  # programs that compile faster are not worth a file
-_WRITTEN_SECONDS = 10  # a younger file may be in the middle of being written by another run
+# Its time stamp: cache files that are older were found complete.
+CHECKED_FILE = ".checked"
+# Programs that compile faster are not worth a file.
+_MIN_SECONDS = 0.1
+# Another run may still be writing a file that is younger.
+_WRITING_SECONDS = 10
 # Parameters of the private functions below, in the order of jax 0.10.2 to 0.11.2; 0.10 has one more.
-_WRITE = ("cache_key", "compile_time_secs", "module_name", "backend", "executable")
-_PUT = ("cache_key", "module_name", "executable", "backend", "compile_time")
+_WRITE_PARAMETERS = ("cache_key", "compile_time_secs", "module_name", "backend", "executable")
+_PUT_PARAMETERS = ("cache_key", "module_name", "executable", "backend", "compile_time")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -34,14 +37,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def keep_programs(where: str, workdir: Path) -> Path | None:
-    """Keeps compiled programs; comes before the first is compiled. Returns the folder; None for none on this machine.
-
-    Give all processes the same folder.
+def enable_compilation_cache(where: str, workdir: Path) -> Path | None:
+    """Enables the persistent cache. Call it before the first compilation, with the same folder on all processes.
 
     Args:
       where: the flag: a folder, "off", or "" for the environment's or the workdir's.
       workdir: of the run.
+
+    Returns:
+      The folder; None without a cache, or with one in a bucket.
 
     Raises:
       UserError: the folder cannot be made or written to.
@@ -49,68 +53,77 @@ def keep_programs(where: str, workdir: Path) -> Path | None:
     if where == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    named = where or os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    if "://" in named:  # a bucket: JAX knows how
-        jax.config.update("jax_compilation_cache_dir", named)
+    chosen = where or os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    # JAX writes to buckets itself.
+    if "://" in chosen:
+        jax.config.update("jax_compilation_cache_dir", chosen)
         return None
-    folder = Path(named or workdir / FOLDER)
+    folder = Path(chosen or workdir / COMPILATION_CACHE_FOLDER)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        if not named:
-            return None  # what is wrong with the workdir is said where it is opened
+        # Opening the workdir reports the same error, with a message about the workdir.
+        if not chosen:
+            return None
         raise UserError(
             f"--compilation_cache={folder} cannot be used: {e.strerror or e}; name another, or off"
         ) from None
     jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+    # A program that was compiled before this call has fixed the cache's folder for the process (jax-ml/jax#25768).
     compilation_cache.reset_cache()
     if jax.process_index() == 0:
-        remove_broken(folder)
+        # Process 0 only: the folder is shared.
+        remove_incomplete_programs(folder)
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        _let_all_write()
+        _write_on_all_processes()
     return folder
 
 
-def remove_broken(folder: Path) -> None:
-    """Removes the programs that a killed process had half written: JAX warns of each at every start, and never replaces one.
+def remove_incomplete_programs(folder: Path) -> None:
+    """Removes files that a killed process left incomplete. JAX warns of them at every start, and never replaces one.
 
     Each file is read once, at the first start after it was written.
     """
-    stamp = folder / CHECKED
+    stamp = folder / CHECKED_FILE
     try:
         since = stamp.stat().st_mtime if stamp.exists() else 0.0
         stamp.touch()
-        until = stamp.stat().st_mtime - _WRITTEN_SECONDS  # by the clock of the disk, as the files' times are
+        # The time of a file just touched is by the clock of the disk, as the times of the cache files are.
+        until = stamp.stat().st_mtime - _WRITING_SECONDS
         for file in folder.glob("*-cache"):
-            if since <= file.stat().st_mtime < until and not _whole(file):
+            if since <= file.stat().st_mtime < until and not _is_complete(file):
                 file.unlink()
         os.utime(stamp, (until, until))
-    except OSError as e:  # a disk that cannot be written to is no reason not to train; or another run was faster
+    # Training works with a disk that is full, and another run may have removed the same file first.
+    except OSError as e:
         _log.debug("the compiled programs in %s could not be checked: %s", folder, e)
 
 
-def _whole(file: Path) -> bool:
-    """Whether a program is there to its end; True where this cannot be told."""
+def _is_complete(file: Path) -> bool:
+    """Whether a compressed program is complete; True if no module here can read it."""
     with open(file, "rb") as f:
         start = f.read(4)
         f.seek(0)
         reader: Any = zlib.decompressobj()
-        if start == b"\x28\xb5\x2f\xfd":  # Zstandard, which JAX takes where it finds a module for it
-            reader = _zstandard()
+        # The magic number of Zstandard, which JAX prefers over zlib if a module for it is installed.
+        if start == b"\x28\xb5\x2f\xfd":
+            reader = _zstandard_decompressor()
         if reader is None:
             return True
         try:
+            # In pieces of 1 MB, so that a large program is never in memory at once.
             while not reader.eof and (part := f.read(1 << 20)):
                 reader.decompress(part)
-        except Exception:  # each of the three modules has an error of its own
+        # Each of the three modules has its own class of errors.
+        except Exception:
             return False
     return reader.eof
 
 
-def _zstandard() -> Any:
-    """What reads Zstandard here, or None: Python has a module of its own from 3.14 on."""
+def _zstandard_decompressor() -> Any:
+    """A decompressor of the standard library (from Python 3.14 on) or of `zstandard`; None without both."""
     with contextlib.suppress(ImportError):
         return importlib.import_module("compression.zstd").ZstdDecompressor()
     with contextlib.suppress(ImportError):
@@ -118,17 +131,17 @@ def _zstandard() -> Any:
     return None
 
 
-def _let_all_write() -> None:
-    """JAX lets process 0 write for all. Processes on CPUs have programs of their own, which it would never write.
-
-    JAX has no setting for this, so a private function is replaced, where it is the one that was tested.
-    """
+def _write_on_all_processes() -> None:
+    """Lets every process write its programs. JAX writes those of process 0 only; on CPUs the others' programs differ."""
+    # JAX has no setting for this (requested in jax-ml/jax#18819), so a private function is replaced. That happens only
+    # if its parameters are those of the tested versions; another JAX keeps its own behaviour.
     try:
         from jax._src import compilation_cache as files
         from jax._src import compiler
 
         write, put = compiler._cache_write, files.put_executable_and_time
-        known = _names(write) in (_WRITE, (*_WRITE, "host_callbacks")) and _names(put) == _PUT
+        known_writes = (_WRITE_PARAMETERS, (*_WRITE_PARAMETERS, "host_callbacks"))
+        known = _parameter_names(write) in known_writes and _parameter_names(put) == _PUT_PARAMETERS
     except (ImportError, AttributeError):
         known = False
     if not known:
@@ -137,17 +150,23 @@ def _let_all_write() -> None:
         )
         return
 
-    def write_mine(key: str, seconds: float, name: str, backend: Any, executable: Any, callbacks: Any = ()) -> None:
+    takes_callbacks = len(_parameter_names(write)) > len(_WRITE_PARAMETERS)
+
+    def write_on_each_process(
+        key: str, seconds: float, name: str, backend: Any, executable: Any, callbacks: Any = ()
+    ) -> None:
         if jax.process_index() == 0:
-            write(key, seconds, name, backend, executable, *([callbacks] if len(_names(write)) > len(_WRITE) else []))
+            write(key, seconds, name, backend, executable, *([callbacks] if takes_callbacks else []))
+        # Programs with host callbacks hold addresses of this process: JAX does not write them either.
         elif not callbacks and seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]:
             try:
                 put(key, name, executable, backend, int(seconds))
-            except Exception as e:  # as JAX does: a full disk is no reason not to train
+            # As JAX does: a full disk must not end training.
+            except Exception as e:
                 _log.warning("cannot keep the compiled program %s: %s", name, e)
 
-    compiler._cache_write = write_mine  # type: ignore[assignment]
+    compiler._cache_write = write_on_each_process  # type: ignore[assignment]
 
 
-def _names(function: Any) -> tuple[str, ...]:
+def _parameter_names(function: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)

@@ -1,4 +1,4 @@
-"""Notice of a machine that is about to be taken away: asked for at Google's metadata server, passed on as a SIGTERM."""
+"""Preemption and maintenance notices: polled from Google's metadata server, passed on as a SIGTERM."""
 
 import argparse
 import contextlib
@@ -14,12 +14,14 @@ from gigagan_jax.core.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-_GOOGLE = "http://metadata.google.internal/computeMetadata/v1/instance"
-_PRODUCT = Path("/sys/class/dmi/id/product_name")  # says "Google Compute Engine" there, in containers too
-# Key -> what it says when the machine goes. A machine that is only moved (MIGRATE_ON_HOST_MAINTENANCE) goes on.
+_GOOGLE_URL = "http://metadata.google.internal/computeMetadata/v1/instance"
+# Contains "Google Compute Engine" on their machines, in containers too.
+_PRODUCT_FILE = Path("/sys/class/dmi/id/product_name")
+# Key -> value that announces a shutdown. A live migration (MIGRATE_ON_HOST_MAINTENANCE) does not stop the run.
 _NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
-_EVERY_SECONDS = 2.0
-_PATIENCE, _RARELY = 5, 60.0  # questions without an answer, after which they are asked so many seconds apart
+_POLL_SECONDS = 2.0
+# After _MAX_FAILURES polls without an answer, the server is polled every _SLOW_POLL_SECONDS.
+_MAX_FAILURES, _SLOW_POLL_SECONDS = 5, 60.0
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -27,31 +29,31 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--maintenance_url",
         default="auto",
-        help="where notices of maintenance and preemption are asked for: auto (on Google's machines), off, or a URL like theirs",
+        help="server of maintenance and preemption notices: auto (on Google's machines), off, or a URL that answers like theirs",
     )
 
 
 @contextlib.contextmanager
-def watch(url: str) -> Iterator[None]:
-    """While it is open, a notice is as good as a SIGTERM to this process; one that stands from the start is only logged.
+def watch_notices(url: str) -> Iterator[None]:
+    """Within it, a new notice sends SIGTERM to this process. A notice that is there from the start is only logged.
 
-    That one has stopped a run on this machine before, perhaps an hour ahead: stopping again would lead to no step at all.
+    Such a notice has already stopped an earlier run, up to an hour before the shutdown. To stop again would allow no step.
 
     Args:
       url: "auto", "off", or the folder of `preempted` and `maintenance-event` on a server that answers like Google's.
 
     Raises:
-      UserError: it is none of these.
+      UserError: `url` is none of these.
     """
     if url == "auto":
-        url = _GOOGLE if _on_google() else "off"
+        url = _GOOGLE_URL if _runs_on_google() else "off"
     if url == "off":
         yield
         return
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--maintenance_url={url}: write auto, off, or http://HOST/PATH")
     over = threading.Event()
-    thread = threading.Thread(target=_ask, args=(url.rstrip("/"), over), daemon=True, name="maintenance")
+    thread = threading.Thread(target=_poll_notices, args=(url.rstrip("/"), over), daemon=True, name="maintenance")
     thread.start()
     try:
         yield
@@ -59,44 +61,47 @@ def watch(url: str) -> Iterator[None]:
         over.set()
 
 
-def _on_google() -> bool:
+def _runs_on_google() -> bool:
     try:
-        return "Google" in _PRODUCT.read_text()
+        return "Google" in _PRODUCT_FILE.read_text()
     except OSError:
         return False
 
 
-def _ask(url: str, over: threading.Event) -> None:
-    # Straight to the machine's own server, whatever proxy the environment names.
+def _poll_notices(url: str, over: threading.Event) -> None:
+    # Without a proxy, whatever the environment names: only the machine itself reaches its metadata server.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    unanswered, pause, standing = 0, _EVERY_SECONDS, None
+    failures, pause = 0, _POLL_SECONDS
+    # Notices of the first answer that have not gone since; None before it.
+    standing: set[str] | None = None
     while not over.wait(pause):
-        answers = {key: _answer(opener, f"{url}/{key}") for key in _NOTICES}
-        unanswered = 0 if any(a is not None for a in answers.values()) else unanswered + 1
-        if unanswered == _PATIENCE:
-            _log.warning(
-                "%s does not answer: maintenance and preemption will be seen by SIGTERM only until it does", url
-            )
-        pause = _RARELY if unanswered >= _PATIENCE else _EVERY_SECONDS
-        if unanswered:
+        values = {key: _read_metadata(opener, f"{url}/{key}") for key in _NOTICES}
+        failures = 0 if any(value is not None for value in values.values()) else failures + 1
+        if failures == _MAX_FAILURES:
+            _log.warning("%s does not answer: until it does, only SIGTERM announces maintenance and preemption", url)
+        pause = _SLOW_POLL_SECONDS if failures >= _MAX_FAILURES else _POLL_SECONDS
+        if failures:
             continue
-        notices = {f"{key} is {answer}" for key, answer in answers.items() if answer == _NOTICES[key]}
+        notices = {f"{key} is {value}" for key, value in values.items() if value == _NOTICES[key]}
         if standing is None and notices:
             _log.warning(
                 "notice from %s, as this process starts: %s; going on until the machine goes", url, ", ".join(notices)
             )
+        # A notice that was withdrawn and returns is a new one.
         standing = notices if standing is None else standing & notices
-        said = sorted(notices - standing)
-        if said and not over.is_set():
-            _log.warning("notice from %s: %s; saving and stopping", url, ", ".join(said))
+        new_notices = sorted(notices - standing)
+        if new_notices and not over.is_set():
+            _log.warning("notice from %s: %s; saving and stopping", url, ", ".join(new_notices))
             os.kill(os.getpid(), signal.SIGTERM)
             return
 
 
-def _answer(opener: urllib.request.OpenerDirector, url: str) -> str | None:
+def _read_metadata(opener: urllib.request.OpenerDirector, url: str) -> str | None:
+    # The server refuses requests without this header.
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
-        with opener.open(request, timeout=5) as answer:
-            return answer.read(1000).decode("utf-8", "replace").strip().upper()
-    except (OSError, ValueError):  # urllib's errors are OSErrors
+        with opener.open(request, timeout=5) as response:
+            return response.read(1000).decode("utf-8", "replace").strip().upper()
+    # urllib raises subclasses of OSError; ValueError is for a malformed URL or answer.
+    except (OSError, ValueError):
         return None

@@ -1,8 +1,8 @@
-"""Device mesh, logical-axis rules, shardings of parameters and activations. Everything here fails closed.
+"""Device mesh, logical-axis rules, shardings of parameters and activations.
 
 A parameter carries one logical axis name per dimension; the rules of the config map names to mesh axes. An unknown name,
 a mesh axis used twice in one array, and a dimension that does not divide are errors, never silent replication. Moments and
-averages are cut as their parameter is, and by the axes of `rules.optimizer` besides (ZeRO-1: Rajbhandari et al., 2020).
+averages are sharded as their parameter, and over the axes of `rules.optimizer` too (ZeRO-1: Rajbhandari et al., 2020).
 """
 
 import contextlib
@@ -20,14 +20,19 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from gigagan_jax.config import MeshConfig
 from gigagan_jax.core.errors import UserError
 
-AXES = ("slice", "data", "fsdp", "tensor")  # slowest network first
-OPTIMIZER = "optimizer"  # the rule that names no dimension
-# Moments and averages of fewer elements stay whole: cutting one saves less than 64 kB, and costs a collective.
-LEAST_CUT = 2**14
+# The slowest network first: devices that are neighbours in the last axis are neighbours in the machine.
+AXES = ("slice", "data", "fsdp", "tensor")
+# The one rule that belongs to no dimension: optimizer_spec applies it.
+OPTIMIZER = "optimizer"
+# Smaller moments and averages stay unsharded: sharding one saves less than 64 kB (float32), and costs a collective.
+MIN_ELEMENTS_TO_SHARD = 2**14
 # The order in which XLA's partitioner keeps the examples of a batch where they belong; see DEFAULT_RULES.
 BATCH_ORDER = ("fsdp", "slice", "data")
 
-_current: contextvars.ContextVar[tuple[Any, Mapping[str, str]] | None] = contextvars.ContextVar("mesh", default=None)
+# A context variable and not a global: threads that trace different meshes must not see each other's.
+_current_mesh: contextvars.ContextVar[tuple[Any, Mapping[str, str]] | None] = contextvars.ContextVar(
+    "mesh", default=None
+)
 
 
 def check_rules(rules: Mapping[str, str], known: Mapping[str, str]) -> None:
@@ -35,7 +40,7 @@ def check_rules(rules: Mapping[str, str], known: Mapping[str, str]) -> None:
     for name in rules:
         if name not in known:
             raise UserError(f"unknown config key config.rules.{name}; known: {', '.join(sorted(known))}")
-        _axes(name, rules, f"config.rules.{name}")
+        _mesh_axes(name, rules, f"config.rules.{name}")
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
@@ -46,12 +51,13 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
     """
     sizes = [config.slices, config.data, config.fsdp, config.tensor]
     names = ("slices", *AXES[1:])
-    # Slices are named where there are several.
+    # Messages name slices only where there are several.
     shown = " x ".join(f"{a}={s}" for a, s in zip(names, sizes, strict=True) if a != "slices" or s != 1)
     if any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"config.mesh ({shown}): every axis is a positive number, or -1 for what the others leave")
     if sizes.count(-1) > 1:
         raise UserError(f"config.mesh ({shown}): only one axis may be -1")
+    # The -1 is the last factor that is missing.
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes:
         if devices % known:
@@ -67,21 +73,24 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of the config over `devices` (all of them by default).
 
-    With several slices, each axis but the first stays within one. Devices that do not say which slice they are of (CPUs,
-    GPUs of one machine) are cut into groups in their order.
+    With several slices, each axis but the first stays within one. Devices without a slice index (CPUs, GPUs of one
+    machine) are grouped in their order.
 
     Raises:
       UserError: the mesh does not fit the number of devices, or a slice would be cut.
     """
     devices = jax.devices() if devices is None else devices
+    # Auto: the partitioner propagates shardings between the constraints of `constrain`.
     shape = mesh_shape(config, len(devices))
     types = (AxisType.Auto,) * len(AXES)
     groups: dict[int, list[jax.Device]] = {}
     for device in devices:
+        # Only multi-slice TPUs have the attribute, and it may be None.
         groups.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
     slices, found = shape[0], len(groups)
-    # A TPU's slices have no other network between them; machines with GPUs may well be taken together.
+    # Only the data-centre network joins slices of TPUs. Machines with GPUs share one network and may form one slice.
     exact = devices[0].platform == "tpu" and found > 1
+    # Slices of the config may split or join slices of the hardware, but no part may lie across a border.
     even = len({len(g) for g in groups.values()}) == 1 and not (slices % found and found % slices)
     if (exact and slices != found) or (slices > 1 and not even):
         raise UserError(
@@ -89,7 +98,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"lie across two; use --config.mesh.slices={found}"
         )
     if slices == 1:
-        with contextlib.suppress(NotImplementedError):  # an axis that is no product of whole axes of the torus
+        # Not implemented for a mesh axis that is no product of whole axes of the TPU's torus. The code below splits them.
+        with contextlib.suppress(NotImplementedError):
             return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     ordered = [device for k in sorted(groups) for device in groups[k]]
     each = len(ordered) // slices
@@ -101,30 +111,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
-    """The same mesh without any device, for specs and sizes."""
+    """The same mesh without devices, to compute specs and sizes."""
     return AbstractMesh(mesh_shape(config, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh | AbstractMesh, rules: Mapping[str, str]) -> int:
-    """Into how many parts the batch axis is cut."""
-    return math.prod(mesh.shape[a] for a in _axes("batch", rules, "batch"))
+    """Number of shards of the batch axis."""
+    return math.prod(mesh.shape[a] for a in _mesh_axes("batch", rules, "batch"))
 
 
 def check_batch(batch: int, micro_batches: int, mesh: Mesh | AbstractMesh, rules: Mapping[str, str]) -> None:
     """Raises UserError when a micro-batch does not divide over the devices that share it, or its axes are wrong for the mesh."""
-    idle = [a for a in AXES[:2] if mesh.shape[a] > 1 and a not in _axes("batch", rules, "batch")]
+    # Replicas along these axes would compute the same gradients from the same images.
+    idle = [a for a in AXES[:2] if mesh.shape[a] > 1 and a not in _mesh_axes("batch", rules, "batch")]
     if idle:
         raise UserError(
             f"config.rules.batch={rules['batch']!r} leaves out the mesh axis {idle[0]!r}: its {mesh.shape[idle[0]]} copies of "
             f"the model would all see the same images; use {','.join(BATCH_ORDER)!r}"
         )
-    axes = [a for a in _axes("batch", rules, "batch") if mesh.shape[a] > 1]
+    # A bug of XLA's partitioner (jaxlib 0.10.2), not an error of the rule: see DEFAULT_RULES.
+    axes = [a for a in _mesh_axes("batch", rules, "batch") if mesh.shape[a] > 1]
     if mesh.shape["tensor"] > 1 and axes != [a for a in BATCH_ORDER if a in axes]:
         raise UserError(
             f"config.rules.batch={rules['batch']!r}: in this order XLA mixes up the examples of a batch between devices when "
             f"tensor > 1; use {','.join(BATCH_ORDER)!r}"
         )
     shards = batch_shards(mesh, rules)
+    # Each micro-batch is sharded by itself, so each must divide.
     micro = batch // micro_batches
     if micro % shards:
         raise UserError(
@@ -133,11 +146,12 @@ def check_batch(batch: int, micro_batches: int, mesh: Mesh | AbstractMesh, rules
         )
 
 
-def _axes(name: str | None, rules: Mapping[str, str], where: str) -> tuple[str, ...]:
+def _mesh_axes(name: str | None, rules: Mapping[str, str], where: str) -> tuple[str, ...]:
     if name is None:
         return ()
     if name not in rules:
         raise UserError(f"{where}: logical axis {name!r} has no rule; known: {', '.join(sorted(rules))}")
+    # An empty rule gives no axes: the dimension is replicated.
     axes = tuple(a for a in rules[name].split(",") if a)
     for a in axes:
         if a not in AXES:
@@ -145,7 +159,7 @@ def _axes(name: str | None, rules: Mapping[str, str], where: str) -> tuple[str, 
     return axes
 
 
-def spec(
+def partition_spec(
     names: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Mapping[str, str], where: str
 ) -> PartitionSpec:
     """PartitionSpec of an array whose dimensions carry the logical `names`.
@@ -155,12 +169,14 @@ def spec(
     """
     if len(names) != len(shape):
         raise ValueError(f"{where}: {len(names)} axis names for shape {tuple(shape)}")
+    # `used` is over all dimensions: a mesh axis may shard only one of them.
     entries: list[Any] = []
     used: set[str] = set()
     for name, dim in zip(names, shape, strict=True):
-        axes = tuple(a for a in _axes(name, rules, where) if mesh.shape[a] > 1)
+        axes = tuple(a for a in _mesh_axes(name, rules, where) if mesh.shape[a] > 1)
         size = math.prod(mesh.shape[a] for a in axes)
         if dim % size:
+            # The largest size of this axis with which the dimension would divide.
             fits = math.gcd(dim, size)
             mend = f"use config.mesh.{axes[0]}={fits}" if len(axes) == 1 and fits > 1 else "use a smaller mesh axis"
             raise UserError(
@@ -171,6 +187,7 @@ def spec(
             if a in used:
                 raise UserError(f"{where}: mesh axis {a!r} would be used twice ({', '.join(map(str, names))})")
             used.add(a)
+        # The canonical form of one axis is its name, and of no axis None.
         entries.append(axes[0] if len(axes) == 1 else axes or None)
     return PartitionSpec(*entries)
 
@@ -178,58 +195,65 @@ def spec(
 def optimizer_spec(
     names: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Mapping[str, str], where: str
 ) -> PartitionSpec:
-    """PartitionSpec of the moments and the average of a parameter: as the parameter, and cut by `rules.optimizer` too.
+    """PartitionSpec of the moments and the average of a parameter: as the parameter, and over `rules.optimizer` too.
 
-    The cut goes through the dimension that is longest on a device of those that divide, the last of equals. An array without
-    one, and one with fewer than LEAST_CUT elements, stays as its parameter.
+    The axes go to the dimension that is longest on a device, among those that divide; the last one of equal ones. An array
+    without such a dimension, or with fewer than MIN_ELEMENTS_TO_SHARD elements, is sharded as its parameter.
 
     Raises:
-      UserError: as `spec`.
+      UserError: as `partition_spec`.
     """
-    own = spec(names, shape, mesh, rules, where)
-    parts = [((e,) if isinstance(e, str) else tuple(e or ())) for e in own]
-    axes = tuple(a for a in _axes(OPTIMIZER, rules, where) if mesh.shape[a] > 1)
+    parameter_spec = partition_spec(names, shape, mesh, rules, where)
+    parts = [((e,) if isinstance(e, str) else tuple(e or ())) for e in parameter_spec]
+    axes = tuple(a for a in _mesh_axes(OPTIMIZER, rules, where) if mesh.shape[a] > 1)
     size = math.prod(mesh.shape[a] for a in axes)
-    if size == 1 or math.prod(shape) < LEAST_CUT or any(a in p for a in axes for p in parts):
-        return own
+    # A mesh axis that the parameter uses already cannot shard it again.
+    if size == 1 or math.prod(shape) < MIN_ELEMENTS_TO_SHARD or any(a in p for a in axes for p in parts):
+        return parameter_spec
+    # Sizes on one device, after the parameter's own sharding.
     local = [d // math.prod(mesh.shape[a] for a in p) for d, p in zip(shape, parts, strict=True)]
     best = max((i for i, d in enumerate(local) if d % size == 0), key=lambda i: (local[i], i), default=None)
     if best is None:
-        return own
+        return parameter_spec
+    # Appended: the parameter's own axes stay the outer ones, so a gather yields the parameter's shard.
     parts[best] += axes
     return PartitionSpec(*(p[0] if len(p) == 1 else p or None for p in parts))
 
 
 def local_rows(where: NamedSharding, shape: Sequence[int]) -> list[int]:
-    """Rows (places along the first axis) of an array that this process's devices hold, ascending."""
+    """Indices along the first axis of the rows that this process's devices hold, ascending."""
+    # Devices that replicate a row report it several times, hence the set.
     slices = [index[0] for index in where.addressable_devices_indices_map(tuple(shape)).values()]  # type: ignore[index]
     return sorted({row for s in slices for row in range(*s.indices(shape[0]))})
 
 
-def from_rows(local: np.ndarray, rows: Sequence[int], where: NamedSharding, length: int) -> jax.Array:
-    """The global array of `length` rows of which this process has `local`, its `rows`; see `local_rows`."""
-    place = {row: i for i, row in enumerate(rows)}
+def array_from_rows(local: np.ndarray, rows: Sequence[int], where: NamedSharding, length: int) -> jax.Array:
+    """The global array of `length` rows. This process passes `local`, the `rows` that `local_rows` returned."""
+    # Devices ask for ranges of global rows, and each range is contiguous in `local` too: rows ascend.
+    position = {row: i for i, row in enumerate(rows)}
 
-    def part(index: Any) -> np.ndarray:
+    def local_block(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(length)
-        return local[place[start] : place[start] + stop - start][(slice(None), *index[1:])]
+        return local[position[start] : position[start] + stop - start][(slice(None), *index[1:])]
 
-    return jax.make_array_from_callback((length, *local.shape[1:]), where, part)
+    return jax.make_array_from_callback((length, *local.shape[1:]), where, local_block)
 
 
 @contextlib.contextmanager
-def use(mesh: Any, rules: Mapping[str, str]) -> Iterator[None]:
-    """Within it, `constrain` applies `rules` on `mesh`. Without it models run unconstrained, as on one device."""
-    token = _current.set((mesh, rules))
+def use_mesh(mesh: Any, rules: Mapping[str, str]) -> Iterator[None]:
+    """Within it, `constrain` applies `rules` on `mesh`. Outside of it, models run without constraints, as on one device."""
+    # The token restores an outer mesh.
+    token = _current_mesh.set((mesh, rules))
     try:
         yield
     finally:
-        _current.reset(token)
+        _current_mesh.reset(token)
 
 
-def platform() -> str:
-    """What the current mesh's devices are ("cpu", "gpu", "tpu"), whatever the host is; without a mesh JAX's default."""
-    current = _current.get()
+def mesh_platform() -> str:
+    """Platform of the current mesh's devices ("cpu", "gpu", "tpu"); JAX's default without a mesh or with an abstract one."""
+    current = _current_mesh.get()
+    # An abstract mesh has no devices.
     if current is None or not isinstance(current[0], Mesh):
         return jax.default_backend()
     return current[0].devices.flat[0].platform
@@ -237,63 +261,71 @@ def platform() -> str:
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` with the sharding that its logical axis `names` have in the current mesh."""
-    current = _current.get()
+    current = _current_mesh.get()
     if current is None:
         return x
     mesh, rules = current
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh, rules, "activation")))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, partition_spec(names, x.shape, mesh, rules, "activation"))
+    )
 
 
-def gather(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """A parameter as a layer computes with it: put together from the devices that share it, but for what `tensor` cuts.
+def gather_parameter(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """All-gathers a parameter over `fsdp` for a layer's computation; it stays sharded over `tensor`.
 
-    Left to itself the partitioner may bring the activations of the whole batch to where a part of a weight lies. The gradient
-    comes back as the parameter lies, summed and scattered.
+    Otherwise the partitioner may gather the activations of the whole batch where a shard of a weight lies. The gradient is
+    reduce-scattered to the parameter's sharding.
     """
-    current = _current.get()
+    current = _current_mesh.get()
+    # Without fsdp every device holds its shard as it computes with it.
     if current is None or current[0].shape["fsdp"] == 1:
         return x
     mesh, rules = current
-    whole = {k: ",".join(a for a in v.split(",") if a == "tensor") for k, v in rules.items()}
-    there, here = (NamedSharding(mesh, spec(names, x.shape, mesh, r, "parameter")) for r in (rules, whole))
-    return x if there.spec == here.spec else _moved(x, there, here)
+    gathered_rules = {k: ",".join(a for a in v.split(",") if a == "tensor") for k, v in rules.items()}
+    stored, gathered = (
+        NamedSharding(mesh, partition_spec(names, x.shape, mesh, r, "parameter")) for r in (rules, gathered_rules)
+    )
+    return x if stored.spec == gathered.spec else _reshard(x, stored, gathered)
 
 
+# A custom gradient, so that the gradient is scattered at this place and not where the partitioner chooses.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _moved(x: jax.Array, there: NamedSharding, here: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, there), here)
+def _reshard(x: jax.Array, source: NamedSharding, target: NamedSharding) -> jax.Array:
+    # Both constraints: with the target alone, the partitioner may choose another sharding for the source.
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, source), target)
 
 
-def _moved_forward(x: jax.Array, there: NamedSharding, here: NamedSharding) -> tuple[jax.Array, None]:
-    return _moved(x, there, here), None
+def _reshard_forward(x: jax.Array, source: NamedSharding, target: NamedSharding) -> tuple[jax.Array, None]:
+    return _reshard(x, source, target), None
 
 
-def _moved_backward(there: NamedSharding, here: NamedSharding, _: None, g: jax.Array) -> tuple[jax.Array]:
-    return (_moved(g, here, there),)
+def _reshard_backward(source: NamedSharding, target: NamedSharding, _: None, g: jax.Array) -> tuple[jax.Array]:
+    # The gradient takes the opposite way, again with both constraints.
+    return (_reshard(g, target, source),)
 
 
-_moved.defvjp(_moved_forward, _moved_backward)
+_reshard.defvjp(_reshard_forward, _reshard_backward)
 
 
-def to_optimizer(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """A gradient, cut as the moments of its parameter are in the current mesh.
+def scatter_gradient(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """Shards a gradient as the moments of its parameter (a reduce-scatter).
 
-    By way of the parameter's own sharding: else the partitioner works out each part of a gradient where it is wanted, and
-    brings the activations of the whole batch there.
+    It takes the parameter's sharding first. Otherwise the partitioner computes each shard of a gradient where it is needed,
+    and gathers the activations of the whole batch there.
     """
-    return _constrain_twice(x, names, spec, optimizer_spec)
+    return _constrain_twice(x, names, partition_spec, optimizer_spec)
 
 
-def from_optimizer(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """A parameter that was worked out as its moments are cut, put together again: once, and not wherever it is used."""
-    return _constrain_twice(x, names, optimizer_spec, spec)
+def gather_update(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """All-gathers an updated parameter from the sharding of its moments: once, not at each use."""
+    return _constrain_twice(x, names, optimizer_spec, partition_spec)
 
 
 def _constrain_twice(x: jax.Array, names: Sequence[str | None], *specs: Callable[..., PartitionSpec]) -> jax.Array:
-    current = _current.get()
+    current = _current_mesh.get()
     if current is None:
         return x
     mesh, rules = current
-    for place in specs:
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place(names, x.shape, mesh, rules, "parameter")))
+    for spec_of in specs:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(names, x.shape, mesh, rules, "parameter")))
     return x

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: noted while the loop runs, acted on between steps."""
+"""SIGTERM and SIGINT: recorded while the loop runs, handled between steps."""
 
 import contextlib
 import signal
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop; its state is saved. Like KeyboardInterrupt it is no error that anybody should mend.
+    """A signal stopped the run. A BaseException like KeyboardInterrupt, so that no `except Exception` catches it.
 
     Attributes:
       number: of the signal.
-      agreed: all processes of the run stop with it; False before the first step and after the last one.
+      agreed: all processes stop at the same step, with their state saved; False before the first step and after the last.
     """
 
     def __init__(self, number: int, agreed: bool):
@@ -20,42 +20,47 @@ class Interrupted(BaseException):
         self.number, self.agreed = number, agreed
 
 
-class _Signals:
-    """While it is open, SIGTERM and SIGINT stop the run; while it is held, once the loop looks at `number`.
+class StopSignals:
+    """Within it, SIGTERM and SIGINT stop the run. Within `hold_signals` they only set `number`, which the loop reads.
 
-    Outside of the loop nothing is to be saved, and a signal stops the run where it is. A second SIGINT acts at once too, for a
-    user who does not want to wait; a second SIGTERM does not: a machine's shutdown comes after its notice.
+    Outside of the loop there is nothing to save, and a signal stops the run at once. A second SIGINT also stops at once, for
+    a user who does not want to wait. A second SIGTERM does not: the shutdown of a machine follows its notice.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._held = False
+        # The handlers to restore, by signal.
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "_Signals":
+    def __enter__(self) -> "StopSignals":
         self.number = 0
+        # Python lets only the main thread set handlers.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
+                self._before[number] = signal.signal(number, self._handle_signal)
         return self
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """What comes in it waits for the loop."""
+    def hold_signals(self) -> Iterator[None]:
+        """Within it, signals wait for the loop."""
         self._held = True
         try:
             yield
         finally:
             self._held = False
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle_signal(self, number: int, frame: Any) -> None:
         if self._held and number == self.number == signal.SIGINT:
+            # A second SIGINT: the loop may be in a step that takes minutes.
             raise KeyboardInterrupt
+        # SIGTERM (15) outranks SIGINT (2): its exit code makes launchers start the run again.
         self.number = max(self.number, number)
         if not self._held:
             raise Interrupted(number, agreed=False)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
+            # signal.signal returned None for a handler that was not installed from Python.
+            signal.signal(number, handler or signal.SIG_DFL)
         self._before.clear()

@@ -1,4 +1,4 @@
-"""Machines by name: shapes of TPU slices, the sizes Google sells them by, GPU nodes, and how fast their networks are."""
+"""Accelerators by name: shapes of TPU slices, their sizes as sold, GPU nodes, and the bandwidths of their networks."""
 
 import dataclasses
 import importlib.util
@@ -15,13 +15,13 @@ from gigagan_jax.core.hardware import CHIPS, Chip
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """Bandwidths of one chip, bytes/s, by the makers' pages; 0 where none is published.
+class Bandwidths:
+    """Bandwidths of one chip in bytes/s, from the vendors' pages; 0 where none is published.
 
     Attributes:
-      memory: of its own memory.
-      links: what it can send over all its links inside a slice (half of what is published as bidirectional).
-      outside: its share of the data-centre network.
+      memory: of the chip's memory.
+      links: of all links inside a slice, in one direction (half of the published bidirectional rate).
+      outside: share of the data-centre network.
     """
 
     memory: float
@@ -30,18 +30,22 @@ class Network:
 
 
 # docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e; NVIDIA's data sheets (NVLink, one direction).
-NETWORKS = {
-    "v4": Network(1228e9, 300e9),
-    "v5e": Network(819e9, 200e9, 3.125e9),
-    "v5p": Network(2765e9, 600e9, 6.25e9),
-    "v6e": Network(1640e9, 400e9, 12.5e9),
-    "A100": Network(2039e9, 300e9),
-    "H100": Network(3350e9, 450e9),
-    "H200": Network(4800e9, 450e9),
+BANDWIDTHS = {
+    "v4": Bandwidths(1228e9, 300e9),
+    "v5e": Bandwidths(819e9, 200e9, 3.125e9),
+    "v5p": Bandwidths(2765e9, 600e9, 6.25e9),
+    "v6e": Bandwidths(1640e9, 400e9, 12.5e9),
+    "A100": Bandwidths(2039e9, 300e9),
+    "H100": Bandwidths(3350e9, 450e9),
+    "H200": Bandwidths(4800e9, 450e9),
 }
+# libtpu has compilers for these.
 _TPUS = ("v4", "v5e", "v5p", "v6e")
-_CORES = {"v4": 2, "v5p": 2}  # sold by TensorCores, two a chip; the others by chips
-_RESERVED = {"v5e": 0.25, "v6e": 0.25}  # GiB, as the compiler's "available HBM" has it
+# The sizes of these count TensorCores, two a chip; the sizes of the others count chips.
+_CORES = {"v4": 2, "v5p": 2}
+# GiB that a program cannot use, by the "available HBM" in the compiler's messages.
+_RESERVED_GIB = {"v5e": 0.25, "v6e": 0.25}
+# Google Cloud's accelerator types name the v5e like this.
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
 _GPUS = {"a100": "A100", "h100": "H100", "h200": "H200"}
 _EXAMPLES = "write v5p:4x4x8, v5p-256, v5e-256, v6e:16x16, or h100:8x4 (GPUs a node x nodes)"
@@ -49,13 +53,13 @@ _EXAMPLES = "write v5p:4x4x8, v5p-256, v5e-256, v6e:16x16, or h100:8x4 (GPUs a n
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips of one kind and how they are joined.
+    """Chips of one kind and their connections.
 
     Attributes:
-      name: as JAX's compiler takes it, "v5p:4x4x8"; "h100:8x4" of GPUs.
+      name: topology name of JAX's compiler, "v5p:4x4x8"; "h100:8x4" for GPUs.
       kind: key of hardware.CHIPS and of NETWORKS.
-      shape: chips along each axis of one slice; GPUs a node.
-      slices: how many of them, joined by the data-centre network; nodes.
+      shape: chips along each axis of one slice; GPUs of a node.
+      slices: number of slices that the data-centre network joins; number of nodes.
     """
 
     name: str
@@ -65,12 +69,12 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """All chips of all slices."""
+        """Number of chips of all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
-    def tpu(self) -> bool:
-        """Whether a compiler for it is at hand."""
+    def is_tpu(self) -> bool:
+        """Whether it is a TPU, for which libtpu has a compiler."""
         return self.kind in _TPUS
 
     @property
@@ -79,30 +83,31 @@ class Topology:
         return CHIPS[self.kind]
 
     @property
-    def usable(self) -> int:
-        """Bytes of one chip that a program can have."""
-        return int((self.chip.memory - _RESERVED.get(self.kind, 0.0)) * 2**30)
+    def usable_bytes(self) -> int:
+        """Bytes of one chip that a program can use."""
+        return int((self.chip.memory - _RESERVED_GIB.get(self.kind, 0.0)) * 2**30)
 
     @property
-    def network(self) -> Network:
+    def bandwidths(self) -> Bandwidths:
         """Bandwidths of one chip."""
-        return NETWORKS[self.kind]
+        return BANDWIDTHS[self.kind]
 
     @property
     def title(self) -> str:
         """'2 slices of v5p:4x4x8'"""
-        return f"{self.slices} slices of {self.name}" if self.tpu and self.slices > 1 else self.name
+        return f"{self.slices} slices of {self.name}" if self.is_tpu and self.slices > 1 else self.name
 
 
-def parse(text: str, slices: int = 1) -> Topology:
-    """The topology that a user wrote: a shape, a size as it is sold, or GPUs.
+def parse_topology(text: str, slices: int = 1) -> Topology:
+    """The topology from the text of a flag: a shape, a size as sold, or GPUs.
 
     Raises:
-      UserError: an unknown chip, a size that is not sold as one slice, something else altogether.
+      UserError: the chip is unknown, the size is not sold as one slice, or the text has another form.
     """
     name = text.strip().lower().removeprefix("gpu:")
     if slices < 1:
         raise UserError(f"--slices={slices}: a positive number of slices")
+    # The chip's name is matched lazily: "v5litepod-16" ends at the separator, not at its first digit.
     found = re.fullmatch(r"([a-z0-9]+?)[:x-](\d+(?:x\d+)*)", name)
     if not found:
         raise UserError(f"--topology={text}: {_EXAMPLES}")
@@ -113,39 +118,44 @@ def parse(text: str, slices: int = 1) -> Topology:
     if kind in _GPUS:
         if slices > 1:
             raise UserError(f"--topology={text} --slices={slices}: of GPUs name the nodes, {kind}:{sizes[0]}x{slices}")
+        # "h100:8" is one node.
         per_node, nodes = (*sizes, 1)[:2] if len(sizes) < 3 else (0, 0)
         if not per_node:
             raise UserError(f"--topology={text}: of GPUs write {kind}:8 or {kind}:8x4 (GPUs a node x nodes)")
         return Topology(name, _GPUS[kind], (per_node,), nodes)
     if kind not in _TPUS:
         raise UserError(f"--topology={text}: unknown chip {kind!r}; known: {', '.join((*_TPUS, *_GPUS))}")
+    # "v5p-128" is a size, "v5p:4x4x8" a shape.
     if "-" in name:
-        sizes = _sold(text, kind, sizes)
+        sizes = _shape_by_size(text, kind, sizes)
     return Topology(f"{kind}:{'x'.join(map(str, sizes))}", kind, sizes, slices)
 
 
-def _sold(text: str, kind: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """v5p-128 -> (4, 4, 4): the shape of a slice by its size, as equal sides as powers of two allow."""
+def _shape_by_size(text: str, kind: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """v5p-128 -> (4, 4, 4): the shape of a slice by its size, with sides as equal as powers of two allow."""
     cores = _CORES.get(kind, 1)
     chips = sizes[0] // cores
     if len(sizes) > 1 or sizes[0] % cores or chips < 1 or chips & (chips - 1):
         unit = "TensorCores, two a chip" if cores == 2 else "chips"
         raise UserError(
-            f"--topology={text}: sizes by name are powers of two ({kind} counts {unit}); else name the shape, {kind}:AxB"
+            f"--topology={text}: sizes by name are powers of two ({kind} counts {unit}); "
+            f"else name the shape, {kind}:AxB"
         )
+    # chips = 2^k, spread over two axes (v5e, v6e) or three (v4, v5p).
     k = chips.bit_length() - 1
     if cores == 1:
         return 2 ** (k // 2), 2 ** ((k + 1) // 2)
     if k == 2:
-        return 2, 2, 1  # one host
+        # Four chips are one host, which is flat.
+        return 2, 2, 1
     return 2 ** (k // 3), 2 ** ((k + 1) // 3), 2 ** ((k + 2) // 3)
 
 
-def devices(topology: Topology) -> Sequence[Any]:
-    """The devices that the compiler compiles for; nothing can run on them.
+def topology_devices(topology: Topology) -> Sequence[Any]:
+    """Devices to compile for; no program can run on them.
 
     Raises:
-      UserError: libtpu is not installed, or it knows no such slice.
+      UserError: libtpu is not installed, or knows no such slice.
     """
     from jax.experimental import topologies
 
@@ -155,23 +165,27 @@ def devices(topology: Topology) -> Sequence[Any]:
             f"(jax {jax.__version__}; no TPU is needed)"
         )
     more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    # Again, for callers other than the command line; variables that are set already stay.
     prepare_environment()
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more).devices
     except Exception as e:
-        # libtpu raises whatever it meets.
+        # libtpu raises exceptions of many types, none of them documented.
         why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(f"--topology={topology.name}: the compiler knows no such slice ({why})") from e
 
 
 def prepare_environment() -> None:
-    """Tells JAX and libtpu not to look for the TPU that is not there. Before either does anything."""
+    """Keeps JAX and libtpu from looking for an attached TPU; takes effect only before their first use."""
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
+    # Values of the user win: setdefault keeps them.
     for name, value in {
+        # libtpu otherwise asks the metadata server of a Google Cloud VM.
         "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run on a TPU: no lock file is needed
-        # Without these two it writes of missing host bounds and host names.
+        # No program runs on a TPU, so several processes may load libtpu without its lock file.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        # Without these two libtpu warns of missing host bounds and host names.
         "TPU_ACCELERATOR_TYPE": "v5p-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }.items():

@@ -1,1 +1,1 @@
-"""What `tools/prepare_data.py` does to data sets before training: check, convert, count; on one machine or on many."""
+"""The tasks of `tools/prepare_data.py` before training: check, convert, count and embed; on one machine or on many."""

@@ -1,4 +1,4 @@
-"""Any data set to tars, folders or ArrayRecord, shard by shard; what is done stays done."""
+"""Conversion of any data set to tars, folders or ArrayRecord, one shard at a time. Finished shards are kept."""
 
 import dataclasses
 import json
@@ -17,22 +17,24 @@ from gigagan_jax.preparation.output import Output
 from gigagan_jax.preparation.tasks import run_tasks
 
 KINDS = ("arrayrecord", "tar", "folder")
+# Hidden, so that a source that lists the folder does not find it.
 WORK = ".convert"
 LEFT_OUT = "left_out.jsonl"
+# Of the shards' content. A change makes begun conversions refuse to continue.
 _VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """Task of one shard: the examples start ... stop of a source, in their order.
+    """Task of one shard: it writes consecutive examples of a source, in their order.
 
     Attributes:
       source: to read from.
       out: to write to.
       kind: one of KINDS.
       name: of the data set; part of the names of ArrayRecord files.
-      shard_size: examples in a shard; the last one may have fewer, and what cannot be read is left out.
-      check_images: leave out images that cannot be decoded, too.
+      shard_size: examples in a shard. The last shard may have fewer. Unreadable examples are left out.
+      check_images: also leave out images that cannot be decoded.
     """
 
     source: Source
@@ -43,64 +45,73 @@ class Conversion:
     check_images: bool
 
     @property
-    def count(self) -> int:
+    def shard_count(self) -> int:
         """Number of shards."""
         return -(-len(self.source) // self.shard_size)
 
-    def file(self, number: int) -> str:
+    def shard_file(self, number: int) -> str:
         """Name of a shard in `out`: 00000.tar, 00000 (a folder), NAME-train.array_record-00000-of-00003."""
         if self.kind == "arrayrecord":
-            return array_record_format.shard_name(self.name, number, self.count)
+            return array_record_format.shard_name(self.name, number, self.shard_count)
         return f"{number:05d}" + (".tar" if self.kind == "tar" else "")
 
     def __call__(self, number: int) -> dict[str, Any]:
-        """Writes a shard; returns {"examples", "files", "bytes", "left_out": [{"index", "name", "cause", "detail"}, ...]}.
+        """Writes a shard.
+
+        Returns:
+          {"examples", "files", "bytes", "left_out": [{"index", "name", "cause", "detail"}, ...]}
 
         Raises:
-          UserError: it cannot be written, or what lies there is not what was written.
+          UserError: the shard cannot be written, or the written files are incomplete.
         """
         left_out: list[dict[str, Any]] = []
         write = {"tar": shards.write_tar, "folder": shards.write_folder, "arrayrecord": shards.write_array_record}
-        with self.out.scratch() as folder:
-            made = folder / self.file(number)
-            count, *extent = write[self.kind](made, self._items(number, left_out))
-            self._compare(extent, Output(str(folder)), made.name)
-            self.out.publish(made, made.name)
+        with self.out.scratch_folder() as folder:
+            shard = folder / self.shard_file(number)
+            count, *written = write[self.kind](shard, self._read_items(number, left_out))
+            # Compared before and after publishing: a clean-up of the folder may remove files during both.
+            self._verify_extent(written, Output(str(folder)), shard.name)
+            self.out.publish(shard, shard.name)
+            # An address is listed once, perhaps before this upload. `is_complete` checks uploads in the next run.
             if self.out.local:
-                self._compare(extent, self.out, made.name)
-        return {"examples": count, "files": extent[0], "bytes": extent[1], "left_out": left_out}
+                self._verify_extent(written, self.out, shard.name)
+        # Plain JSON: run_tasks keeps it in a file.
+        return {"examples": count, "files": written[0], "bytes": written[1], "left_out": left_out}
 
-    def _compare(self, written: list[int], place: Output, name: str) -> None:
-        found = place.extent(name)
+    def _verify_extent(self, written: list[int], place: Output, name: str) -> None:
+        found = place.measure_extent(name)
         if found != tuple(written):
             raise UserError(
-                f"{place}/{name} holds {found[0]} files, {found[1]} bytes of the {written[0]} files, {written[1]} bytes "
-                "written to it: does something else change that folder? The same command makes it again"
+                f"{place}/{name} holds {found[0]} files, {found[1]} bytes of the {written[0]} files, "
+                f"{written[1]} bytes written to it: does something else change that folder? "
+                "The same command makes it again"
             )
 
-    def _items(self, number: int, left_out: list[dict[str, Any]]) -> Iterator[shards.Item]:
+    def _read_items(self, number: int, left_out: list[dict[str, Any]]) -> Iterator[shards.Item]:
         start = number * self.shard_size
+        # img2dataset's keys: five digits of the shard, four or more of the example.
         digits = max(4, len(str(self.shard_size - 1)))
         for i in range(start, min(start + self.shard_size, len(self.source))):
             try:
                 record = self.source.read(i)
-                image, suffix = shards.portable(record, self.check_images)
+                image, suffix = shards.to_portable(record, self.check_images)
             except BadExample as bad:
-                left_out.append(told(self.source, i, bad))
+                left_out.append(describe_bad_example(self.source, i, bad))
                 continue
+            # Numbered by source index: keys do not move when another example becomes readable.
             yield shards.Item(f"{number:05d}{i - start:0{digits}d}", image, suffix, record)
 
-    def is_whole(self, number: int, result: dict[str, Any]) -> bool:
-        """Whether the shard lies there as it was written."""
-        return self.out.extent(self.file(number)) == (result["files"], result["bytes"])
+    def is_complete(self, number: int, result: dict[str, Any]) -> bool:
+        """Whether the shard exists with the size that `result` records."""
+        return self.out.measure_extent(self.shard_file(number)) == (result["files"], result["bytes"])
 
 
-def told(source: Source, i: int, bad: BadExample) -> dict[str, Any]:
+def describe_bad_example(source: Source, i: int, bad: BadExample) -> dict[str, Any]:
     """A bad example as a line of a report."""
     return {"index": i, "name": source.name(i), "cause": bad.cause, "detail": bad.detail}
 
 
-def convert(
+def convert_source(
     source: Source,
     out: Output,
     kind: str,
@@ -113,47 +124,51 @@ def convert(
     beam_args: Sequence[str] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes a data set anew. The same command goes on where it was stopped; shards that are whole are not made again.
+    """Writes a data set in another format. The same command resumes an interrupted conversion and keeps whole shards.
 
     Args:
-      source: what to write; its filters are applied, its captions as they were read.
-      out: folder of the new one; empty, or of this very conversion.
+      source: the data set; its filters apply, its captions are copied unchanged.
+      out: folder for the result; empty, or begun by the same conversion.
       kind: "arrayrecord", "tar" (img2dataset's layout) or "folder".
       name: of the data set, in names of ArrayRecord files.
       shard_size: examples of a shard.
-      check_images: leave out images that cannot be decoded; otherwise they are copied as they are.
+      check_images: leave out images that cannot be decoded; otherwise they are copied unchanged.
       workers, runner, beam_args, quiet: as for `run_tasks`.
 
     Returns:
-      {"examples", "shards", "bytes", "left_out": {cause: how many}}; each that was left out is named in left_out.jsonl
+      {"examples", "shards", "bytes", "left_out": {cause: count}}; left_out.jsonl names each example that was left out.
 
     Raises:
-      UserError: `out` holds something else or cannot be written; whatever the source raises.
+      UserError: `out` holds something else or cannot be written, or an error of the source.
     """
     if kind not in KINDS:
         raise UserError(f"--to={kind}: must be one of {', '.join(KINDS)}")
     if shard_size < 1:
         raise UserError(f"--shard_size={shard_size}: a shard holds at least 1 example")
-    if kind == "arrayrecord":  # a name that is refused at the end would be a pity
+    # The metadata comes last, hours later. A name that it refuses must fail now.
+    if kind == "arrayrecord":
         with tempfile.TemporaryDirectory() as folder:
             array_record_format.write_tfds_metadata(Path(folder), name, [])
     task = Conversion(source, out, kind, name, shard_size, check_images)
-    work = out.sub(WORK)
-    _begin(task, work)
-    with work.held("lock", "another convert writes to this folder"):
+    work = out.subfolder(WORK)
+    _claim_output(task, work)
+    with work.hold_lock("lock", "another convert writes to this folder"):
+        # Under the lock: what lies there belongs to a killed run.
         out.clear_scratch()
         results = run_tasks(
             task,
-            range(task.count),
+            range(task.shard_count),
             workers=workers,
             runner=runner,
             beam_args=beam_args,
-            results=work.sub("shards"),
-            is_whole=task.is_whole,
+            # Kept after the end: the same command then checks the shards and writes only lost ones.
+            results=work.subfolder("shards"),
+            is_complete=task.is_complete,
             title=f"converting to {kind}",
             quiet=quiet,
         )
-        _finish(task, work, results)
+        # Still under the lock: a second convert must not clear the scratch folder now.
+        _finish_output(task, work, results)
     return {
         "examples": sum(result["examples"] for result in results),
         "shards": len(results),
@@ -162,20 +177,22 @@ def convert(
     }
 
 
-def _finish(task: Conversion, work: Output, results: list[dict[str, Any]]) -> None:
-    """Writes what describes the whole, and clears up."""
+def _finish_output(task: Conversion, work: Output, results: list[dict[str, Any]]) -> None:
+    """Writes the files that describe the whole data set, and removes scratch folders."""
     out = task.out
+    # From the results of all runs: a resumed conversion lists what its earlier runs left out too.
     left_out = [bad for result in results for bad in result["left_out"]]
     out.write_text(LEFT_OUT, "".join(json.dumps(bad) + "\n" for bad in left_out))
     if task.kind == "arrayrecord":
         size = sum(result["bytes"] for result in results)
-        _describe(out, task.name, [result["examples"] for result in results], size)
-    for place in (out, work, work.sub("shards")):
+        _write_tfds_metadata(out, task.name, [result["examples"] for result in results], size)
+    for place in (out, work, work.subfolder("shards")):
         place.clear_scratch()
 
 
-def _begin(task: Conversion, work: Output) -> None:
-    """Marks the folder as that of this conversion."""
+def _claim_output(task: Conversion, work: Output) -> None:
+    """Marks the folder as belonging to this conversion, or checks that it does."""
+    # Everything that the bytes of a shard depend on: shards of two conversions must not mix.
     mark = {
         "version": _VERSION,
         "source": task.source.identity(),
@@ -187,21 +204,26 @@ def _begin(task: Conversion, work: Output) -> None:
     }
     text = work.read_text("begun.json")
     if text is None:
-        if names := task.out.names():
+        # Hidden files do not count: .convert itself may exist without its mark.
+        if names := task.out.list_names():
             raise UserError(f"--out={task.out} holds other files ({names[0]}): choose an empty folder")
         work.write_text("begun.json", json.dumps(mark, indent=1))
         return
     try:
         begun = json.loads(text)
-        other = [key for key, value in mark.items() if begun.get(key) != value]
+        differing = [key for key, value in mark.items() if begun.get(key) != value]
+    # AttributeError: JSON that is no object.
     except (ValueError, AttributeError):
-        other = ["begun.json"]
-    if other:
-        raise UserError(f"--out={task.out} holds another conversion (other: {', '.join(other)}): choose another folder")
+        differing = ["begun.json"]
+    if differing:
+        raise UserError(
+            f"--out={task.out} holds another conversion (other: {', '.join(differing)}): choose another folder"
+        )
 
 
-def _describe(out: Output, name: str, lengths: list[int], size: int) -> None:
-    """The files by which tfds reads the folder."""
+def _write_tfds_metadata(out: Output, name: str, lengths: list[int], size: int) -> None:
+    """Writes the files by which tfds reads the folder."""
+    # `out` may be an address. The format's writer needs a local folder.
     with tempfile.TemporaryDirectory() as folder:
         array_record_format.write_tfds_metadata(Path(folder), name, lengths, num_bytes=size)
         for file in sorted(Path(folder).iterdir()):

@@ -1,4 +1,4 @@
-"""What examples are like: sizes, formats, captions, faults; as counts that add up over parts of a data set."""
+"""Statistics of examples: sizes, formats, captions and faults, as counts that add up over parts of a data set."""
 
 import dataclasses
 import hashlib
@@ -16,19 +16,24 @@ from gigagan_jax.data.decoding import decode_image
 from gigagan_jax.data.example import UNKNOWN_LABEL, BadExample, Record
 from gigagan_jax.data.source import Source
 from gigagan_jax.data.sources.tar_index import TarIndex
-from gigagan_jax.preparation.convert import told
+from gigagan_jax.preparation.convert import describe_bad_example
 from gigagan_jax.preparation.output import Output
 from gigagan_jax.preparation.tasks import run_tasks
 
-_CHUNK, _TASKS = 500, 2000  # at least so many examples in a task; so many tasks where there are enough
-_DIGITS, _EXACT = 3, 10_000  # of a counted value: there are not many of them, however large the data set
-_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # EXIF
+# Examples of a task at least, and tasks at most: each task costs one result file.
+_CHUNK, _TASKS = 500, 2000
+# Significant digits of a counted value, and the largest integer that stays exact.
+# They bound the number of distinct values, however large the data set is.
+_DIGITS, _EXACT = 3, 10_000
+# The EXIF tag, and its values that exchange width and height.
+_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 NUMBERS = ("width", "height", "short_side", "aspect", "bytes", "captions", "characters", "words")
 WORDS = ("format", "mode", "label")
 
 
-def rounded(value: float) -> float:
-    """To three significant digits; whole numbers up to 10,000 stay."""
+def round_value(value: float) -> float:
+    """Rounds to three significant digits; whole numbers up to 10,000 stay exact."""
+    # Sizes stay exact where people look for them: 1024, not 1020.
     if value == round(value) and abs(value) <= _EXACT:
         return float(value)
     digits = _DIGITS - 1 - math.floor(math.log10(abs(value)))
@@ -36,16 +41,16 @@ def rounded(value: float) -> float:
 
 
 @dataclasses.dataclass
-class Measured:
+class Measurements:
     """Counts of some examples.
 
     Attributes:
-      examples: how many were looked at.
-      bad: {cause: how many}.
-      listed: each bad one: {"index", "name", "cause", "detail"}.
-      numbers: for each of NUMBERS {value as by `rounded`: how many}.
-      words: for each of WORDS {value: how many}.
-      marks: how many are animated, rotated by EXIF, with alpha, or without a caption.
+      examples: number of examples, good and bad.
+      bad: {cause: count}.
+      listed: a dict for each bad example: {"index", "name", "cause", "detail"}.
+      numbers: for each of NUMBERS {value rounded by `round_value`: count}.
+      words: for each of WORDS {value: count}.
+      marks: counts of images that are animated, rotated by EXIF, with alpha, or without a caption.
     """
 
     examples: int = 0
@@ -59,14 +64,15 @@ class Measured:
     def good(self) -> int:
         return self.examples - sum(self.bad.values())
 
-    def add(self, name: str, value: float) -> None:
-        """Counts a number."""
-        self.numbers[name][rounded(value)] += 1
+    def add_number(self, name: str, value: float) -> None:
+        """Counts one value of a number."""
+        self.numbers[name][round_value(value)] += 1
 
-    def merge(self, other: "Measured") -> None:
+    def merge(self, other: "Measurements") -> None:
         """Adds the counts of other examples."""
         self.examples += other.examples
         self.bad.update(other.bad)
+        # In the order of the tasks, and so of the source.
         self.listed += other.listed
         self.marks.update(other.marks)
         for name, numbers in other.numbers.items():
@@ -75,7 +81,8 @@ class Measured:
             self.words[name].update(words)
 
     def to_json(self) -> dict[str, Any]:
-        """For `from_json`."""
+        """The counts, ready for JSON; `from_json` reads them."""
+        # Pairs, not objects: keys of JSON objects are strings, and these keys are numbers.
         pairs = lambda groups: {name: sorted(counts.items()) for name, counts in groups.items()}
         return {
             "examples": self.examples,
@@ -87,59 +94,63 @@ class Measured:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Measured":
-        """Of `to_json`, before or after JSON."""
+    def from_json(cls, data: dict[str, Any]) -> "Measurements":
+        """Reads the result of `to_json`, before or after JSON."""
         counters = lambda groups: {name: Counter(dict(counts)) for name, counts in groups.items()}
         numbers, words = counters(data["numbers"]), counters(data["words"])
         return cls(data["examples"], Counter(data["bad"]), data["listed"], numbers, words, Counter(data["marks"]))
 
 
-def quantiles(counts: Counter[float], at: Sequence[float]) -> list[float]:
-    """Values below which these shares lie; NaN of nothing."""
+def count_quantiles(counts: Counter[float], at: Sequence[float]) -> list[float]:
+    """Quantiles of counted values, by the inverted distribution function; NaN without values."""
     if not counts:
         return [math.nan] * len(at)
     values = sorted(counts)
+    # ends[p] examples have values up to values[p].
     ends = np.cumsum([counts[v] for v in values])
+    # At share 0, the rank would be 0. The smallest value has rank 1.
     places = np.searchsorted(ends, np.ceil(np.asarray(at) * ends[-1]).clip(1))
     return [values[int(p)] for p in places]
 
 
 @dataclasses.dataclass(frozen=True)
-class Measure:
-    """Task of some examples of a source.
+class MeasureTask:
+    """Task that measures some examples of a source.
 
     Attributes:
       source: to read from.
-      decode: decode each image; otherwise its header is read.
+      decode: decode each image; otherwise only its header is read.
     """
 
     source: Source
     decode: bool
 
     def __call__(self, indices: Iterable[int]) -> dict[str, Any]:
-        out = Measured()
+        found = Measurements()
         for i in indices:
-            out.examples += 1
+            found.examples += 1
             try:
                 record = self.source.read(int(i))
+                # Before measuring: an example that fails must not count in the sizes.
                 if self.decode and not isinstance(record.image, np.ndarray):
                     decode_image(record.image)
-                _look(out, record)
+                _measure_record(found, record)
             except BadExample as bad:
-                out.bad[bad.cause] += 1
-                out.listed.append(told(self.source, int(i), bad))
-        return out.to_json()
+                found.bad[bad.cause] += 1
+                found.listed.append(describe_bad_example(self.source, int(i), bad))
+        return found.to_json()
 
 
-def _look(out: Measured, record: Record) -> None:
+def _measure_record(found: Measurements, record: Record) -> None:
     if isinstance(record.image, np.ndarray):
         height, width = record.image.shape[:2]
+        # Data that was never encoded: arrays of digits or TFDS.
         size, format, mode = record.image.nbytes, "pixels", "RGB"
         marks: list[str] = []
     else:
         size = len(record.image)
-        width, height, format, mode, marks = _header(record.image)
-    out.marks.update(marks)
+        width, height, format, mode, marks = _read_header(record.image)
+    found.marks.update(marks)
     for name, value in (
         ("width", width),
         ("height", height),
@@ -148,36 +159,40 @@ def _look(out: Measured, record: Record) -> None:
         ("bytes", size),
         ("captions", len(record.captions)),
     ):
-        out.add(name, value)
+        found.add_number(name, value)
     for caption in record.captions:
-        out.add("characters", len(caption))
-        out.add("words", len(caption.split()))
+        found.add_number("characters", len(caption))
+        found.add_number("words", len(caption.split()))
     if not record.captions:
-        out.marks["without_caption"] += 1
-    out.words["format"][format] += 1
-    out.words["mode"][mode] += 1
+        found.marks["without_caption"] += 1
+    found.words["format"][format] += 1
+    found.words["mode"][mode] += 1
+    # Data without labels has no table of classes.
     if record.label != UNKNOWN_LABEL:
-        out.words["label"][str(record.label)] += 1
+        found.words["label"][str(record.label)] += 1
 
 
-def _header(data: bytes) -> tuple[int, int, str, str, list[str]]:
+def _read_header(data: bytes) -> tuple[int, int, str, str, list[str]]:
     """(width, height, format, mode, marks) of an image file, upright. Raises BadExample as `decode_image` does."""
     if not data:
         raise BadExample("image_empty", "0 bytes")
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
+            # The limits of decode_image, so that both ways of measuring report the same causes.
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and width * height > limit:
                 raise BadExample("decompression_bomb", f"{width} x {height} pixels, {limit} pixels are allowed")
             if not width or not height:
                 raise BadExample("image_undecodable", f"{width} x {height} pixels")
             marks = ["animated"] if getattr(image, "is_animated", False) else []
+            # Palette images and RGB PNGs declare transparency in `info`, without a band.
             if "A" in image.getbands() or "transparency" in image.info:
                 marks.append("alpha")
             try:
                 orientation = image.getexif().get(_ORIENTATION, 1)
-            except Exception:  # broken metadata costs the rotation, not the image
+            # Corrupt metadata costs the rotation, not the image.
+            except Exception:
                 orientation = 1
             if orientation != 1:
                 marks.append("rotated")
@@ -188,32 +203,37 @@ def _header(data: bytes) -> tuple[int, int, str, str, list[str]]:
         raise
     except Image.DecompressionBombError as error:
         raise BadExample("decompression_bomb", str(error)) from error
-    except Exception as error:  # decoders answer broken bytes with whatever exception they fall over
+    # Decoders raise exceptions of many types for corrupt bytes.
+    except Exception as error:
         raise BadExample("image_undecodable", f"{type(error).__name__}: {error}") from error
 
 
-def choose(count: int, sample: int, seed: int) -> list[Any]:
-    """Which examples to look at, parted into tasks; `sample` of them drawn by `seed`, 0 for all."""
+def choose_examples(count: int, sample: int, seed: int) -> list[Any]:
+    """Chooses the examples to measure, divided into tasks: `sample` of them drawn by `seed`, or all for 0."""
     total = count if not sample else min(sample, count)
     chunk = max(_CHUNK, -(-total // _TASKS))
+    # Ranges pickle as three numbers, however many examples they stand for.
     if total == count:
         return [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
     drawn = np.random.default_rng(seed).choice(count, sample, replace=False, shuffle=False)
+    # Sorted: a task reads neighbouring examples, mostly of one shard.
     drawn.sort()
     return [drawn[start : start + chunk].tolist() for start in range(0, sample, chunk)]
 
 
-def measure(
+def measure_source(
     source: Source, sample: int, seed: int, decode: bool, *, results: Output | None = None, **how: Any
-) -> Measured:
-    """Looks at a sample of a source, or at all of it; the rest as for `run_tasks`. Raises UserError as that does."""
-    items = choose(len(source), sample, seed)
-    out = Measured()
-    if results is not None:  # what was found of other data, or by another sample, is not this
+) -> Measurements:
+    """Measures a sample of a source, or all of it. The other arguments and errors are those of `run_tasks`."""
+    items = choose_examples(len(source), sample, seed)
+    total = Measurements()
+    # Results of other data or of another sample go to other folders.
+    if results is not None:
         tars = getattr(source, "index", None)
+        # identity() knows names only. The stamps change when a tar is rewritten under its name.
         versions = hashlib.sha256(tars.stamps.tobytes()).hexdigest() if isinstance(tars, TarIndex) else ""
-        asked = json.dumps([source.identity(), versions, len(source), sample, seed if sample else 0, decode])
-        results = results.sub(hashlib.sha256(asked.encode()).hexdigest()[:16])
-    for part in run_tasks(Measure(source, decode), items, results=results, **how):
-        out.merge(Measured.from_json(part))
-    return out
+        request = json.dumps([source.identity(), versions, len(source), sample, seed if sample else 0, decode])
+        results = results.subfolder(hashlib.sha256(request.encode()).hexdigest()[:16])
+    for part in run_tasks(MeasureTask(source, decode), items, results=results, **how):
+        total.merge(Measurements.from_json(part))
+    return total

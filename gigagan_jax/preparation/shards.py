@@ -1,4 +1,4 @@
-"""One shard of examples as a tar, a folder or an ArrayRecord file; the same bytes from the same examples."""
+"""Writes one shard as a tar, a folder or an ArrayRecord file. The same examples give the same bytes."""
 
 import dataclasses
 import hashlib
@@ -17,11 +17,13 @@ from gigagan_jax.data.decoding import decode_image
 from gigagan_jax.data.example import UNKNOWN_LABEL, Record
 from gigagan_jax.data.sources import array_record_format
 
+# Caption files hold one caption a line.
 _BREAK = re.compile(r"\s*[\r\n]+\s*")
 
 
 def image_suffix(data: bytes) -> str | None:
-    """The suffix that belongs to an image file, by its first bytes; None for one that no source looks for."""
+    """The suffix of an image file by its first bytes; None for a format that no source reads."""
+    # Names are no evidence: web data has PNG files named .jpg.
     if data.startswith(b"\xff\xd8\xff"):
         return ".jpg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -40,21 +42,24 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def portable(record: Record, check: bool = False) -> tuple[bytes, str]:
-    """(image file, its suffix): as stored, or as PNG where it is pixels or of a kind that no source looks for (TIFF, AVIF).
+def to_portable(record: Record, check: bool = False) -> tuple[bytes, str]:
+    """(image file, its suffix): as stored, or as PNG for pixels and for formats that no source reads (TIFF, AVIF).
 
     Args:
       record: an example.
-      check: decode the image, whatever its kind.
+      check: decode the image in any case.
 
-    Raises BadExample as `decode_image` does.
+    Raises:
+      BadExample: as `decode_image` does.
     """
     image = record.image
     if isinstance(image, np.ndarray):
         return encode_png(image), ".png"
     suffix = image_suffix(image)
+    # PNG is lossless: a converted image has the pixels of its original.
     if suffix is None:
         return encode_png(decode_image(image)), ".png"
+    # The pixels are dropped. Encoding a JPEG again would lose quality.
     if check:
         decode_image(image)
     return image, suffix
@@ -62,13 +67,13 @@ def portable(record: Record, check: bool = False) -> tuple[bytes, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One example as it is written.
+    """One example, ready for writing.
 
     Attributes:
-      key: name of its files.
-      image: of an image file.
+      key: name of its files without their suffixes.
+      image: bytes of an image file.
       suffix: of that file.
-      record: everything else.
+      record: captions, label and name.
     """
 
     key: str
@@ -76,45 +81,50 @@ class Item:
     suffix: str
     record: Record
 
-    def members(self) -> list[tuple[str, bytes]]:
-        """(suffix, data) of the files beside each other: image, captions a line each, label, and JSON with all of it."""
-        out = [(self.suffix, self.image)]
+    def member_files(self) -> list[tuple[str, bytes]]:
+        """(suffix, data) of the example's files: image, captions (one a line), JSON with all of it, and label."""
+        files = [(self.suffix, self.image)]
         captions = [_BREAK.sub(" ", c).strip() for c in self.record.captions]
+        # 'replace': captions from JSON files may hold lone surrogates, which UTF-8 cannot encode.
         if any(captions):
-            out.append((".txt", "\n".join(c for c in captions if c).encode("utf-8", "replace")))
-        out.append((".json", json.dumps(self.about(), indent=1).encode()))
+            files.append((".txt", "\n".join(c for c in captions if c).encode("utf-8", "replace")))
+        files.append((".json", json.dumps(self.describe_image(), indent=1).encode()))
+        # .cls is WebDataset's suffix for a class index.
         if self.record.label != UNKNOWN_LABEL:
-            out.append((".cls", str(self.record.label).encode()))
-        return out
+            files.append((".cls", str(self.record.label).encode()))
+        return files
 
-    def about(self) -> dict[str, Any]:
-        """What img2dataset says of an image, as far as it is known here; `captions` and `name` are exact."""
+    def describe_image(self) -> dict[str, Any]:
+        """The keys of img2dataset that are known here. `captions` holds all captions, with their line breaks."""
         width, height = header_size(self.image)
-        about: dict[str, Any] = {
+        description: dict[str, Any] = {
             "key": self.key,
+            # Names of files that are not UTF-8 hold lone surrogates, which JSON readers refuse.
             "name": self.record.name.encode("utf-8", "replace").decode(),
             "caption": self.record.captions[0] if self.record.captions else None,
             "captions": list(self.record.captions),
             "width": width,
             "height": height,
+            # img2dataset's key. Filters find duplicates by it.
             "sha256": hashlib.sha256(self.image).hexdigest(),
         }
         if self.record.label != UNKNOWN_LABEL:
-            about["label"] = self.record.label
-        return about
+            description["label"] = self.record.label
+        return description
 
 
 def header_size(data: bytes) -> tuple[int | None, int | None]:
-    """(width, height) by an image file's header; nothing for a damaged one."""
+    """(width, height) from an image file's header; (None, None) for a damaged one."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.size
-    except Exception:  # decoders answer broken bytes with whatever exception they fall over
+    # Decoders raise exceptions of many types for corrupt bytes.
+    except Exception:
         return None, None
 
 
 class Written(NamedTuple):
-    """What was written, counted on the way: what lies there afterwards may be less."""
+    """Counts taken during writing. `Conversion` compares them with the files on disk."""
 
     examples: int
     files: int
@@ -122,25 +132,28 @@ class Written(NamedTuple):
 
 
 def write_tar(path: Path, items: Iterable[Item]) -> Written:
-    """A tar in img2dataset's layout, without times and owners."""
+    """Writes a tar in img2dataset's layout."""
     count = 0
     with open(path, "wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for item in items:
-                for suffix, data in item.members():
+                for suffix, data in item.member_files():
+                    # No times and owners: the bytes depend on the examples only.
                     member = tarfile.TarInfo(item.key + suffix)
                     member.size, member.mode, member.mtime = len(data), 0o644, 0
                     tar.addfile(member, io.BytesIO(data))
                 count += 1
+        # After the tar is closed, which writes its end blocks.
         return Written(count, 1, file.tell())
 
 
 def write_folder(path: Path, items: Iterable[Item]) -> Written:
-    """A folder of images with captions beside them; without labels, which only folders named by class could hold."""
+    """Writes a folder of images and caption files. Labels are dropped: folder sources take them from folder names."""
     path.mkdir()
     count = files = size = 0
     for item in items:
-        for suffix, data in item.members():
+        for suffix, data in item.member_files():
+            # A folder source knows images and captions only.
             if suffix in (item.suffix, ".txt"):
                 (path / (item.key + suffix)).write_bytes(data)
                 files, size = files + 1, size + len(data)
@@ -149,6 +162,7 @@ def write_folder(path: Path, items: Iterable[Item]) -> Written:
 
 
 def write_array_record(path: Path, items: Iterable[Item]) -> Written:
-    """An ArrayRecord file of encoded examples; its length is known from the file alone."""
-    count = array_record_format.write(path, (dataclasses.replace(i.record, image=i.image) for i in items))
+    """Writes an ArrayRecord file of encoded examples."""
+    # The record keeps captions and label. Its image is replaced by the portable one.
+    count = array_record_format.write_records(path, (dataclasses.replace(i.record, image=i.image) for i in items))
     return Written(count, 1, path.stat().st_size)

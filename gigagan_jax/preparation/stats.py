@@ -1,4 +1,4 @@
-"""What a data set is like, as a page for people and as JSON for programs."""
+"""Statistics of a data set, as an HTML page for people and as JSON for programs."""
 
 import json
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from typing import Any
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.source import Source
-from gigagan_jax.preparation.measure import measure
+from gigagan_jax.preparation.measure import measure_source
 from gigagan_jax.preparation.output import Output
-from gigagan_jax.preparation.stats_page import page, summary
+from gigagan_jax.preparation.stats_page import render_page, summary_data
 
 
-def stats(
+def write_stats(
     source: Source,
     out: Path,
     *,
@@ -26,37 +26,40 @@ def stats(
     results: Output | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes the page, and beside it the same as .json.
+    """Writes the page, and the same numbers beside it as .json.
 
     Args:
       source: the data set.
       out: the .html file.
       title: of the page.
-      sample: how many examples to look at, drawn by `seed`; 0: all of them.
+      sample: number of examples, drawn by `seed`; 0 means all of them.
       seed: see `sample`.
-      check_images: decode images; otherwise sizes come from their headers.
+      check_images: decode images; otherwise sizes come from the headers.
       workers, runner, beam_args, results, quiet: as for `run_tasks`.
 
     Returns:
-      what the .json file holds
+      the content of the .json file
 
     Raises:
-      UserError: a file that cannot be written; whatever the source raises.
+      UserError: a file cannot be written, or an error of the source.
     """
-    how: dict[str, Any] = {"runner": runner, "beam_args": beam_args, "results": results, "quiet": quiet}
-    found = measure(source, sample, seed, check_images, workers=workers, title="counting", **how)
-    funnel = getattr(source, "funnel", None)
+    options: dict[str, Any] = {"runner": runner, "beam_args": beam_args, "results": results, "quiet": quiet}
+    found = measure_source(source, sample, seed, check_images, workers=workers, title="counting", **options)
+    # Only sources with metadata have filters.
+    report = getattr(source, "filter_report", None)
     about = {
         "title": title,
         "total": len(source),
         "identity": source.identity(),
         "decoded": check_images,
-        "funnel": funnel["steps"] if funnel else [],
+        # The key is part of the JSON file's format.
+        "funnel": report["steps"] if report else [],
     }
-    said = summary(found, about)
+    data = summary_data(found, about)
     try:
-        out.write_text(page(found, about), encoding="utf-8")
-        out.with_suffix(".json").write_text(json.dumps(said, indent=1), encoding="utf-8")
+        # The page first: with a full disk, there is no JSON file without its page.
+        out.write_text(render_page(found, about), encoding="utf-8")
+        out.with_suffix(".json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     except OSError as e:
         raise UserError(f"--out={out} cannot be written: {e.strerror or e}") from None
-    return said
+    return data

@@ -1,29 +1,35 @@
-"""The page of statistics: one HTML file that needs nothing else, light or dark as its reader's screen."""
+"""The page of statistics: one self-contained HTML file, light or dark after the reader's setting."""
 
 import html
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from gigagan_jax.core.formatting import in_bytes, percent
-from gigagan_jax.preparation.measure import Measured, quantiles
-from gigagan_jax.reporting.histograms import bars, histogram, short
-from gigagan_jax.reporting.html import card, document, tiles
+from gigagan_jax.core.formatting import format_bytes, format_percent
+from gigagan_jax.preparation.measure import Measurements, count_quantiles
+from gigagan_jax.reporting.histograms import abbreviate_number, draw_bars, draw_histogram
+from gigagan_jax.reporting.html import render_card, render_document, render_tiles
 
-_AT = {"smallest": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "largest": 1.0}
-_SIDES = (64, 128, 256, 512, 1024, 2048)
-_LABELS = 15
+# {column of the tables: share of the examples}
+_QUANTILES = {"smallest": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "largest": 1.0}
+# Resolutions at which models train, in pixels.
+_RESOLUTIONS = (64, 128, 256, 512, 1024, 2048)
+# Bars of a card. The JSON file holds all values.
+_SHOWN_CLASSES, _SHOWN_WORDS = 15, 12
 
 
-def summary(found: Measured, about: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows, for programs.
+def summary_data(found: Measurements, about: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of the page, ready for JSON.
 
     Args:
       found: the counts.
-      about: {"title", "total", "identity", "decoded", "funnel"}: of the data set; see `stats.stats`.
+      about: {"title", "total", "identity", "decoded", "funnel"}: of the data set; see `stats.write_stats`.
     """
-    describe = lambda counts: dict(zip(_AT, quantiles(counts, list(_AT.values())), strict=True)) if counts else {}
+    # Without values, quantiles are NaN, which is no JSON.
+    shares = list(_QUANTILES.values())
+    describe = lambda counts: dict(zip(_QUANTILES, count_quantiles(counts, shares), strict=True)) if counts else {}
     sides = found.numbers["short_side"]
+    # These keys are the format of the JSON file.
     return {
         **about,
         "examples": found.examples,
@@ -31,51 +37,54 @@ def summary(found: Measured, about: dict[str, Any]) -> dict[str, Any]:
         "bad": dict(found.bad.most_common()),
         "marks": dict(found.marks),
         "quantiles": {name: describe(counts) for name, counts in found.numbers.items()},
-        "short_side_at_least": {str(s): sum(n for v, n in sides.items() if v >= s) for s in _SIDES},
+        "short_side_at_least": {str(s): sum(n for v, n in sides.items() if v >= s) for s in _RESOLUTIONS},
         "histograms": {name: [[v, n] for v, n in sorted(counts.items())] for name, counts in found.numbers.items()},
+        # "formats", "modes" and "labels".
         **{name + "s": dict(counts.most_common()) for name, counts in found.words.items()},
     }
 
 
-def page(found: Measured, about: dict[str, Any]) -> str:
-    """The HTML page; arguments as for `summary`."""
-    number, medians = found.numbers, {name: quantiles(c, (0.5,))[0] for name, c in found.numbers.items() if c}
+def render_page(found: Measurements, about: dict[str, Any]) -> str:
+    """Renders the HTML page. Arguments are those of `summary_data`."""
+    number, medians = found.numbers, {name: count_quantiles(c, (0.5,))[0] for name, c in found.numbers.items() if c}
     bad = found.examples - found.good
     shown = [("examples", f"{about['total']:,}", ""), ("looked at", f"{found.examples:,}", "")]
-    shown.append(("cannot be used", percent(bad / max(1, found.examples)), "bad" if bad else ""))
+    shown.append(("cannot be used", format_percent(bad / max(1, found.examples)), "bad" if bad else ""))
     if medians:
         shown.append(("median shorter side", f"{medians['short_side']:g} px", ""))
-        shown.append(("median file", in_bytes(medians["bytes"]), ""))
-        shown.append(("captions per image", f"{_mean(number['captions']):.3g}", ""))
-    cards = [_yields(found)]
+        shown.append(("median file", format_bytes(medians["bytes"]), ""))
+        shown.append(("captions per image", f"{_count_mean(number['captions']):.3g}", ""))
+    cards = [_yield_card(found)]
+    # Filters come first: all other cards count what they left.
     if about["funnel"]:
-        cards.insert(0, _funnel(about["funnel"]))
+        cards.insert(0, _filter_card(about["funnel"]))
+    # Bad examples have no size, format or captions.
     if found.good:
-        cards += [_sides(found), _sizes("Shorter side", number["short_side"], "pixels, logarithmic")]
-        cards += [_sizes("Width", number["width"], "pixels, logarithmic")]
-        cards += [_sizes("Height", number["height"], "pixels, logarithmic")]
-        cards.append(_numbers("Aspect ratio", number["aspect"], "width / height, logarithmic", log=True))
-        cards.append(_numbers("File size", number["bytes"], "bytes, logarithmic", log=True, form=in_bytes))
-        cards.append(_words("Formats", found.words["format"], found.good))
-        cards.append(_words("Colour modes", found.words["mode"], found.good))
-        cards.append(_numbers("Captions per image", number["captions"], "captions"))
+        cards += [_resolution_card(found), _size_card("Shorter side", number["short_side"], "pixels, logarithmic")]
+        cards += [_size_card("Width", number["width"], "pixels, logarithmic")]
+        cards += [_size_card("Height", number["height"], "pixels, logarithmic")]
+        cards.append(_number_card("Aspect ratio", number["aspect"], "width / height, logarithmic", log=True))
+        cards.append(_number_card("File size", number["bytes"], "bytes, logarithmic", log=True, form=format_bytes))
+        cards.append(_word_card("Formats", found.words["format"], found.good))
+        cards.append(_word_card("Colour modes", found.words["mode"], found.good))
+        cards.append(_number_card("Captions per image", number["captions"], "captions"))
     if number["characters"]:
-        cards.append(_numbers("Caption length", number["characters"], "characters", clip=True))
-        cards.append(_numbers("Caption length in words", number["words"], "words", clip=True))
+        cards.append(_number_card("Caption length", number["characters"], "characters", clip=True))
+        cards.append(_number_card("Caption length in words", number["words"], "words", clip=True))
     if found.words["label"]:
-        cards.append(_labels(found.words["label"]))
-    said = "every image was decoded" if about["decoded"] else "headers only: images that break off are not seen here"
+        cards.append(_class_card(found.words["label"]))
+    method = "every image was decoded" if about["decoded"] else "headers only: truncated images are not detected"
     part = "all examples" if found.examples == about["total"] else f"a random sample of {found.examples:,} examples"
     body = (
-        f'<h1>{html.escape(about["title"])}</h1><p class="under">{part}; {said}</p>{tiles(shown)}'
+        f'<h1>{html.escape(about["title"])}</h1><p class="under">{part}; {method}</p>{render_tiles(shown)}'
         f'<div class="cards">{"".join(cards)}</div>'
-        f"<footer>data set {html.escape(about['identity'])}. Values beyond 10,000 and fractions are counted to three digits; "
-        "rest on a bar to read its numbers.</footer>"
+        f"<footer>data set {html.escape(about['identity'])}. Values beyond 10,000 and fractions are counted to three "
+        "digits; rest on a bar to read its numbers.</footer>"
     )
-    return document(about["title"], body)
+    return render_document(about["title"], body)
 
 
-def _numbers(
+def _number_card(
     title: str,
     counts: Counter[float],
     label: str,
@@ -83,26 +92,30 @@ def _numbers(
     clip: bool = False,
     form: Callable[[float], str] = lambda v: f"{v:g}",
 ) -> str:
-    at = quantiles(counts, list(_AT.values()))
-    median = at[list(_AT).index("median")]
+    values = count_quantiles(counts, list(_QUANTILES.values()))
+    median = values[list(_QUANTILES).index("median")]
+    # Quantiles in the table are of all values, drawn or not.
     shown: Counter[float] = counts
-    (most,) = quantiles(counts, (0.995,))
-    if clip and at[-1] > 2 * most:  # one very long caption would press all others into one bar
+    # Cut at 99.5 %: the axis then ends near the longest usual captions.
+    (most,) = count_quantiles(counts, (0.995,))
+    # One very long caption would compress all others into one bar.
+    if clip and values[-1] > 2 * most:
         shown = Counter({v: n for v, n in counts.items() if v <= most})
-        label += f"; {percent(1 - shown.total() / counts.total())} are longer and not drawn"
-    plot = histogram(shown, label=label, log=log, form=form, marks={f"median {form(median)}": median})
-    return card(title, plot, list(_AT), [[form(v) for v in at]])
+        label += f"; {format_percent(1 - shown.total() / counts.total())} are longer and not drawn"
+    plot = draw_histogram(shown, label=label, log=log, form=form, marks={f"median {form(median)}": median})
+    return render_card(title, plot, list(_QUANTILES), [[form(v) for v in values]])
 
 
-def _sizes(title: str, counts: Counter[float], label: str) -> str:
-    return _numbers(title, counts, label, log=True)
+def _size_card(title: str, counts: Counter[float], label: str) -> str:
+    return _number_card(title, counts, label, log=True)
 
 
-def _words(title: str, counts: Counter[str], total: int) -> str:
-    return card(title, bars(counts.most_common(12), total), [], [])
+def _word_card(title: str, counts: Counter[str], total: int) -> str:
+    return render_card(title, draw_bars(counts.most_common(_SHOWN_WORDS), total), [], [])
 
 
-def _yields(found: Measured) -> str:
+def _yield_card(found: Measurements) -> str:
+    # Bars are shares of all examples, the table's shares are of the good ones.
     rows = [("good", found.good), *found.bad.most_common()]
     names = {
         "without_caption": "without a caption",
@@ -111,42 +124,48 @@ def _yields(found: Measured) -> str:
         "animated": "animated",
     }
     marked = [
-        [names.get(mark, mark), f"{n:,}", percent(n / max(1, found.good))] for mark, n in found.marks.most_common()
+        [names.get(mark, mark), f"{n:,}", format_percent(n / max(1, found.good))]
+        for mark, n in found.marks.most_common()
     ]
-    plot = bars(rows, found.examples, ["bar", *["bad"] * len(found.bad)])
-    return card("Yield", plot, ["of the good ones", "examples", "share"] if marked else [], marked)
+    plot = draw_bars(rows, found.examples, ["bar", *["bad"] * len(found.bad)])
+    return render_card("Yield", plot, ["of the good ones", "examples", "share"] if marked else [], marked)
 
 
-def _funnel(steps: list[list[Any]]) -> str:
+def _filter_card(steps: list[list[Any]]) -> str:
     rows = [(str(title), int(n)) for title, n in steps]
+    # Each row is compared with the one before it. The first row, all examples, drops none.
     table = [
         [title, f"{n:,}", f"{before - n:,}"]
         for (title, n), before in zip(rows, [rows[0][1], *(n for _, n in rows[:-1])], strict=True)
     ]
-    return card("Filters", bars(rows, rows[0][1]), ["after", "left", "dropped"], table)
+    return render_card("Filters", draw_bars(rows, rows[0][1]), ["after", "left", "dropped"], table)
 
 
-def _sides(found: Measured) -> str:
+def _resolution_card(found: Measurements) -> str:
     sides = found.numbers["short_side"]
-    rows = [(f"{s} px or more", sum(n for v, n in sides.items() if v >= s)) for s in _SIDES]
-    common = found.numbers["width"], found.numbers["height"]
-    at = [
-        [name, *(f"{v:g}" for v in quantiles(c, (0, 0.5, 1)))]
-        for name, c in zip(("width", "height"), common, strict=True)
+    rows = [(f"{s} px or more", sum(n for v, n in sides.items() if v >= s)) for s in _RESOLUTIONS]
+    axes = found.numbers["width"], found.numbers["height"]
+    table = [
+        [name, *(f"{v:g}" for v in count_quantiles(c, (0, 0.5, 1)))]
+        for name, c in zip(("width", "height"), axes, strict=True)
     ]
-    return card(
-        "Resolution: enough for training at", bars(rows, found.good), ["pixels", "smallest", "median", "largest"], at
+    return render_card(
+        "Resolution: enough for training at",
+        draw_bars(rows, found.good),
+        ["pixels", "smallest", "median", "largest"],
+        table,
     )
 
 
-def _labels(counts: Counter[str]) -> str:
+def _class_card(counts: Counter[str]) -> str:
+    # Counts of counts: how many classes have how many examples.
     sizes = Counter(float(n) for n in counts.values())
-    rows = [(f"class {name}", n) for name, n in counts.most_common(_LABELS)]
-    title = f"Classes: {len(counts):,}" + (f", the {_LABELS} largest" if len(counts) > _LABELS else "")
-    low, middle, high = quantiles(sizes, (0, 0.5, 1))
-    table = [["examples of a class", short(low), short(middle), short(high)]]
-    return card(title, bars(rows, sum(counts.values())), ["", "fewest", "median", "most"], table)
+    rows = [(f"class {name}", n) for name, n in counts.most_common(_SHOWN_CLASSES)]
+    title = f"Classes: {len(counts):,}" + (f", the {_SHOWN_CLASSES} largest" if len(counts) > _SHOWN_CLASSES else "")
+    low, middle, high = count_quantiles(sizes, (0, 0.5, 1))
+    table = [["examples of a class", abbreviate_number(low), abbreviate_number(middle), abbreviate_number(high)]]
+    return render_card(title, draw_bars(rows, sum(counts.values())), ["", "fewest", "median", "most"], table)
 
 
-def _mean(counts: Counter[float]) -> float:
+def _count_mean(counts: Counter[float]) -> float:
     return sum(v * n for v, n in counts.items()) / max(1, sum(counts.values()))

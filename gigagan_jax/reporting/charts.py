@@ -1,4 +1,4 @@
-"""Curves of metrics as SVG text with a few lines of JavaScript: as many points as can be seen, extremes kept."""
+"""Draws curves of metrics as SVG with a few lines of JavaScript. Curves are thinned, and keep their extremes."""
 
 import dataclasses
 import html
@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from gigagan_jax.reporting.histograms import nice, ticks
+from gigagan_jax.reporting.histograms import axis_ticks, nice_step
 
-POINTS = 1000  # of a curve, at most
-COLOURS = 8
+# Points of a curve: about two for each unit of _WIDTH.
+MAX_POINTS = 1000
+# Curves of a chart: STYLE has eight colours.
+MAX_CURVES = 8
+# Units of the viewBox; the page scales the drawing to its column.
 _WIDTH, _HEIGHT = 520, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 38
-_SMOOTH = 0.02  # of the curve: the window of its mean
-_NOISY = 60  # points from which on the mean is drawn over a faint curve
+# Window of the moving average, as a fraction of the curve.
+_MEAN_WINDOW = 0.02
+# A curve with this many points is drawn faint, with its moving average over it.
+_NOISY_POINTS = 60
 
 STYLE = """
 :root { --c0: #2f6fc4; --c1: #d1672a; --c2: #2a9468; --c3: #9a4fb0; --c4: #a8842a; --c5: #c23f6d; --c6: #3b8ea5; --c7: #6b6f7a; }
@@ -36,7 +41,8 @@ figure.chart { margin: 0; touch-action: pan-y; }
 @media (max-width: 560px) { figure.chart svg { font-size: 15px; } }
 """
 
-# The reading under the pointer replaces the last values in the legend; points are read back from the paths.
+# The values under the pointer replace the last values in the legend. The script reads the points back from the paths,
+# so that the page holds each number once.
 SCRIPT = """
 for (const figure of document.querySelectorAll('figure.chart')) {
   const svg = figure.querySelector('svg'), cross = svg.querySelector('.cross'), d = svg.dataset;
@@ -71,20 +77,29 @@ for (const figure of document.querySelectorAll('figure.chart')) {
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A metric over thousands of images: name, kimg [K] and values [K]; NaN where it was not finite."""
+    """A metric over thousands of images.
+
+    name: name of the metric
+    kimg: [K] thousands of images
+    values: [K]; NaN where the metric was not finite
+    """
 
     name: str
     kimg: np.ndarray
     values: np.ndarray
 
 
-def thin(x: np.ndarray, y: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` of the points (x [K], y [K]), in their order: of each stretch the lowest and the highest, gaps kept."""
+def thin_curve(x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Selects at most `max_points` of the points (x [K], y [K]), in order.
+
+    Each interval keeps its lowest and its highest point, and a NaN if it has one: spikes and gaps stay visible.
+    """
     n = len(x)
-    if n <= most:
+    if n <= max_points:
         return x, y
     keep = []
-    edges = np.linspace(0, n, most // 3 + 1).astype(np.int64)
+    # Three points an interval: a minimum, a maximum and a gap.
+    edges = np.linspace(0, n, max_points // 3 + 1).astype(np.int64)
     for a, b in itertools.pairwise(edges.tolist()):
         part = y[a:b]
         known = np.flatnonzero(np.isfinite(part))
@@ -95,13 +110,14 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, 
     return x[keep], y[keep]
 
 
-def smooth(y: np.ndarray, window: int) -> np.ndarray:
-    """Mean [K] over so many neighbours of y [K]; NaN counts for nothing, and stays."""
+def moving_average(y: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean [K] of y [K] over `window` points; NaN is left out of the means, and stays NaN."""
     known = np.isfinite(y)
+    # Differences of cumulative sums: linear in K for any window.
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, y, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     at = np.arange(len(y))
-    # As many on both sides, or the ends would lean.
+    # A symmetric window, shorter at the ends: a one-sided one would tilt the curve there.
     half = np.minimum(np.minimum(at, len(y) - 1 - at), window // 2)
     low, high = at - half, at + half + 1
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -109,48 +125,54 @@ def smooth(y: np.ndarray, window: int) -> np.ndarray:
     return np.where(known, mean, np.nan)
 
 
-def chart(curves: Sequence[Curve], marks: Sequence[tuple[float, str, str]] = (), log: bool | None = None) -> str:
-    """Curves in one frame, with their last values above it.
+def draw_chart(curves: Sequence[Curve], marks: Sequence[tuple[float, str, str]] = (), log: bool | None = None) -> str:
+    """Draws curves in one frame, with their last values above it.
 
     Args:
-      curves: at most COLOURS are drawn.
+      curves: curves to draw, the first MAX_CURVES of them.
       marks: (kimg, title, "restart" or "rollback") of vertical lines.
-      log: a logarithmic vertical axis; None: where all values are positive and span more than a factor of 30.
+      log: whether the vertical axis is logarithmic; None: if all values are positive and span more than a factor of 30.
 
     Returns:
-      HTML
+      the chart as HTML
     """
-    curves = [c for c in curves if np.isfinite(c.values).any()][:COLOURS]
+    curves = [c for c in curves if np.isfinite(c.values).any()][:MAX_CURVES]
     if not curves:
         return '<p class="none">no finite value</p>'
     known = np.concatenate([c.values[np.isfinite(c.values)] for c in curves])
+    # Quantiles: one spike must not make the axis logarithmic.
     if log is None:
         log = bool(known.min() > 0 and np.quantile(known, 0.98) > 30 * np.quantile(known, 0.02))
     if log:
         known = np.log10(known[known > 0]) if (known > 0).any() else np.zeros(1)
-    low, high = _range(known)
+    low, high = _axis_range(known)
     first = min(float(c.kimg.min()) for c in curves)
     last = max(float(c.kimg.max()) for c in curves)
+    # A single point, or points of one moment, still needs an axis with a width.
     if last <= first:
         first, last = first - 0.5, last + 0.5
     across: Any = lambda x: _LEFT + (x - first) / (last - first) * (_WIDTH - _LEFT - _RIGHT)
     bottom = _HEIGHT - _BOTTOM
+    # Clipped: values outside the frame are drawn at its edge and counted in the label.
     up = lambda y: bottom - (np.clip(y, low, high) - low) / (high - low) * (bottom - _TOP)
 
     names = ", ".join(c.name for c in curves)
     numbers = {"x0": first, "x1": last, "y0": low, "y1": high, "left": _LEFT, "right": _WIDTH - _RIGHT}
     numbers |= {"top": _TOP, "bottom": bottom}
+    # The script converts pixels back to values with these.
     data = " ".join(f'data-{k}="{v:.10g}"' for k, v in numbers.items()) + (' data-log="1"' if log else "")
     out = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(names)}" {data}>']
-    for v, text in _levels(low, high, log):
+    for v, text in _value_ticks(low, high, log):
         at = float(up(v))
         out.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         out.append(f'<text class="tick" x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
     unit, units = (1000.0, "millions") if last >= 10_000 else (1.0, "thousands")
-    for v in _linear(first, last, 6):
+    for v in _linear_ticks(first, last, 6):
         x = across(v)
         out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        out.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{_kilo(v / unit)}</text>')
+        out.append(
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{_format_kimg(v / unit)}</text>'
+        )
     out.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     for kimg, title, kind in marks:
         if first <= kimg <= last:
@@ -163,14 +185,15 @@ def chart(curves: Sequence[Curve], marks: Sequence[tuple[float, str, str]] = (),
         with np.errstate(invalid="ignore", divide="ignore"):
             y: np.ndarray = np.asarray(np.where(c.values > 0, np.log10(c.values), np.nan) if log else c.values)
         outside += int(((y < low) | (y > high)).sum())
-        noisy = len(y) >= _NOISY
-        x, thinned = thin(c.kimg, y)
-        out.append(_path(across(x), up(thinned), f"curve raw s{i}{' faint' if noisy else ''}"))
+        noisy = len(y) >= _NOISY_POINTS
+        x, thinned = thin_curve(c.kimg, y)
+        out.append(_svg_path(across(x), up(thinned), f"curve raw s{i}{' faint' if noisy else ''}"))
         if noisy:
-            mean = smooth(y, max(5, round(len(y) * _SMOOTH)))
+            mean = moving_average(y, max(5, round(len(y) * _MEAN_WINDOW)))
+            # A smooth line needs fewer points than the raw curve.
             step = max(1, len(y) // 400)
-            out.append(_path(across(c.kimg[::step]), up(mean[::step]), f"curve s{i}"))
-        shown = _number(float(c.values[np.isfinite(c.values)][-1]))
+            out.append(_svg_path(across(c.kimg[::step]), up(mean[::step]), f"curve s{i}"))
+        shown = _format_number(float(c.values[np.isfinite(c.values)][-1]))
         short = html.escape(c.name.split("/", 1)[-1])
         legend.append(f'<span><i style="background:var(--c{i})"></i>{short} <b>{shown}</b></span>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
@@ -183,7 +206,7 @@ def chart(curves: Sequence[Curve], marks: Sequence[tuple[float, str, str]] = (),
     return f'<figure class="chart"><div class="legend">{"".join(legend)}<em>last</em></div>{"".join(out)}</figure>'
 
 
-def _path(x: np.ndarray, y: np.ndarray, kind: str) -> str:
+def _svg_path(x: np.ndarray, y: np.ndarray, kind: str) -> str:
     parts = []
     pen = "M"
     for a, b, known in zip(x.tolist(), y.tolist(), np.isfinite(y).tolist(), strict=True):
@@ -192,39 +215,45 @@ def _path(x: np.ndarray, y: np.ndarray, kind: str) -> str:
             continue
         parts.append(f"{pen}{a:.2f},{b:.2f}")
         if pen == "M":
-            parts.append(f"L{a:.2f},{b:.2f}")  # one alone is a dot
+            # A line of no length: a point between two gaps becomes a dot.
+            parts.append(f"L{a:.2f},{b:.2f}")
         pen = "L"
     return f'<path class="{kind}" d="{"".join(parts)}"/>'
 
 
-def _range(known: np.ndarray) -> tuple[float, float]:
-    """Of the vertical axis: all values, or where a few lie far out those that do not."""
+def _axis_range(known: np.ndarray) -> tuple[float, float]:
+    """Returns (low, high) of the vertical axis; outliers are left outside the frame."""
     low, high = float(known.min()), float(known.max())
+    # Below 100 values the quantiles are the extremes themselves.
     if len(known) >= 100:
         a, b = (float(q) for q in np.quantile(known, (0.005, 0.995)))
         if high - low > 3 * (b - a) > 0:
             low, high = max(low, a - 0.2 * (b - a)), min(high, b + 0.2 * (b - a))
+    # Equal values have no span: the margin comes from their size, or is 0.5 around 0.
     margin = 0.04 * (high - low) or 0.05 * abs(high) or 0.5
     return low - margin, high + margin
 
 
-def _linear(low: float, high: float, count: int) -> list[float]:
-    step = nice((high - low) / count)
+def _linear_ticks(low: float, high: float, count: int) -> list[float]:
+    step = nice_step((high - low) / count)
+    # Rounded: 3 * 0.1 would be written as 0.30000000000000004.
     return [round(step * k, 12) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _levels(low: float, high: float, log: bool) -> list[tuple[float, str]]:
+def _value_ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
     if not log:
-        return [(v, _number(v)) for v in _linear(low, high, 5)]
-    found = ticks(10**low, 10**high, True)
-    return [(math.log10(v), _number(v)) for v in found[:: math.ceil(len(found) / 6)] if v > 0]
+        return [(v, _format_number(v)) for v in _linear_ticks(low, high, 5)]
+    values = axis_ticks(10**low, 10**high, True)
+    # Six labels at most, or they would overlap.
+    return [(math.log10(v), _format_number(v)) for v in values[:: math.ceil(len(values) / 6)] if v > 0]
 
 
-def _number(v: float) -> str:
+def _format_number(v: float) -> str:
+    # "1e+05" as "1e5": the margin left of the axis is narrow.
     if v and (abs(v) >= 1e5 or abs(v) < 1e-3):
         return f"{v:.2g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
     return f"{v:.4g}"
 
 
-def _kilo(v: float) -> str:
+def _format_kimg(v: float) -> str:
     return f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}"

@@ -1,9 +1,10 @@
-"""What pages share: one HTML file that needs nothing else, light or dark as its reader's screen, readable on a phone."""
+"""Building blocks of the HTML pages. A page is one self-contained file with a light and a dark scheme, usable on a phone."""
 
 import html
 from collections.abc import Sequence
 from typing import Any
 
+# Every colour is a variable, so that the dark scheme replaces them in one place.
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f5f2; --card: #ffffff; --ink: #1d1d1b; --soft: #5d5c57; --line: #e3e1da;
   --rail: #f0eee8; --bar: #2f6fc4; --bad: #c2412f; --mark: #a5641a; }
@@ -43,52 +44,61 @@ footer { color: var(--soft); font-size: 13px; margin-top: 22px; }
 """
 
 
-def card(
+def render_card(
     title: str, body: str, head: Sequence[str] = (), rows: Sequence[Sequence[Any]] = (), wide: bool = False
 ) -> str:
-    """A box with a title, HTML, and a table under it.
+    """Renders a box with a title, a body and a table below it.
 
     Args:
-      title: of the box; plain text, as are the cells of the table.
-      body: HTML.
-      head: names of the columns; none for a table without.
-      rows: of the table; none for no table.
-      wide: over the whole width of the page.
+      title: title of the box, as plain text.
+      body: content of the box, as HTML.
+      head: column names; empty for a table without a header.
+      rows: rows of plain text; empty for no table.
+      wide: whether the box spans the width of the page.
     """
+    # The body is trusted HTML of our own functions, the rest may be text of a data set.
     kind = "card wide" if wide else "card"
-    return f'<section class="{kind}"><h2>{html.escape(title)}</h2>{body}{table(head, rows)}</section>'
+    return f'<section class="{kind}"><h2>{html.escape(title)}</h2>{body}{render_table(head, rows)}</section>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table of plain text; nothing without rows."""
+def render_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Renders a table of plain text; an empty box without rows."""
+    # Captions and paths come from data sets: each cell is escaped.
     cell = lambda tag, value: f"<{tag}>{html.escape(str(value))}</{tag}>"
     line = lambda tag, values: "<tr>" + "".join(cell(tag, v) for v in values) + "</tr>"
     inner = (
         f"<table>{line('th', head) if head else ''}{''.join(line('td', row) for row in rows)}</table>" if rows else ""
     )
+    # A wide table scrolls in its box: the page itself must not be wider than a phone.
     return f'<div class="scroll">{inner}</div>'
 
 
-def tiles(values: Sequence[tuple[str, str, str]]) -> str:
-    """(what, its value, "" or "bad") as a row of boxes; plain text."""
-    one = lambda name, value, kind: (
-        f'<div class="tile {kind}"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
-    )
-    return f'<div class="tiles">{"".join(one(*v) for v in values)}</div>'
-
-
-def document(title: str, body: str, style: str = "", script: str = "") -> str:
-    """The whole page.
+def render_tiles(values: Sequence[tuple[str, str, str]]) -> str:
+    """Renders a row of boxes.
 
     Args:
-      title: plain text.
-      body: HTML.
-      style: more of it.
-      script: plain JavaScript at the end of the page.
+      values: (label, value, "" or "bad") of each box, as plain text.
     """
+    render_one = lambda name, value, kind: (
+        f'<div class="tile {kind}"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
+    )
+    return f'<div class="tiles">{"".join(render_one(*v) for v in values)}</div>'
+
+
+def render_document(title: str, body: str, style: str = "", script: str = "") -> str:
+    """Renders the whole page.
+
+    Args:
+      title: title of the page, as plain text.
+      body: content of the page, as HTML.
+      style: CSS that follows the shared style.
+      script: JavaScript at the end of the page.
+    """
+    # The script comes last: it reads elements that must exist by then.
     code = f"<script>{script}</script>" if script else ""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        # Without it a phone lays the page out as wide as a desktop's.
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}{style}</style></head><body><main>{body}</main>{code}</body></html>\n"
     )

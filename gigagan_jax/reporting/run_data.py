@@ -1,4 +1,4 @@
-"""The report of a run: what its workdir holds, read into one self-contained page, `report.html`."""
+"""Reads a workdir for the report of its run. Missing, truncated and damaged files leave gaps and raise nothing."""
 
 import array
 import base64
@@ -19,26 +19,35 @@ from PIL import Image
 
 from gigagan_jax.config.migrations import FORMAT_KEY, WITHOUT_KEY
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.telemetry.goodput import GOODPUT_FILE, Account, read_events
-from gigagan_jax.telemetry.metrics import METRICS_FILE
+from gigagan_jax.core.workdir_files import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    GOODPUT_FILE,
+    HEALTH_REPORT_FILE,
+    METRICS_FILE,
+    QUARANTINE_PATTERN,
+    SNAPSHOTS_FOLDER,
+)
+from gigagan_jax.telemetry.goodput import Account, read_events
 
 _log = logging.getLogger(__name__)
 
-_CONFIG_FILE, _CHECKPOINTS, _SNAPSHOTS = "config.json", "checkpoints", "snapshots"
-_QUARANTINE_FILES, _HEALTH_FILE = "quarantine*.jsonl", "health_report.json"
-GRIDS = 24  # at most, of all that were drawn
-_GRID_BYTES = 3_500_000  # of all of them
-_GRID_WIDTH = 1400  # pixels
+# Grids in the report; a longer run shows an even selection of its grids.
+MAX_GRIDS = 24
+# Bytes of all grids together, which are most of the page.
+_MAX_GRID_BYTES = 3_500_000
+# Pixels.
+_MAX_GRID_WIDTH = 1400
 
 
 @dataclasses.dataclass
 class Metrics:
-    """metrics.jsonl by columns.
+    """The columns of metrics.jsonl.
 
     Attributes:
       columns: (kimg, values) of each metric; NaN where it was not finite.
-      steps, kimg: of all lines.
-      last_time: of the last line, in seconds since the epoch; 0 without one.
+      steps, kimg: step and thousands of images of all lines.
+      last_time: time of the last line in seconds since the epoch; 0 without one.
     """
 
     columns: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
@@ -46,87 +55,100 @@ class Metrics:
     kimg: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
     last_time: float = 0.0
 
-    def last(self, name: str) -> float | None:
-        """The last finite value of a metric; None without one."""
+    def last_value(self, name: str) -> float | None:
+        """Returns the last finite value of a metric; None without one."""
         values = self.columns[name][1] if name in self.columns else np.zeros(0)
         known = values[np.isfinite(values)]
         return float(known[-1]) if len(known) else None
 
-    def kimg_of(self, step: float) -> float:
-        """Thousands of images at a step, between those of the lines around it."""
+    def kimg_at_step(self, step: float) -> float:
+        """Returns thousands of images at a step, interpolated between the lines of the log."""
         if not len(self.steps):
             return 0.0
+        # After a rollback the steps of the file are not sorted, and np.interp needs them sorted.
         order = np.argsort(self.steps, kind="stable")
-        # From the very beginning on: before the first line no images were seen.
+        # Step 0 has seen no images.
         steps, kimg = np.append(0.0, self.steps[order]), np.append(0.0, self.kimg[order])
         return float(np.interp(step, steps, kimg))
 
 
 @dataclasses.dataclass
 class Grid:
-    """A drawn grid: after so many thousand images, as a data URI."""
+    """A snapshot grid as a data URI, drawn after `kimg` thousand images."""
 
     kimg: float
     uri: str
 
 
 @dataclasses.dataclass
-class Run:
-    """What a workdir holds; whatever is missing or unreadable is empty."""
+class RunData:
+    """The content of a workdir; a field is empty if its files are missing or unreadable.
+
+    Attributes:
+      all_grids: number of grids in the workdir, of which `grids` is a selection.
+      bad: number of unreadable examples by cause.
+      checkpoints: (name, bytes, seconds since the epoch) of each.
+      now: time of the reading in seconds since the epoch.
+    """
 
     workdir: Path
     config: dict[str, Any]
     metrics: Metrics
     account: Account
     grids: list[Grid]
-    all_grids: int  # how many were drawn
-    bad: collections.Counter[str]  # examples that could not be read, by cause
+    all_grids: int
+    bad: collections.Counter[str]
     health: dict[str, Any]
-    checkpoints: list[tuple[str, int, float]]  # name, bytes, seconds since the epoch
+    checkpoints: list[tuple[str, int, float]]
     now: float
 
 
-def read_run(workdir: Path) -> Run:
-    """Everything that the report shows.
+def read_run(workdir: Path) -> RunData:
+    """Reads everything that the report shows.
 
     Raises:
       UserError: the folder is not the workdir of a run.
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: there is no such folder")
-    if not any((workdir / name).exists() for name in (_CONFIG_FILE, METRICS_FILE, GOODPUT_FILE, _CHECKPOINTS)):
+    if not any((workdir / name).exists() for name in (CONFIG_FILE, METRICS_FILE, GOODPUT_FILE, CHECKPOINTS_FOLDER)):
         raise UserError(
-            f"--workdir={workdir} is not the workdir of a training run: it has no {_CONFIG_FILE} and no {METRICS_FILE}"
+            f"--workdir={workdir} is not the workdir of a training run: it has no {CONFIG_FILE} and no {METRICS_FILE}"
         )
-    grids, count = _grids(workdir / _SNAPSHOTS)
-    return Run(
+    # Every reader returns something empty for a missing file: a run that has just started has few of them.
+    grids, count = _read_grids(workdir / SNAPSHOTS_FOLDER)
+    return RunData(
         workdir=workdir,
-        config={k: v for k, v in _json(workdir / _CONFIG_FILE).items() if k not in (FORMAT_KEY, WITHOUT_KEY)},
+        # Without the keys of the file format, which are no settings.
+        config={k: v for k, v in _read_json(workdir / CONFIG_FILE).items() if k not in (FORMAT_KEY, WITHOUT_KEY)},
         metrics=read_metrics(workdir / METRICS_FILE),
         account=Account(read_events(workdir)),
         grids=grids,
         all_grids=count,
-        bad=_bad(workdir),
-        health=_json(workdir / _HEALTH_FILE),
-        checkpoints=_checkpoints(workdir / _CHECKPOINTS),
+        bad=_count_bad_files(workdir),
+        health=_read_json(workdir / HEALTH_REPORT_FILE),
+        checkpoints=_list_checkpoints(workdir / CHECKPOINTS_FOLDER),
         now=time.time(),
     )
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The metrics of a file; lines that are broken or cut off are passed over."""
+    """Reads the metrics of a file, and skips damaged and truncated lines."""
+    # array.array takes 8 bytes a number: a long run has millions, and a list would take 32.
     columns: dict[str, tuple[array.array, array.array]] = {}
     steps, kimgs = array.array("d"), array.array("d")
     last = 0.0
-    for line in _lines(path):
+    for line in _read_json_lines(path):
         try:
             step, kimg, now = float(line.pop("step")), float(line.pop("kimg")), float(line.pop("time", 0.0))
+        # A line without step or kimg has no place on an axis.
         except (KeyError, TypeError, ValueError):
             continue
         steps.append(step)
         kimgs.append(kimg)
         last = max(last, now)
         for name, value in line.items():
+            # JSON has no NaN: the logger writes null for what is not finite.
             number = float("nan") if value is None else value
             if not isinstance(number, (int, float)):
                 continue
@@ -139,10 +161,12 @@ def read_metrics(path: Path) -> Metrics:
     return Metrics({k: (numbers(x), numbers(y)) for k, (x, y) in columns.items()}, numbers(steps), numbers(kimgs), last)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
+        # Bytes: a damaged line may not be UTF-8.
         with open(path, "rb") as file:
             for line in file:
+                # RecursionError: a damaged line can nest brackets thousands of levels deep.
                 with contextlib.suppress(ValueError, RecursionError):
                     value = json.loads(line)
                     if isinstance(value, dict):
@@ -151,16 +175,17 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         return
 
 
-def _bad(workdir: Path) -> collections.Counter[str]:
-    """Files by cause, of the lists of all processes; one that several of them met counts once."""
-    found = {}
-    for path in sorted(workdir.glob(_QUARANTINE_FILES)):
-        for line in _lines(path):
-            found[str(line.get("name"))] = str(line.get("cause", "unknown"))
-    return collections.Counter(found.values())
+def _count_bad_files(workdir: Path) -> collections.Counter[str]:
+    """Counts bad files by cause over the lists of all processes."""
+    # Keyed by name: several processes can list the same file.
+    causes = {}
+    for path in sorted(workdir.glob(QUARANTINE_PATTERN)):
+        for line in _read_json_lines(path):
+            causes[str(line.get("name"))] = str(line.get("cause", "unknown"))
+    return collections.Counter(causes.values())
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         value = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(value, dict):
@@ -168,34 +193,36 @@ def _json(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _grids(folder: Path) -> tuple[list[Grid], int]:
+def _read_grids(folder: Path) -> tuple[list[Grid], int]:
     found = []
     for path in folder.glob("*.png"):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)kimg\.png", path.name)
         if match:
             found.append((float(match[1]), path))
     found.sort()
-    at = sorted({round(i) for i in np.linspace(0, len(found) - 1, min(GRIDS, len(found)))}) if found else []
-    out = []
-    for kimg, path in (found[i] for i in at):
-        uri = _uri(path, _GRID_BYTES // len(at))
+    # Evenly spaced, with the first and the last.
+    selected = sorted({round(i) for i in np.linspace(0, len(found) - 1, min(MAX_GRIDS, len(found)))}) if found else []
+    grids = []
+    for kimg, path in (found[i] for i in selected):
+        uri = _image_data_uri(path, _MAX_GRID_BYTES // len(selected))
         if uri:
-            out.append(Grid(kimg, uri))
-    return out, len(found)
+            grids.append(Grid(kimg, uri))
+    return grids, len(found)
 
 
-def _uri(path: Path, most: int) -> str:
-    """A PNG as a data URI of at most about so many bytes, as JPEG where that is needed; "" for a file that is damaged."""
+def _image_data_uri(path: Path, max_bytes: int) -> str:
+    """Encodes a PNG as a data URI of about `max_bytes` or less; as JPEG if the PNG is larger. "" for a damaged file."""
     try:
         original = path.read_bytes()
         with Image.open(io.BytesIO(original)) as opened:
             image = opened.convert("RGB")
+    # Pillow raises SyntaxError for a damaged PNG chunk.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""
     best, kind = original, "png"
-    size = min(_GRID_WIDTH, image.width)
+    size = min(_MAX_GRID_WIDTH, image.width)
     for quality in (90, 80, 70, 60):
-        if len(best) <= most and image.width <= _GRID_WIDTH:
+        if len(best) <= max_bytes and image.width <= _MAX_GRID_WIDTH:
             break
         scaled = image
         if size < image.width:
@@ -203,16 +230,19 @@ def _uri(path: Path, most: int) -> str:
         file = io.BytesIO()
         scaled.save(file, "JPEG", quality=quality, optimize=True)
         best, kind = file.getvalue(), "jpeg"
-        if len(best) <= most:
+        if len(best) <= max_bytes:
             break
         size = round(size * 0.8)
     return f"data:image/{kind};base64,{base64.b64encode(best).decode()}"
 
 
-def _checkpoints(folder: Path) -> list[tuple[str, int, float]]:
-    out = []
+def _list_checkpoints(folder: Path) -> list[tuple[str, int, float]]:
+    checkpoints = []
+    # Digits first: "12.damaged" is listed too.
     for entry in sorted(folder.glob("[0-9]*")):
-        with contextlib.suppress(OSError):  # it is being removed
+        # The run may be deleting this checkpoint.
+        with contextlib.suppress(OSError):
             files = [f.stat() for f in entry.rglob("*") if f.is_file()]
-            out.append((entry.name, sum(f.st_size for f in files), entry.stat().st_mtime))
-    return sorted(out, key=lambda c: (int(re.match(r"\d+", c[0])[0]), c[0]))  # type: ignore[index]
+            checkpoints.append((entry.name, sum(f.st_size for f in files), entry.stat().st_mtime))
+    # By number: as text "10" would come before "9".
+    return sorted(checkpoints, key=lambda c: (int(re.match(r"\d+", c[0])[0]), c[0]))  # type: ignore[index]

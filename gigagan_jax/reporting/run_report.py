@@ -1,4 +1,4 @@
-"""Writes the report of a run to its workdir."""
+"""Writes the report of a run, one self-contained HTML file, to its workdir."""
 
 import contextlib
 import logging
@@ -8,32 +8,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.workdir_files import METRICS_FILE, REPORT_FILE
 from gigagan_jax.reporting.run_data import read_run
-from gigagan_jax.telemetry.metrics import METRICS_FILE
 
 _log = logging.getLogger(__name__)
 
-REPORT_FILE = "report.html"
 
-
-def write(workdir: Path, out: Path | None = None) -> Path:
-    """Writes the report of a workdir, whole or not at all -> its file.
+def write_report(workdir: Path, out: Path | None = None) -> Path:
+    """Writes the report of a workdir atomically.
 
     Args:
-      workdir: of the run.
-      out: the file; None for report.html in the workdir.
+      workdir: workdir of the run.
+      out: path of the report; None for report.html in the workdir.
+
+    Returns:
+      path of the report
 
     Raises:
-      UserError: no such run, or a file that cannot be written.
+      UserError: there is no such run, or the file cannot be written.
     """
-    from gigagan_jax.reporting.run_page import page
+    # Imported late: the page is needed only after the last step.
+    from gigagan_jax.reporting.run_page import render_page
 
     out = workdir / REPORT_FILE if out is None else out
-    text = page(read_run(workdir))
+    text = render_page(read_run(workdir))
+    # A random name: a run and tools/report.py may write the report of one workdir at the same time.
     temporary = out.parent / f".{secrets.token_hex(6)}.tmp"
     try:
         try:
+            # A prompt from a shell can hold lone surrogates, which UTF-8 cannot encode.
             temporary.write_text(text, encoding="utf-8", errors="replace")
+            # Atomic: a browser that reloads the page never sees half of it.
             os.replace(temporary, out)
         finally:
             temporary.unlink(missing_ok=True)
@@ -45,31 +50,34 @@ def write(workdir: Path, out: Path | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def at_the_end(workdir: Path, enabled: bool = True) -> Iterator[None]:
-    """Writes the report when what is inside is done, or has failed after it had logged something. It is never itself a failure.
+def write_report_at_end(workdir: Path, enabled: bool = True) -> Iterator[None]:
+    """Writes the report when the body ends, or when it fails after it has logged metrics. It raises no error of its own.
 
-    A run that was asked to stop leaves none: it has no time, and will go on.
+    An interrupted run writes none: it has seconds to exit, and will resume.
     """
-    before = _size(workdir / METRICS_FILE)
+    # A start that fails at once must not replace the report of the run before it.
+    before = _file_size(workdir / METRICS_FILE)
     try:
         yield
     except UserError:
-        if enabled and _size(workdir / METRICS_FILE) > before:
-            _quietly(workdir)
+        if enabled and _file_size(workdir / METRICS_FILE) > before:
+            _try_write_report(workdir)
         raise
     if enabled:
-        _quietly(workdir)
+        _try_write_report(workdir)
 
 
-def _quietly(workdir: Path) -> None:
+def _try_write_report(workdir: Path) -> None:
     try:
-        _log.info("report: %s", write(workdir))
-    except Exception as e:  # whatever is odd about a workdir, the training was done
+        _log.info("report: %s", write_report(workdir))
+    # Any error: the training is done, and a report must not turn it into a failure.
+    except Exception as e:
         _log.warning("no report was written: %s: %s", type(e).__name__, e)
 
 
-def _size(path: Path) -> int:
+def _file_size(path: Path) -> int:
     try:
         return path.stat().st_size
+    # Smaller than an empty file.
     except OSError:
         return -1

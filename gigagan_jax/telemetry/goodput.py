@@ -1,15 +1,15 @@
-"""Where the wall time of a run goes: the share of it in useful steps, and what took the rest, over all restarts.
+"""Goodput: the share of a run's wall time in useful steps, and the causes of the rest, over all restarts.
 
-Every moment of a process belongs to one cause: the loop says which by `with goodput("data"): ...`, and what is inside another
-is taken out of it. Process 0 appends the sums to `goodput.jsonl`, one JSON object a line:
+Each moment of a process belongs to one cause, which the loop sets by `with goodput("data"): ...`. An inner cause is subtracted
+from the outer one. Process 0 appends the sums to `goodput.jsonl`, one JSON object a line:
 
-    {"event": "start", "time": ..., "about": {...}}   a process began, at this time (seconds since the epoch)
-    {"event": "resume", "time": ..., "step": 120}     it goes on from this step; steps beyond it, done before, are lost
+    {"event": "start", "time": ..., "about": {...}}   a process started at this time (seconds since the epoch)
+    {"event": "resume", "time": ..., "step": 120}     it resumes from this step; later steps done before are lost
     {"event": "time", "time": ..., "step": 150, "skipped": 0, "seconds": {"step": 4.9, "data": 0.1}}   since the line before
-    {"event": "about", "time": ..., "about": {...}}   what became known later
+    {"event": "about", "time": ..., "about": {...}}   further facts of the process
     {"event": "end", "time": ..., "exit": "done", "message": ""}
 
-A process that is killed has no "end", and loses what came after its last line. Nothing in the file is ever changed.
+A killed process has no "end" and loses the time after its last line. The file is append-only.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gigagan_jax.core.files import append
-from gigagan_jax.core.formatting import duration
+from gigagan_jax.core.files import append_text
+from gigagan_jax.core.formatting import format_duration
+from gigagan_jax.core.workdir_files import GOODPUT_FILE
 
 _log = logging.getLogger(__name__)
 
-GOODPUT_FILE = "goodput.jsonl"
-# Causes, and how they are called in tables. The last four are found by the account, not by the loop.
+# Cause -> label in tables. Account derives the last ones from the events; the loop sets the others.
 CAUSES = {
     "step": "useful steps",
     "start": "starting: imports, data, initialising or restoring",
@@ -44,20 +44,21 @@ CAUSES = {
     "skipped": "steps skipped or rolled back",
     "down": "not running",
 }
-# Seconds between lines of the file: few lines of a long run, little lost of a short one.
+# Seconds between lines: the age of the process / _LINES within these bounds. A long run has few lines, and a killed short
+# run loses little.
 _SHORTEST, _LONGEST, _LINES = 5.0, 60.0, 500
 
 
 @dataclasses.dataclass
 class Session:
-    """One process of a run, from its start to its end or to the last that is known of it.
+    """One process of a run, from its start to its end or its last event.
 
     Attributes:
       began, last: seconds since the epoch.
-      first_step, last_step: None until it had come so far.
-      exit: "done", "stopped", "failed", or "" of a process that runs or was killed.
-      message: why it ended.
-      about: what it said of itself.
+      first_step, last_step: None before the process resumed.
+      exit: "done", "stopped", "failed"; "" for a process that runs or was killed.
+      message: the reason of its end.
+      about: facts that the process recorded.
     """
 
     began: float
@@ -70,10 +71,10 @@ class Session:
 
 
 class Account:
-    """The sum of the events of a workdir.
+    """Sums up the events of a workdir.
 
     Attributes:
-      seconds: of each cause; over all of them, the wall time from the first start to the last event.
+      seconds: by cause. Together they are the wall time from the first start to the last event.
       sessions: the processes, in order.
       rollbacks: (from step, to step) of each return to an earlier step within a process.
     """
@@ -82,34 +83,39 @@ class Account:
         self.seconds: dict[str, float] = defaultdict(float)
         self.sessions: list[Session] = []
         self.rollbacks: list[tuple[int, int]] = []
-        self._pieces: list[tuple[int, int, float]] = []  # (step before, step after, seconds): may yet be lost
+        # (first step, step after the last, seconds) of useful time, which a later resume may turn into lost time.
+        self._intervals: list[tuple[int, int, float]] = []
         for event in events:
-            self.add(event)
+            self.add_event(event)
 
-    def add(self, event: Mapping[str, Any]) -> None:
-        """Takes one event in; one that lacks something, or comes before any start, is passed over."""
+    def add_event(self, event: Mapping[str, Any]) -> None:
+        """Adds one event. Incomplete events, and events before any start, are ignored."""
+        # A damaged line must not fail the run that reads it.
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
             kind, now = event["event"], float(event["time"])
             if kind == "start":
-                self._start(now, dict(event.get("about") or {}))
+                self._add_start(now, dict(event.get("about") or {}))
             elif self.sessions:
                 session = self.sessions[-1]
                 if kind == "resume":
-                    self._resume(session, int(event["step"]))
+                    self._add_resume(session, int(event["step"]))
                 elif kind == "time":
-                    self._time(session, int(event["step"]), int(event.get("skipped", 0)), dict(event["seconds"]))
+                    self._add_time(session, int(event["step"]), int(event.get("skipped", 0)), dict(event["seconds"]))
                 elif kind == "about":
                     session.about |= event["about"]
                 elif kind == "end":
                     session.exit, session.message = str(event["exit"]), str(event.get("message", ""))
+                # max: the clock of a machine may be set back during a run.
                 session.last = max(session.last, now)
 
-    def _start(self, now: float, about: dict[str, Any]) -> None:
-        if self.sessions and self.sessions[-1].exit != "done":  # a finished run that is prolonged was not missed
+    def _add_start(self, now: float, about: dict[str, Any]) -> None:
+        # The time after a finished run, which somebody prolongs later, was not lost.
+        if self.sessions and self.sessions[-1].exit != "done":
             self.seconds["down"] += max(0.0, now - self.sessions[-1].last)
         self.sessions.append(Session(now, now, about=about))
 
-    def _resume(self, session: Session, step: int) -> None:
+    def _add_resume(self, session: Session, step: int) -> None:
+        # The first resume of a process follows a stop; further ones are rollbacks.
         cause = "repeated"
         if session.first_step is not None:
             cause = "skipped"
@@ -118,67 +124,75 @@ class Account:
             session.first_step = step
         session.last_step = step
         kept = []
-        for before, after, seconds in self._pieces:
+        for before, after, seconds in self._intervals:
+            # Intervals up to the resumed step stay useful; an interval of no steps at that step does not.
             if after < step or (after == step and before < step):
                 kept.append((before, after, seconds))
                 continue
+            # An interval that contains the step is split in proportion to its steps.
             lost = seconds * (after - max(before, step)) / (after - before) if after > before else seconds
             self.seconds["step"] -= lost
             self.seconds[cause] += lost
             if before < step:
                 kept.append((before, step, seconds - lost))
-        self._pieces = kept
+        # Lost intervals are dropped, so that a second rollback does not subtract them again.
+        self._intervals = kept
 
-    def _time(self, session: Session, step: int, skipped: int, seconds: dict[str, float]) -> None:
+    def _add_time(self, session: Session, step: int, skipped: int, seconds: dict[str, float]) -> None:
+        # Time before the first resume belongs to no steps.
         before = step if session.last_step is None else session.last_step
         session.last_step = step
         useful = float(seconds.pop("step", 0.0))
+        # Steps take about equal time, so skipped steps take their share of it.
         if skipped and step > before:
-            aside = useful * min(1.0, skipped / (step - before))
-            self.seconds["skipped"] += aside
-            useful -= aside
+            skipped_seconds = useful * min(1.0, skipped / (step - before))
+            self.seconds["skipped"] += skipped_seconds
+            useful -= skipped_seconds
         if useful:
             self.seconds["step"] += useful
-            self._pieces.append((before, step, useful))
+            self._intervals.append((before, step, useful))
         for cause, value in seconds.items():
+            # Later versions may write causes that are unknown here.
             self.seconds[cause if cause in CAUSES else "other"] += float(value)
 
     @property
     def share(self) -> float | None:
-        """Of the wall time, in useful steps; None before there is any."""
-        return share(self.seconds)
+        """Share of the wall time in useful steps; None without any time."""
+        return goodput_share(self.seconds)
 
-    def table(self) -> str:
-        """Causes with their time and their share, the largest first."""
-        return table(self.seconds)
+    def format_table(self) -> str:
+        """A table of the causes with their time and share, the largest first."""
+        return format_seconds(self.seconds)
 
 
-def share(seconds: Mapping[str, float]) -> float | None:
-    """Of all these seconds by cause, in useful steps."""
+def goodput_share(seconds: Mapping[str, float]) -> float | None:
+    """Share of useful steps in the seconds by cause; None without any time."""
     total = sum(seconds.values())
     return seconds.get("step", 0.0) / total if total > 0 else None
 
 
-def by_size(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
-    """(cause, seconds): useful steps, then the others that took any time, the largest first."""
-    rest = sorted((c for c in seconds if c != "step" and seconds[c] > 0), key=lambda c: -seconds[c])
-    return [(c, seconds.get(c, 0.0)) for c in ("step", *rest)]
+def sort_by_size(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
+    """(cause, seconds): useful steps first, then the other causes that took time, the largest first."""
+    others = sorted((c for c in seconds if c != "step" and seconds[c] > 0), key=lambda c: -seconds[c])
+    return [(c, seconds.get(c, 0.0)) for c in ("step", *others)]
 
 
-def table(seconds: Mapping[str, float]) -> str:
-    """Causes with their time and their share as text."""
+def format_seconds(seconds: Mapping[str, float]) -> str:
+    """A text table of the causes with their time and share."""
+    # Avoids a division by zero for a run that just began.
     total = max(sum(seconds.values()), 1e-9)
-    rows = [(CAUSES[c], duration(s), f"{100 * s / total:.1f} %") for c, s in by_size(seconds)]
-    rows.append(("wall time", duration(total), ""))
+    rows = [(CAUSES[c], format_duration(s), f"{100 * s / total:.1f} %") for c, s in sort_by_size(seconds)]
+    rows.append(("wall time", format_duration(total), ""))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows)
 
 
 def read_events(workdir: Path) -> Iterator[dict[str, Any]]:
-    """The events of a workdir; lines that were cut off, and a file that is missing or unreadable, are passed over."""
+    """Yields the events of a workdir. Incomplete lines and a missing or unreadable file are ignored."""
     try:
         with open(workdir / GOODPUT_FILE, "rb") as file:
             for line in file:
+                # RecursionError: a damaged line may be a long row of brackets.
                 with contextlib.suppress(ValueError, RecursionError):
                     event = json.loads(line)
                     if isinstance(event, dict):
@@ -187,11 +201,13 @@ def read_events(workdir: Path) -> Iterator[dict[str, Any]]:
         return
 
 
-def process_began() -> float:
-    """Seconds since the epoch when this process was started; now, where the system does not tell."""
+def process_start_time() -> float:
+    """Start time of this process in seconds since the epoch; the present time where the system lacks /proc."""
     try:
         with open("/proc/self/stat", "rb") as file:
+            # Field 22 of proc(5). The name before it may contain spaces and brackets, so the fields are counted after it.
             ticks = int(file.read().rpartition(b")")[2].split()[19])
+        # Start times count from the boot of the machine, in clock ticks.
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         return time.time() - max(0.0, age)
     except (OSError, ValueError, IndexError, AttributeError):
@@ -199,18 +215,18 @@ def process_began() -> float:
 
 
 class Goodput:
-    """The clock of a process, and its lines in the file.
+    """Measures the time of a process by cause, and writes it to the file.
 
     Args:
       workdir: of the run.
-      about: facts of this process, kept in its first line.
-      enabled: False, on all processes but the first: the clock goes, nothing is written.
-      began: seconds since the epoch when the process was started; None for now.
-      stops: exceptions that end a process as asked for, not by a failure.
-      clock: seconds that do not go back.
+      about: facts of this process, for its first line.
+      enabled: False on all processes but the first: time is measured, but not written.
+      began: start of the process in seconds since the epoch; None for now.
+      stops: exceptions that stop a process on request and are no failure.
+      clock: monotonic seconds.
 
     Attributes:
-      step: how many steps are done; the loop counts it.
+      step: number of steps done; the loop sets it.
       account: of all processes of this workdir, up to the last line written.
     """
 
@@ -226,11 +242,14 @@ class Goodput:
     ):
         self.step = 0
         self._clock, self._stops = clock, stops
+        # Reentrant: flush and close are called with and without the lock.
         self._lock = threading.RLock()
         self._over = threading.Event()
+        # Nested causes; the time since self._since belongs to the last one.
         self._stack = ["start"]
         self._since = clock()
         self._opened = self._since
+        # A start in the future (a clock that was set back) would give negative seconds.
         now = time.time()
         began = now if began is None else min(began, now)
         self._total: dict[str, float] = defaultdict(float, start=now - began)
@@ -241,101 +260,109 @@ class Goodput:
         if enabled:
             path = workdir / GOODPUT_FILE
             try:
-                append(path, "")
-                if not _ends_whole(path):
-                    append(path, "\n")
+                append_text(path, "")
+                # A killed process may have left half a line, which must not swallow the next one.
+                if not _ends_with_newline(path):
+                    append_text(path, "\n")
                 self._file = path
             except OSError as e:
                 _log.warning("%s cannot be written (%s): goodput is not kept", path, e.strerror or e)
-        self._write({"event": "start", "time": round(began, 3), "about": dict(about or {})})
+        self._write_event({"event": "start", "time": round(began, 3), "about": dict(about or {})})
         if self._file is not None:
-            # A thread, so that what a process did before it was killed is known though it was busy with one thing.
-            threading.Thread(target=self._beat, daemon=True, name="goodput").start()
+            # A thread: a process that is killed within one long phase has written lines about it.
+            threading.Thread(target=self._flush_periodically, daemon=True, name="goodput").start()
 
     @contextlib.contextmanager
     def __call__(self, cause: str, behind: Any = None) -> Iterator[None]:
-        """Time inside is of this cause, of CAUSES.
+        """A context: the time within it belongs to `cause`.
 
         Args:
-          cause: of the time.
-          behind: an array that the devices were asked for before. If they are not done with it at the end, they were
-            busy all the while, and nothing was lost: the time is of useful steps.
+          cause: a key of CAUSES.
+          behind: an array that the devices were computing at the start. If it is not ready at the end, the devices were
+            busy all the time, and the time counts as useful steps.
         """
         with self._lock:
-            self._settle()
+            self._charge_elapsed()
+            # The value at entry: only the time of this context may move to "step".
             entered = self._total[cause]
             self._stack.append(cause)
         try:
             yield
         finally:
             with self._lock:
-                self._settle()
+                self._charge_elapsed()
                 self._stack.pop()
                 if behind is not None and not behind.is_ready():
+                    # Time that the thread has written already stays with its cause.
                     moved = self._total[cause] - max(entered, self._written.get(cause, 0.0))
                     self._total[cause] -= moved
                     self._total["step"] += moved
+                # Starting ends with the first step. Time outside of any cause is "other" from then on.
                 if cause == "step":
-                    self._stack[0] = "other"  # what comes after the loop
+                    self._stack[0] = "other"
+                # The other causes are rare and long (a checkpoint, a compilation): each gets a line at its end.
                 elif cause != "data":
-                    self.flush()  # it is rare, and much is done by then: a checkpoint, a compilation
+                    self.flush()
 
-    def resumed(self, step: int) -> None:
-        """The state is that of this step: at the start, and again after each return to an earlier one."""
+    def record_resume(self, step: int) -> None:
+        """Records the step that the state is of: at the start, and after each rollback."""
         with self._lock:
+            # Before a rollback, the time so far must be written with the steps it belongs to.
             if self.account.sessions[-1].first_step is not None:
-                self.flush()  # what was done before belongs to the steps before
+                self.flush()
             self.step = step
-            self._write({"event": "resume", "time": round(time.time(), 3), "step": step})
+            self._write_event({"event": "resume", "time": round(time.time(), 3), "step": step})
 
-    def skipped(self, steps: int = 1) -> None:
-        """So many of the steps since the last line changed nothing."""
+    def record_skipped(self, steps: int = 1) -> None:
+        """Records skipped steps: steps since the last line that changed no parameter."""
         with self._lock:
             self._skipped += steps
 
-    def about(self, facts: Mapping[str, Any]) -> None:
-        """More facts of this process."""
-        self._write({"event": "about", "time": round(time.time(), 3), "about": dict(facts)})
+    def record_facts(self, facts: Mapping[str, Any]) -> None:
+        """Records further facts of this process."""
+        self._write_event({"event": "about", "time": round(time.time(), 3), "about": dict(facts)})
 
     @property
     def training_seconds(self) -> float:
-        """Of this process, in steps and waiting for their data: the clock by which its speed is told."""
+        """Seconds of this process in steps and in waiting for data: the clock of the images a second."""
         with self._lock:
-            self._settle()
+            self._charge_elapsed()
             return self._total["step"] + self._total["data"]
 
-    def seconds(self) -> dict[str, float]:
-        """By cause, of all processes of this workdir until now."""
+    def total_seconds(self) -> dict[str, float]:
+        """Seconds by cause, of all processes of this workdir until now."""
         with self._lock:
-            self._settle()
-            new, known = self._new(), self.account.seconds
+            self._charge_elapsed()
+            # The account has what is written; the rest is in memory.
+            new, known = self._unwritten_seconds(), self.account.seconds
             return {cause: known.get(cause, 0.0) + new.get(cause, 0.0) for cause in {*known, *new}}
 
     @property
     def share(self) -> float | None:
-        """Goodput until now: of the wall time since the run was first started, the share in useful steps."""
-        return share(self.seconds())
+        """Goodput until now: the share of useful steps in the wall time since the run first started."""
+        return goodput_share(self.total_seconds())
 
     def flush(self) -> None:
-        """Writes a line with what was not written yet."""
+        """Writes a line with the time since the last line."""
         with self._lock:
-            self._settle()
-            new = {cause: round(s, 3) for cause, s in self._new().items() if s >= 0.0005}
+            self._charge_elapsed()
+            # Milliseconds: less than half of one rounds to zero.
+            new = {cause: round(s, 3) for cause, s in self._unwritten_seconds().items() if s >= 0.0005}
             event = {"event": "time", "time": round(time.time(), 3), "step": self.step, "seconds": new}
             if self._skipped:
                 event["skipped"] = self._skipped
             self._written = dict(self._total)
             self._skipped = 0
-            self._write(event)
+            self._write_event(event)
 
     def close(self, exit: str = "done", message: str = "") -> None:
-        """Writes the last lines; harmless when called again."""
+        """Writes the last lines. A second call does nothing."""
         with self._lock:
             if self._over.is_set():
                 return
             self._over.set()
             self.flush()
-            self._write({"event": "end", "time": round(time.time(), 3), "exit": exit, "message": message})
+            self._write_event({"event": "end", "time": round(time.time(), 3), "exit": exit, "message": message})
             self._file = None
 
     def __enter__(self) -> "Goodput":
@@ -343,37 +370,41 @@ class Goodput:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         message = "" if error is None else " ".join(str(error).split())[:500] or type(error).__name__
+        # A stop on request is no failure in the report.
         stopped = isinstance(error, (KeyboardInterrupt, *self._stops))
         self.close("done" if error is None else "stopped" if stopped else "failed", message)
 
-    def _settle(self) -> None:
+    def _charge_elapsed(self) -> None:
         now = self._clock()
         self._total[self._stack[-1]] += now - self._since
         self._since = now
 
-    def _new(self) -> dict[str, float]:
+    def _unwritten_seconds(self) -> dict[str, float]:
         return {cause: s - self._written.get(cause, 0.0) for cause, s in self._total.items()}
 
-    def _beat(self) -> None:
+    def _flush_periodically(self) -> None:
+        # Lines get rarer as the process gets older.
         while not self._over.wait(min(max((self._clock() - self._opened) / _LINES, _SHORTEST), _LONGEST)):
             with self._lock:
                 if not self._over.is_set():
                     self.flush()
 
-    def _write(self, event: dict[str, Any]) -> None:
+    def _write_event(self, event: dict[str, Any]) -> None:
         with self._lock:
-            self.account.add(event)
+            self.account.add_event(event)
             if self._file is None:
                 return
             try:
-                append(self._file, json.dumps(event) + "\n")
-            except OSError as e:  # a full disk is no reason to stop
+                append_text(self._file, json.dumps(event) + "\n")
+            # A full disk must not end training.
+            except OSError as e:
                 _log.warning("%s cannot be written (%s): goodput is no longer kept", GOODPUT_FILE, e.strerror or e)
                 self._file = None
 
 
-def _ends_whole(path: Path) -> bool:
+def _ends_with_newline(path: Path) -> bool:
     with open(path, "rb") as file:
+        # An empty file needs no newline.
         if file.seek(0, os.SEEK_END) == 0:
             return True
         file.seek(-1, os.SEEK_END)

@@ -26,6 +26,7 @@ def batch_axes(name: str) -> tuple[str | None, ...]:
 
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """ShapeDtypeStructs of a global batch: the entries of the data's batch that the step takes."""
+    # Shapes are global: each process holds its rows of them.
     n, r = config.batch_size, config.resolution
     entry = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((n, *shape), dtype)
     batch = {"image": entry(r, r, 3, dtype=jnp.uint8), "label": entry()}
@@ -33,6 +34,7 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         return batch
     batch["tokens"] = entry(config.text.length)
     if config.data.embeddings:
+        # Stored features take the place of the text encoder: they come in its precision.
         batch["features"] = entry(config.text.length, text_spec(config.text).width, dtype=jnp.dtype(config.dtype))
         if config.uses_clip_loss:
             batch["clip_text"] = entry(clip_width(config), dtype=jnp.float32)
@@ -44,5 +46,5 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 def batch_shardings(config: Config, mesh: Any) -> dict[str, NamedSharding]:
     """Shardings of a global batch."""
     abstract = abstract_batch(config)
-    spec = lambda k: sharding.spec(batch_axes(k), abstract[k].shape, mesh, config.rules, f"batch {k}")
+    spec = lambda k: sharding.partition_spec(batch_axes(k), abstract[k].shape, mesh, config.rules, f"batch {k}")
     return {k: NamedSharding(mesh, spec(k)) for k in abstract}

@@ -20,8 +20,9 @@ from gigagan_jax.core.processes import release_memory
 from gigagan_jax.models.network import Params
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import Batch, abstract_batch, batch_axes, batch_shardings
+from gigagan_jax.training.objectives import NO_FROZEN, Metrics
 from gigagan_jax.training.state import GanState
-from gigagan_jax.training.step import NOTHING, CriticGradients, HalfStep, Metrics, TrainStep
+from gigagan_jax.training.step import CriticGradients, HalfStep, TrainStep, critic_params
 from gigagan_jax.training.throughput import count_flops
 
 # LLVM's last level of optimisation costs a sixth of the compile time on CPUs and makes no step faster (docs/performance.md).
@@ -33,7 +34,7 @@ CRITICS, R1, UPDATE, GENERATOR = "critic_gradients", "r1", "update_critics", "ge
 STEP, STEP_WITH_R1 = "step", "step_with_r1"
 
 
-def _options(platform: str) -> dict[str, Any]:
+def _cpu_options(platform: str) -> dict[str, Any]:
     """Arguments of jax.jit for this platform; what XLA_FLAGS sets stays as it is set."""
     if platform != "cpu" or any(name in os.environ.get("XLA_FLAGS", "") for name in _CPU_OPTIONS):
         return {}
@@ -63,19 +64,24 @@ class CompiledStep:
         self.key_sharding = NamedSharding(mesh, PartitionSpec())
         platform = mesh.devices.flat[0].platform if isinstance(mesh, jax.sharding.Mesh) else ""
         self.in_parts = platform == "cpu"
-        self._jitted = self._parts(**_options(platform)) if self.in_parts else self._kinds(**_options(platform))
+        self._jitted = (
+            self._jit_parts(**_cpu_options(platform))
+            if self.in_parts
+            else self._jit_whole_step(**_cpu_options(platform))
+        )
         self._compiled: dict[str, Future] = {}
         self._compiled_for: Any = None
         self._pool: ThreadPoolExecutor | None = None
 
-    def _kinds(self, **options: Any) -> dict[str, Any]:
+    def _jit_whole_step(self, **options: Any) -> dict[str, Any]:
         """The whole step, of each kind, as jitted functions by name."""
         where, everywhere = self.state_shardings, self.key_sharding
+        # One order of arguments for all programs, which the compiler's threads rely on.
         inputs = (self.batch_shardings, everywhere, self.frozen_shardings, everywhere)
         kinds = {STEP: False, STEP_WITH_R1: True}
         return {
             name: jax.jit(
-                functools.partial(self._whole, name, with_r1),
+                functools.partial(self._trace_whole_step, name, with_r1),
                 donate_argnums=0,
                 in_shardings=(where, *inputs),
                 out_shardings=(where, everywhere),
@@ -84,13 +90,14 @@ class CompiledStep:
             for name, with_r1 in kinds.items()
         }
 
-    def _parts(self, **options: Any) -> dict[str, Any]:
+    def _jit_parts(self, **options: Any) -> dict[str, Any]:
         """The parts of a step as jitted functions by name."""
-        judges, rest = self._cut(self.state_shardings)
+        # The critics' parameters are an argument of their own: their program donates them and no more.
+        judges, rest = self._split_state(self.state_shardings)
         batch, frozen, everywhere = self.batch_shardings, self.frozen_shardings, self.key_sharding
         features = self._features_shardings()
         where: Any = self.state_shardings
-        gradients = CriticGradients(self.step.critics(where), *(everywhere,) * 2, features)  # type: ignore[arg-type]
+        gradients = CriticGradients(critic_params(where), *(everywhere,) * 2, features)  # type: ignore[arg-type]
         half = HalfStep(features, *(everywhere,) * 4)  # type: ignore[arg-type]
         return {
             CRITICS: jax.jit(
@@ -123,18 +130,21 @@ class CompiledStep:
         }
 
     def _features_shardings(self) -> dict[str, NamedSharding]:
-        """Where the step puts what frozen encoders say of the captions."""
+        """Where the step puts the features of frozen text encoders."""
         batch, frozen = abstract_batch(self.config), self.step.networks.frozen.abstract()
-        encoded = jax.eval_shape(self.step.encode, batch, frozen)
+        # Known only by tracing the encoders, which costs no computation.
+        encoded = jax.eval_shape(self.step.objective.encode_captions, batch, frozen)
         return {
-            k: NamedSharding(self.mesh, sharding.spec(batch_axes(k), x.shape, self.mesh, self.config.rules, k))
+            k: NamedSharding(
+                self.mesh, sharding.partition_spec(batch_axes(k), x.shape, self.mesh, self.config.rules, k)
+            )
             for k, x in encoded.items()
             if k not in batch
         }
 
     # -- what is traced
 
-    def _whole(
+    def _trace_whole_step(
         self,
         name: str,
         with_r1: bool,
@@ -145,30 +155,30 @@ class CompiledStep:
         lr_scale: jax.Array,
     ) -> tuple[GanState, Metrics]:
         self.traces.append(name)
-        with sharding.use(self.mesh, self.config.rules):
+        with sharding.use_mesh(self.mesh, self.config.rules):
             return self.step(state, batch, key, frozen, lr_scale, with_r1=with_r1)
 
     def _critic_gradients(
         self, judges: Any, rest: GanState, batch: Batch, key: jax.Array, frozen: Params
     ) -> CriticGradients:
         self.traces.append(CRITICS)
-        with sharding.use(self.mesh, self.config.rules):
-            return self.step.critic_gradients(self._joined(judges, rest), batch, key, frozen)
+        with sharding.use_mesh(self.mesh, self.config.rules):
+            return self.step.critic_gradients(self._join_state(judges, rest), batch, key, frozen)
 
     def _add_r1(
         self, judges: Any, rest: GanState, gradients: CriticGradients, batch: Batch, key: jax.Array
     ) -> CriticGradients:
         self.traces.append(R1)
-        with sharding.use(self.mesh, self.config.rules):
-            return self.step.add_r1(self._joined(judges, rest), gradients, batch, key)
+        with sharding.use_mesh(self.mesh, self.config.rules):
+            return self.step.add_r1(self._join_state(judges, rest), gradients, batch, key)
 
     def _update_critics(
         self, judges: Any, rest: GanState, gradients: CriticGradients, lr_scale: jax.Array
     ) -> tuple[Any, HalfStep]:
         self.traces.append(UPDATE)
-        with sharding.use(self.mesh, self.config.rules):
-            state, half = self.step.update_critics(self._joined(judges, rest), gradients, lr_scale)
-        return self._cut(state)[0], half
+        with sharding.use_mesh(self.mesh, self.config.rules):
+            state, half = self.step.update_critics(self._join_state(judges, rest), gradients, lr_scale)
+        return self._split_state(state)[0], half
 
     def _update_generator(
         self,
@@ -181,17 +191,19 @@ class CompiledStep:
         lr_scale: jax.Array,
     ) -> tuple[GanState, Metrics]:
         self.traces.append(GENERATOR)
-        with sharding.use(self.mesh, self.config.rules):
-            state, metrics = self.step.update_generator(self._joined(judges, rest), half, batch, key, frozen, lr_scale)
-        return self._cut(state)[1], metrics
+        with sharding.use_mesh(self.mesh, self.config.rules):
+            state, metrics = self.step.update_generator(
+                self._join_state(judges, rest), half, batch, key, frozen, lr_scale
+            )
+        return self._split_state(state)[1], metrics
 
     @staticmethod
-    def _cut(state: Any) -> tuple[Any, GanState]:
+    def _split_state(state: Any) -> tuple[Any, GanState]:
         """((D, V), all else)"""
         return (state.d, state.v), state.replace(d=None, v=None)
 
     @staticmethod
-    def _joined(judges: Any, rest: Any) -> GanState:
+    def _join_state(judges: Any, rest: Any) -> GanState:
         return rest.replace(d=judges[0], v=judges[1])
 
     # -- what is called
@@ -201,24 +213,26 @@ class CompiledStep:
         state: GanState,
         batch: Batch,
         key: jax.Array,
-        frozen: Params = NOTHING,
+        frozen: Params = NO_FROZEN,
         lr_scale: jax.Array | None = None,
         *,
         with_r1: bool,
     ) -> tuple[GanState, Metrics]:
-        scale = self._one if lr_scale is None else lr_scale
+        scale = self._unit_scale if lr_scale is None else lr_scale
         if not self.in_parts:
-            return self._program(STEP_WITH_R1 if with_r1 else STEP)(state, batch, key, frozen, scale)
-        judges, rest = self._cut(state)
-        gradients = self._program(CRITICS)(judges, rest, batch, key, frozen)
+            return self._wait_for_program(STEP_WITH_R1 if with_r1 else STEP)(state, batch, key, frozen, scale)
+        judges, rest = self._split_state(state)
+        gradients = self._wait_for_program(CRITICS)(judges, rest, batch, key, frozen)
         if with_r1:
-            gradients = self._program(R1)(judges, rest, gradients, batch, key)
-        judges, half = self._program(UPDATE)(judges, rest, gradients, scale)
-        penalty = half.penalty(with_r1)
-        rest, metrics = self._program(GENERATOR)(rest, judges, half, batch, key, frozen, scale)
-        return self._joined(judges, rest), metrics | penalty
+            # R1's gradient is added to D's, in buffers that are given away: no second copy exists.
+            gradients = self._wait_for_program(R1)(judges, rest, gradients, batch, key)
+        judges, half = self._wait_for_program(UPDATE)(judges, rest, gradients, scale)
+        penalty = half.penalty_metrics(with_r1)
+        # G's program sees the critics after their update, as in the whole step.
+        rest, metrics = self._wait_for_program(GENERATOR)(rest, judges, half, batch, key, frozen, scale)
+        return self._join_state(judges, rest), metrics | penalty
 
-    def _program(self, name: str) -> Callable[..., Any]:
+    def _wait_for_program(self, name: str) -> Callable[..., Any]:
         """The program that was compiled ahead, waited for; where there is none, one that compiles when it is called."""
         future = self._compiled.get(name)
         return self._jitted[name] if future is None else future.result()
@@ -236,7 +250,8 @@ class CompiledStep:
 
         A call waits for the programs that it needs.
         """
-        arguments = jax.tree.map(_abstract, (state, batch, key, frozen, lr_scale))
+        arguments = jax.tree.map(_abstract_like, (state, batch, key, frozen, lr_scale))
+        # A changed shape, such as another batch size, compiles anew; the same one does not.
         if arguments == self._compiled_for:
             return
         self._compiled_for = arguments
@@ -290,23 +305,24 @@ class CompiledStep:
         """Floating-point operations of one step over all devices, from its trace; see throughput.py."""
 
         def run(*args: Any) -> Any:
-            with sharding.use(self.mesh, self.config.rules):
+            with sharding.use_mesh(self.mesh, self.config.rules):
                 return self.step(*args, with_r1=with_r1)
 
         return count_flops(run, *self._abstract_arguments()[:-1])
 
     def lower(self, *, with_r1: bool) -> Any:
         """The whole step as one program, lowered for abstract arguments: to look at, or for a device that is not here."""
-        return self._kinds()[STEP_WITH_R1 if with_r1 else STEP].lower(*self._abstract_arguments())
+        return self._jit_whole_step()[STEP_WITH_R1 if with_r1 else STEP].lower(*self._abstract_arguments())
 
     def key(self) -> jax.Array:
         """The run's key, the same on all hosts."""
+        # Made on the host and placed: each process would otherwise have a key on its own devices only.
         data = jax.random.key_data(jax.random.key(self.config.seed))
         host = jax.device_get(data)
         return jax.random.wrap_key_data(jax.make_array_from_callback(host.shape, self.key_sharding, lambda i: host[i]))
 
     @functools.cached_property
-    def _one(self) -> jax.Array:
+    def _unit_scale(self) -> jax.Array:
         return self.scalar(1.0)
 
     def scalar(self, value: float) -> jax.Array:
@@ -314,7 +330,7 @@ class CompiledStep:
         return jax.make_array_from_callback((), self.key_sharding, lambda i: np.float32(value))
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+def _abstract_like(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
@@ -329,12 +345,13 @@ class _Compiler:
     def __init__(self, step: CompiledStep, arguments: tuple[Any, ...]):
         self._jitted = step._jitted
         self._arguments = arguments
-        self._judges, self._rest = step._cut(arguments[0])
+        self._judges, self._rest = step._split_state(arguments[0])
         self._gradients: Future = Future()  # abstract CriticGradients, known when that program is traced
         self._half: Future = Future()  # abstract HalfStep
 
     def compile(self, name: str) -> Any:
         """The compiled program; waits for what the trace of another one tells."""
+        # Two programs' outputs are inputs of others: their shapes are handed on as soon as they are traced.
         tells = {CRITICS: self._gradients, UPDATE: self._half}.get(name)
         try:
             traced = self._jitted[name].trace(*self._arguments_of(name))
@@ -344,7 +361,8 @@ class _Compiler:
             raise
         if tells is not None and not tells.done():
             out = traced.out_info if name == CRITICS else traced.out_info[1]
-            tells.set_result(jax.tree.map(_abstract, out))
+            tells.set_result(jax.tree.map(_abstract_like, out))
+        # Lowering holds Python's lock, compiling does not: two programs overlap.
         compiled = traced.lower().compile()
         release_memory()
         return compiled

@@ -8,6 +8,7 @@ import jax
 
 from gigagan_jax.config import Config, TextConfig
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.workdir_files import QUARANTINE_FILE
 from gigagan_jax.data import pipeline
 from gigagan_jax.data.embeddings import Embeddings
 from gigagan_jax.data.source import Source
@@ -19,25 +20,27 @@ from gigagan_jax.models.pretrained.text_encoder import tokenizer_options
 _log = logging.getLogger(__name__)
 
 
-def data_source(config: Config, workdir: Path | None = None) -> Source:
+def make_data_source(config: Config, workdir: Path | None = None) -> Source:
     """The config's data set; `workdir` takes the index of tars that lie where it cannot be written."""
     d = config.data
+    # Opening may index tars, which takes minutes at the first start (docs/data.md).
     source = make_source(d, condition=config.condition, workdir=workdir)
     if config.condition == "class":
         if not getattr(source, "has_labels", True):
             raise UserError(f"{d.path} has no labels, and config.condition='class' needs them")
+        # Only some sources know their classes: a folder by its sub-folders, TFDS by its features.
         classes = len(getattr(source, "classes", None) or ())
         if classes and classes != config.num_classes:
             raise UserError(
                 f"{d.path} has {classes} classes, config.num_classes={config.num_classes}: set it to {classes}"
             )
-    funnel = getattr(source, "funnel", None)
-    if funnel:
-        _log.info("filters:\n%s", filters.table(funnel))
+    filter_report = getattr(source, "filter_report", None)
+    if filter_report:
+        _log.info("filters:\n%s", filters.format_report(filter_report))
     return source
 
 
-def tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
+def make_tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
     """(of the text encoder, of the CLIP of the contrastive loss where that has tokens of its own)"""
     text = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
     if not own_clip_tokens(config):
@@ -49,15 +52,17 @@ def tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
 def make_pipeline(config: Config, workdir: Path | None, rows: Sequence[int] | None = None) -> pipeline.Pipeline:
     """The config's stream of batches for this host, whose devices hold `rows` of each."""
     d = config.data
-    source = data_source(config, workdir)
-    text, clip = tokenizers(config)
+    source = make_data_source(config, workdir)
+    text, clip = make_tokenizers(config)
+    # Stored embeddings replace the encoders' tokens; a class-conditional model has none.
     stored = bool(d.embeddings) and config.condition == "text"
-    return pipeline.build(
+    return pipeline.build_pipeline(
         source,
         resolution=config.resolution,
         batch_size=config.batch_size,
         seed=config.seed,
         tokenizer=text,
+        # The contrastive loss reads stored embeddings too: its tokens are not needed.
         clip_tokenizer=None if stored else clip,
         embeddings=Embeddings(Path(d.embeddings), config, source) if stored else None,
         crop=d.crop,
@@ -66,11 +71,12 @@ def make_pipeline(config: Config, workdir: Path | None, rows: Sequence[int] | No
         resize_filter=d.resize_filter,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        # Which rows a host reads depends on its devices' place in the mesh, not on its number.
         rows=rows,
         num_threads=d.threads,
         num_workers=d.workers,
         clean_captions=d.clean_captions,
         fast_decode=d.fast_decode,
         max_bad_fraction=d.max_bad_fraction,
-        quarantine_path=None if workdir is None else workdir / "quarantine.jsonl",
+        quarantine_path=None if workdir is None else workdir / QUARANTINE_FILE,
     )

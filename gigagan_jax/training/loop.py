@@ -1,42 +1,55 @@
-"""The training loop: data in, steps, metrics, checkpoints, and the callers' hooks at snapshots and at the end."""
+"""The training loop: data in, steps, metrics, checkpoints, and hooks at snapshots and at the end."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from gigagan_jax.checkpoint import consistency
 from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
-from gigagan_jax.checkpoint.run_lock import alone
+from gigagan_jax.checkpoint.run_lock import hold_run_lock
 from gigagan_jax.checkpoint.workdir import open_workdir
 from gigagan_jax.config import Config
 from gigagan_jax.core.errors import Unreachable
-from gigagan_jax.data import pipeline
+from gigagan_jax.data.pipeline import Pipeline
 from gigagan_jax.models.network import Params
 from gigagan_jax.parallel import communication, sharding, watchdog
-from gigagan_jax.parallel.signals import Interrupted, _Signals
-from gigagan_jax.telemetry.console import Progress
+from gigagan_jax.parallel.signals import Interrupted, StopSignals
+from gigagan_jax.telemetry.console import TrainingProgress
 from gigagan_jax.telemetry.goodput import Goodput
 from gigagan_jax.telemetry.metrics import MetricLogger
 from gigagan_jax.telemetry.profiler import Profiler
 from gigagan_jax.training.compiled_step import CompiledStep
-from gigagan_jax.training.health.recovery import Guard
+from gigagan_jax.training.health.recovery import HealthGuard
 from gigagan_jax.training.input_pipeline import make_pipeline
 from gigagan_jax.training.state import GanState, Networks
 from gigagan_jax.training.step import TrainStep
-from gigagan_jax.training.throughput import Speed, facts
+from gigagan_jax.training.throughput import ThroughputMeter, run_info
 
 _log = logging.getLogger(__name__)
 
 # Called with (state, thousands of images, logger).
 Hook = Callable[[GanState, float, MetricLogger], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a run calls from outside of training.
+
+    Attributes:
+      snapshot: called every `snapshot_kimg`, and at the last step.
+      finish: called once at the end.
+    """
+
+    snapshot: Hook | None = None
+    finish: Sequence[Hook] = ()
 
 
 class Run:
@@ -45,13 +58,13 @@ class Run:
     Args:
       config: of the run.
       workdir: where everything is written, and what a run goes on from.
-      snapshot: hook, called every `snapshot_kimg`.
-      finish: hooks, called once at the end.
+      hooks: makes the hooks, which may need the run's mesh and frozen networks.
       mesh: devices to train on; None for the config's mesh over all of them.
-
-    Attributes:
-      began: when this process was started, in seconds since the epoch; what is lost before training counts from there.
+      began: when this process was started, in seconds since the epoch: time lost before training counts from there.
       profile_steps: (first, last) steps to take a trace of, last not included.
+
+    Raises:
+      UserError: a mesh that the config does not fit.
     """
 
     def __init__(
@@ -59,20 +72,24 @@ class Run:
         config: Config,
         workdir: Path,
         *,
-        snapshot: Hook | None = None,
-        finish: Sequence[Hook] = (),
+        hooks: Callable[["Run"], Hooks] = lambda run: Hooks(),
         mesh: Any = None,
+        began: float | None = None,
+        profile_steps: tuple[int, int] | None = None,
     ):
-        self.config, self.workdir, self.snapshot, self.finish = config, workdir, snapshot, finish
+        self.config, self.workdir = config, workdir
+        self.began = time.time() if began is None else began
+        self.profile_steps = profile_steps
         self.mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
         sharding.check_batch(config.batch_size, config.micro_batches, self.mesh, config.rules)
         self.networks = Networks(config)
         self.step = CompiledStep(TrainStep(self.networks), self.mesh)
+        # Every entry of a batch is cut like the images: by examples.
         image = self.step.batch_shardings["image"]
         self.rows = sharding.local_rows(image, (config.batch_size, config.resolution, config.resolution, 3))
-        self._signals = _Signals()
-        self.began = time.time()
-        self.profile_steps: tuple[int, int] | None = None
+        self.signals = StopSignals()
+        # Last: hooks take the mesh and the frozen networks from the run.
+        self.hooks = hooks(self)
 
     @functools.cached_property
     def frozen(self) -> tuple[Params, dict[str, str]]:
@@ -89,216 +106,310 @@ class Run:
           UserError: bad data, a workdir of another run, a damaged checkpoint, a run that went wrong (docs/health.md).
           Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
         """
-        first = jax.process_index() == 0
-        about = facts(self.config, self.networks, self.mesh)
+        is_main = jax.process_index() == 0
+        info = run_info(self.config, self.networks, self.mesh)
         with contextlib.ExitStack() as stack:
-            if first:
-                stack.enter_context(alone(self.workdir))
+            if is_main:
+                # Before anything is written: two runs in one workdir would destroy each other's checkpoints.
+                stack.enter_context(hold_run_lock(self.workdir))
                 open_workdir(self.workdir, self.config)
             else:
-                with contextlib.suppress(OSError):  # process 0 says what is wrong with it
+                with contextlib.suppress(OSError):  # process 0 reports what is wrong with the folder
                     self.workdir.mkdir(parents=True, exist_ok=True)
-            return self._watched(first, about)
-
-    def _watched(self, first: bool, about: dict[str, Any]) -> GanState:
-        with (
-            Goodput(self.workdir, about, enabled=first, began=self.began, stops=(Interrupted,)) as goodput,
-            Profiler(self.workdir, self.profile_steps, lambda: goodput("profile")) as profiler,
-            self._signals,
-        ):
-            state = self._train(goodput, profiler)
-        if first:
-            _log.info("wall time:\n%s", goodput.account.table())
+            goodput = stack.enter_context(
+                Goodput(self.workdir, info, enabled=is_main, began=self.began, stops=(Interrupted,))
+            )
+            profiler = stack.enter_context(Profiler(self.workdir, self.profile_steps, lambda: goodput("profile")))
+            stack.enter_context(self.signals)
+            state = self._train_on_data(goodput, profiler)
+        if is_main:
+            _log.info("wall time:\n%s", goodput.account.format_table())
         return state
 
-    def _train(self, goodput: Goodput, profiler: Profiler) -> GanState:
+    def abstract_state(self) -> GanState:
+        """The state as ShapeDtypeStructs with shardings, to restore into."""
+        return with_shardings(self.networks.abstract(), self.step.state_shardings)
+
+    def next_batch(self, data: Pipeline) -> dict[str, jax.Array]:
+        """The next global batch, on the devices; this process reads the rows that its own devices hold."""
+        try:
+            batch = next(data)
+        except Unreachable:
+            # A worker that was started when the signal came was told to end, too: its loss is no error of its own.
+            if self.signals.number:
+                raise Interrupted(self.signals.number, agreed=False) from None
+            raise
+        return {
+            k: sharding.array_from_rows(batch[k], self.rows, where, self.config.batch_size)
+            for k, where in self.step.batch_shardings.items()
+        }
+
+    def _train_on_data(self, goodput: Goodput, profiler: Profiler) -> GanState:
         config = self.config
         _log.info("data: %s %s", config.data.source, config.data.path)
         with make_pipeline(config, self.workdir, self.rows) as data:
-            goodput.about({"data": data.about()})
-            consistency.check(config, data.state()["source"], self.workdir)
+            goodput.record_facts({"data": data.describe_source()})
+            # Processes with other settings would compute other programs and wait for each other for ever.
+            consistency.assert_same_on_all_processes(config, data.state()["source"], self.workdir)
             checkpoints = Checkpoints(self.workdir, config)
             try:
-                weights, identities = self.frozen
+                _, identities = self.frozen
                 if data.embeddings is not None:
+                    # Stored embeddings stand for encoders that are not loaded: their identities come from the files.
                     identities = identities | data.embeddings.identities
-                guard = Guard(config, self.step.step.probe, self.workdir, data)
-                state, step = self._start(checkpoints, data, identities, guard)
-                goodput.resumed(step)
-                resumed = step if step else None
-                with MetricLogger(self.workdir, enabled=jax.process_index() == 0, resume_step=resumed) as logger:
-                    with self._signals.held(), goodput("step"):
-                        state = self._loop(
-                            state, step, data, checkpoints, logger, weights, identities, guard, goodput, profiler
-                        )
-                    watchdog.report(None)
+                guard = HealthGuard(config, self.step.step.health_vector, self.workdir, data)
+                state, step = self._start_or_resume(checkpoints, data, identities, guard)
+                goodput.record_resume(step)
+                resume_step = step if step else None
+                with MetricLogger(self.workdir, enabled=jax.process_index() == 0, resume_step=resume_step) as logger:
+                    loop = _Loop(self, state, step, data, checkpoints, identities, guard, logger, goodput, profiler)
+                    with self.signals.hold_signals(), goodput("step"):
+                        state = loop.train()
+                    watchdog.report_progress(None)
                     with goodput("checkpoint"):
-                        checkpoints.wait()
-                    kimg = int(state.images) / 1000
-                    for hook in self.finish:
+                        checkpoints.wait_until_finished()
+                    for hook in self.hooks.finish:
                         with goodput("evaluation"):
-                            hook(state, kimg, logger)
+                            hook(state, int(state.images) / 1000, logger)
             finally:
+                # An error must not wait for programs that nobody will run.
                 self.step.cancel_compiling()
                 checkpoints.close()
         return state
 
-    def _start(
-        self, checkpoints: Checkpoints, data: pipeline.Pipeline, identities: dict[str, str], guard: Guard
+    def _start_or_resume(
+        self, checkpoints: Checkpoints, data: Pipeline, identities: dict[str, str], guard: HealthGuard
     ) -> tuple[GanState, int]:
-        latest = checkpoints.newest()
+        latest = checkpoints.latest_valid_step()
         if latest is None:
             _log.info("start: initialising G and D")
             return self.networks.init(self.mesh), 0
         _log.info("resume: restoring checkpoint %d", latest)
         checkpoints.check_frozen(latest, identities)
-        before = checkpoints.config(latest)
-        for name, o in (("g", self.config.g_optimizer), ("d", self.config.d_optimizer), ("v", self.config.v_optimizer)):
-            if o.decay_kimg and before.total_kimg < self.config.total_kimg:
-                _log.warning(
-                    "total_kimg was %g and is now %g: the learning rate of %s, which decays over the last %g kimg, may rise",
-                    before.total_kimg,
-                    self.config.total_kimg,
-                    name.upper(),
-                    o.decay_kimg,
-                )
-        state, position = checkpoints.restore(latest, self._abstract())
+        self._warn_of_rising_rates(checkpoints.read_config(latest))
+        state, position = checkpoints.restore(latest, self.abstract_state())
+        # From the example after the last one trained on: none is lost, none comes twice.
         data.restore(position)
+        # Checkpoints written before there was a monitor have no entry for it.
         guard.monitor.restore(position.get("health"))
         return state, latest
 
-    def _abstract(self) -> GanState:
-        return with_shardings(self.networks.abstract(), self.step.state_shardings)
+    def _warn_of_rising_rates(self, before: Config) -> None:
+        """A longer run moves the end of a learning rate's decay: what had fallen may rise again."""
+        c = self.config
+        for name, optimizer in (("G", c.g_optimizer), ("D", c.d_optimizer), ("V", c.v_optimizer)):
+            if optimizer.decay_kimg and before.total_kimg < c.total_kimg:
+                _log.warning(
+                    "total_kimg was %g and is now %g: the learning rate of %s, which decays over the last %g kimg, may rise",
+                    before.total_kimg,
+                    c.total_kimg,
+                    name,
+                    optimizer.decay_kimg,
+                )
 
-    def _loop(
+
+class _Pending(NamedTuple):
+    """A step that the device works on.
+
+    stop_signal: the largest signal that any process has met, on the device; None for a process alone
+    """
+
+    step: int
+    images: int
+    metrics: dict[str, jax.Array]
+    stop_signal: jax.Array | None
+
+
+# Steps in flight: while the device works on one the host prepares the next, and no queue grows.
+_STEPS_IN_FLIGHT = 2
+
+
+class _Loop:
+    """The steps of a run from a state to `total_kimg`.
+
+    Durations are in images: something is due when a multiple of its period was crossed in the last step.
+    """
+
+    def __init__(
         self,
+        run: Run,
         state: GanState,
         step: int,
-        data: pipeline.Pipeline,
+        data: Pipeline,
         checkpoints: Checkpoints,
-        logger: MetricLogger,
-        weights: Params,
         identities: dict[str, str],
-        guard: Guard,
+        guard: HealthGuard,
+        logger: MetricLogger,
         goodput: Goodput,
         profiler: Profiler,
-    ) -> GanState:
-        config = self.config
-        images = int(state.images)
-        total = math.ceil(round(config.total_kimg * 1000) / config.batch_size) * config.batch_size
-        if images >= total:
-            _log.info("nothing to do: the run is at %.1f of %.1f kimg", images / 1000, config.total_kimg)
-            return state
-        progress = Progress(config.total_kimg, images)
-        key, scale = self.step.key(), self.step.scalar(guard.monitor.lr_scale)
-        speed = Speed(config, self.mesh.devices.reshape(-1).tolist(), goodput)
-        latest: dict[str, Any] = {}
-        pending: list[tuple[int, int, dict[str, jax.Array], jax.Array | None]] = []  # (step, images, metrics, asked)
-        agreement = communication.Agreement(self.mesh) if jax.process_count() > 1 else None
-        seen: set[bool] = set()
-        compiling = False
-        names: set[str] = set()  # of all metrics so far
+    ):
+        self.run, self.config, self.step = run, run.config, run.step
+        self.state, self.steps_done, self.images = state, step, int(state.images)
+        self.data, self.checkpoints, self.identities = data, checkpoints, identities
+        self.guard, self.logger, self.goodput, self.profiler = guard, logger, goodput, profiler
+        c = self.config
+        # The last batch is whole: a run ends at the first multiple of the batch past its length.
+        self.total_images = math.ceil(round(c.total_kimg * 1000) / c.batch_size) * c.batch_size
+        self.frozen, _ = run.frozen
+        self.key, self.lr_scale = self.step.key(), self.step.scalar(guard.monitor.lr_scale)
+        self.progress = TrainingProgress(c.total_kimg, self.images)
+        self.speed = ThroughputMeter(c, run.mesh.devices.reshape(-1).tolist(), goodput)
+        self.agreement = communication.Agreement(run.mesh) if jax.process_count() > 1 else None
+        self.pending: list[_Pending] = []
+        self.latest_metrics: dict[str, jax.Array] = {}
+        self.metric_names: set[str] = set()
+        self.kinds_of_step: set[bool] = set()  # with R1, without, as far as they were met
+        self.compiling = False
 
-        # Durations are in images: something is due when a multiple of its period was crossed in this step.
-        def due(kimg: float) -> bool:
-            period = kimg * 1000
-            return images // period > (images - config.batch_size) // period
+    def train(self) -> GanState:
+        """Trains to the end.
 
-        def look(stop: int) -> int:
-            """Judges the oldest pending step, waiting for it -> the signal to stop by, agreed on by all processes in it."""
-            done, so_far, metrics, asked = pending.pop(0)
-            before = guard.monitor.skipped
-            guard.look(done, so_far, metrics)
-            if guard.monitor.skipped > before:
-                goodput.skipped(guard.monitor.skipped - before)
-            return stop if asked is None else max(stop, int(asked))
-
-        while images < total:
-            with_r1 = step % config.loss.r1_interval == 0
-            first_time = with_r1 not in seen and not self.step.is_compiled(with_r1=with_r1)
-            seen.add(with_r1)
-            began = time.monotonic()
-            if first_time:
-                _log.info("compiling the train step %s R1 (once)", "with" if with_r1 else "without")
-                watchdog.report(None)  # however long it takes, it is no step that hangs
-            last = pending[-1][2]["health"] if pending else None
-            with goodput("data", behind=last):
-                batch = self._next(data)
-            if not compiling:
-                self.step.compile_ahead(state, batch, key, weights, scale)
-                compiling = True
-            with profiler(step, compiles=first_time, done=last), goodput("compile" if first_time else "step"):
-                state, metrics = self.step(state, batch, key, weights, scale, with_r1=with_r1)
-                if first_time:
-                    jax.block_until_ready(metrics)
-            step += 1
-            goodput.step = step
-            images += config.batch_size
-            watchdog.report(step, data.state()["examples_seen"])
-            latest |= {k: v for k, v in metrics.items() if k != "health"}
-            metrics["health"].copy_to_host_async()
-            pending.append((step, images, metrics, agreement.ask(self._signals.number) if agreement else None))
-            if first_time:
-                _log.info("compiled in %.0f s", time.monotonic() - began)
-                progress.restart(images, goodput.training_seconds)
-                speed.learn()
-            # Two steps may be in flight: the host prepares the next one, and no queue grows.
-            stop = 0 if agreement else self._signals.number
-            if len(pending) > 2:
-                stop = look(stop)
-            # What is saved or logged is judged before: a checkpoint holds the judgement of its own step.
-            while pending and (due(config.log_kimg) or due(config.checkpoint_kimg) or images >= total or stop):
-                stop = look(stop)
-            if guard.rollback is not None:
-                init = functools.partial(self.networks.init, self.mesh)
-                with goodput("skipped"):
-                    state, step = guard.go_back(state, checkpoints, logger, self._abstract(), init)
-                goodput.resumed(step)
-                images, scale = int(state.images), self.step.scalar(guard.monitor.lr_scale)
-                pending.clear()
-                latest.clear()
+        Raises:
+          Interrupted: a signal came; the checkpoint of the last step is on disk.
+        """
+        c = self.config
+        if self.images >= self.total_images:
+            _log.info("nothing to do: the run is at %.1f of %.1f kimg", self.images / 1000, c.total_kimg)
+            return self.state
+        while self.images < self.total_images:
+            # The step is only started here: the host runs ahead of the devices.
+            self._take_step()
+            signal = self._observe_pending_steps()
+            if self.guard.rollback is not None:
+                self._roll_back()
                 continue
-            save = due(config.checkpoint_kimg) or images >= total or bool(stop)
-            if due(config.log_kimg) or save:
-                values = {k: float(v) for k, v in jax.device_get(latest).items()} | guard.values()
-                # By the clock of training, which stands still while something else is done.
-                progress.advance(images, goodput.training_seconds)
-                values |= speed.figures(progress.rate)
-                if goodput.share is not None:
-                    values["goodput"] = goodput.share
-                line = progress.line(values)
-                bad = data.quarantine.causes
-                if bad:
-                    values["data/bad"] = sum(bad.values())
-                logger.scalars(step, images / 1000, values)
-                if jax.process_index() == 0:
-                    print(line, flush=True)
-                # The penalty's metrics come with its first step; a run that is to stop is saved whatever was asked for.
-                names |= values.keys()
-                if jax.process_index() == 0 and not stop and True in seen:
-                    checkpoints.check_metrics(names)
-            checkpoints.poll()
+            is_last = self.images >= self.total_images
+            save = self._is_due(c.checkpoint_kimg) or is_last or bool(signal)
+            values = self._log_metrics(stopping=bool(signal)) if save or self._is_due(c.log_kimg) else {}
+            # A save that failed in the background ends the run at the next step, not at the next save.
+            self.checkpoints.check_for_errors()
             if save:
-                with goodput("checkpoint"):
-                    checkpoints.save(step, state, guard.position(), config, identities, images=images, metrics=values)
-            if self.snapshot is not None and (due(config.snapshot_kimg) or images >= total):
-                with goodput("evaluation"):
-                    self.snapshot(state, images / 1000, logger)
-            if stop:
-                _log.info("stopping at step %d: writing the checkpoint", step)
-                with goodput("checkpoint"):
-                    checkpoints.wait()
-                raise Interrupted(stop, agreed=True)
+                self._save_checkpoint(values)
+            if self.run.hooks.snapshot is not None and (self._is_due(c.snapshot_kimg) or is_last):
+                with self.goodput("evaluation"):
+                    self.run.hooks.snapshot(self.state, self.images / 1000, self.logger)
+            if signal:
+                self._stop(signal)
         _log.info("traced %d programs: %s", len(self.step.traces), self.step.traces)
-        return state
+        return self.state
 
-    def _next(self, data: Iterator[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
-        try:
-            batch, length = next(data), self.config.batch_size
-        except Unreachable:
-            if self._signals.number:  # a worker that was started just then was told to end, too
-                raise Interrupted(self._signals.number, agreed=False) from None
-            raise
-        return {
-            k: sharding.from_rows(batch[k], self.rows, where, length) for k, where in self.step.batch_shardings.items()
-        }
+    def _is_due(self, kimg: float) -> bool:
+        period = kimg * 1000
+        return self.images // period > (self.images - self.config.batch_size) // period
+
+    def _take_step(self) -> None:
+        """Starts one step on the devices; waits only for a program that is compiled."""
+        c = self.config
+        with_r1 = self.steps_done % c.loss.r1_interval == 0
+        first_time = with_r1 not in self.kinds_of_step and not self.step.is_compiled(with_r1=with_r1)
+        self.kinds_of_step.add(with_r1)
+        began = time.monotonic()
+        if first_time:
+            _log.info("compiling the train step %s R1 (once)", "with" if with_r1 else "without")
+            # Compiling may take longer than any step: it must not look like one that hangs.
+            watchdog.report_progress(None)
+        last = self.pending[-1].metrics["health"] if self.pending else None
+        with self.goodput("data", behind=last):
+            batch = self.run.next_batch(self.data)
+        if not self.compiling:
+            self.step.compile_ahead(self.state, batch, self.key, self.frozen, self.lr_scale)
+            self.compiling = True
+        profiled = self.profiler(self.steps_done, compiles=first_time, done=last)
+        with profiled, self.goodput("compile" if first_time else "step"):
+            self.state, metrics = self.step(self.state, batch, self.key, self.frozen, self.lr_scale, with_r1=with_r1)
+            if first_time:
+                jax.block_until_ready(metrics)
+        self.steps_done += 1
+        self.images += c.batch_size
+        # Time that is lost from here on is counted against this step.
+        self.goodput.step = self.steps_done
+        watchdog.report_progress(self.steps_done, self.data.state()["examples_seen"])
+        self.latest_metrics |= {k: v for k, v in metrics.items() if k != "health"}
+        # Copied while later steps run: it is read when this step is two steps old.
+        metrics["health"].copy_to_host_async()
+        signal = self.agreement.all_max(self.run.signals.number) if self.agreement else None
+        self.pending.append(_Pending(self.steps_done, self.images, metrics, signal))
+        if first_time:
+            _log.info("compiled in %.0f s", time.monotonic() - began)
+            self.progress.restart_rate(self.images, self.goodput.training_seconds)
+            self.speed.learn_model_flops()
+
+    def _observe_pending_steps(self) -> int:
+        """Judges steps that are done -> the signal to stop by, 0 for none; all processes find the same one.
+
+        What is saved or logged is judged before: a checkpoint holds the judgement of its own step.
+        """
+        c = self.config
+        # A process alone stops at once; several stop at the step in which all of them know of it.
+        signal = 0 if self.agreement else self.run.signals.number
+        if len(self.pending) > _STEPS_IN_FLIGHT:
+            signal = self._observe_oldest(signal)
+        now = self._is_due(c.log_kimg) or self._is_due(c.checkpoint_kimg) or self.images >= self.total_images
+        while self.pending and (now or signal):
+            signal = self._observe_oldest(signal)
+        return signal
+
+    def _observe_oldest(self, signal: int) -> int:
+        """Waits for the oldest pending step and judges it -> the larger of `signal` and the one agreed on in that step."""
+        step, images, metrics, agreed = self.pending.pop(0)
+        before = self.guard.monitor.skipped
+        self.guard.observe(step, images, metrics)
+        if self.guard.monitor.skipped > before:
+            self.goodput.record_skipped(self.guard.monitor.skipped - before)
+        return signal if agreed is None else max(signal, int(agreed))
+
+    def _roll_back(self) -> None:
+        """To the last good checkpoint, with what the guard has decided: another order of the data, lower learning rates."""
+        init = functools.partial(self.run.networks.init, self.run.mesh)
+        with self.goodput("skipped"):
+            self.state, self.steps_done = self.guard.roll_back(
+                self.state, self.checkpoints, self.logger, self.run.abstract_state(), init
+            )
+        self.goodput.record_resume(self.steps_done)
+        self.images = int(self.state.images)
+        self.lr_scale = self.step.scalar(self.guard.monitor.lr_scale)
+        # Steps behind the checkpoint are void, with their metrics.
+        self.pending.clear()
+        self.latest_metrics.clear()
+
+    def _log_metrics(self, *, stopping: bool) -> dict[str, float]:
+        """Writes a line of metrics and prints the progress line -> the metrics."""
+        is_main = jax.process_index() == 0
+        values = {k: float(v) for k, v in jax.device_get(self.latest_metrics).items()} | self.guard.log_values()
+        # By the clock of training, which stands still while something else is done.
+        self.progress.advance(self.images, self.goodput.training_seconds)
+        # Images a second, of a chip, and MFU where the peak is known.
+        values |= self.speed.metrics_of_rate(self.progress.rate)
+        if self.goodput.share is not None:
+            values["goodput"] = self.goodput.share
+        line = self.progress.format_line(values)
+        bad = self.data.quarantine.causes
+        if bad:
+            values["data/bad"] = sum(bad.values())
+        self.logger.log_scalars(self.steps_done, self.images / 1000, values)
+        if is_main:
+            print(line, flush=True)
+        # R1's metrics come with its first step: before it a name may be missing that is right. A run that stops is saved
+        # whatever metric it was to keep the best checkpoints by.
+        self.metric_names |= values.keys()
+        if is_main and not stopping and True in self.kinds_of_step:
+            self.checkpoints.check_metrics(self.metric_names)
+        return values
+
+    def _save_checkpoint(self, metrics: dict[str, float]) -> None:
+        with self.goodput("checkpoint"):
+            self.checkpoints.save(
+                self.steps_done,
+                self.state,
+                self.guard.checkpoint_position(),
+                self.config,
+                self.identities,
+                images=self.images,
+                metrics=metrics,
+            )
+
+    def _stop(self, signal: int) -> None:
+        _log.info("stopping at step %d: writing the checkpoint", self.steps_done)
+        with self.goodput("checkpoint"):
+            self.checkpoints.wait_until_finished()
+        raise Interrupted(signal, agreed=True)

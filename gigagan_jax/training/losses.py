@@ -1,6 +1,6 @@
 """The losses as pure functions of arrays (sec. 3.3). Everything is float32.
 
-Logits of one (level, exit) pair are [N, M, h * w]: M = 0 is the image's own caption, M = 1 a mismatched one.
+Logits of one (level, exit) pair are [N, h * w]: one prediction a position, of one source of images and one caption.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,23 +8,26 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from gigagan_jax.config import Config, entry_levels
-from gigagan_jax.models.discriminator import pairs
+from gigagan_jax.config import Config
+from gigagan_jax.models.discriminator import entry_levels, prediction_pairs
 
 softplus = jax.nn.softplus
 
 
 def pair_weights(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Weights of the GAN and of the matching-aware loss, one for each of `pairs(config)` (A2).
+    """Weights of the GAN and of the matching-aware loss, one for each of `prediction_pairs` (A2).
 
     A pair counts as its entry level does, times the intermediate weight unless it leaves by the last exit.
     """
-    levels = entry_levels(config)
+    levels = entry_levels(config.discriminator)
+    # The paper's weights: the output image counts twice as much as any other level, and all sum to one.
     level = config.loss.level_weights or tuple((2.0 if i == 0 else 1.0) / (len(levels) + 1) for i in range(len(levels)))
     if len(levels) == 1 and not config.loss.level_weights:
         level = (1.0,)
     last = len(config.resolutions) - 1
-    weigh = lambda middle: tuple(level[p.level] * (1.0 if p.exit == last else middle) for p in pairs(config))
+    weigh = lambda middle: tuple(
+        level[p.level] * (1.0 if p.exit == last else middle) for p in prediction_pairs(config.discriminator)
+    )
     return weigh(config.loss.intermediate_gan), weigh(config.loss.intermediate_match)
 
 
@@ -44,8 +47,10 @@ def over_pairs(
     """
     total = jnp.zeros((), jnp.float32)
     for weight, *values in zip(weights, *logits, strict=True):
+        # First over positions, then over images: a prediction map of any size has the same weight.
         each = loss(*values).mean(-1)
         if valid is not None:
+            # Zero and not left out: the mean stays over the whole batch, so that shards agree on it.
             each = jnp.where(valid, each, 0.0)
         total += weight * each.mean()
     return total
@@ -82,21 +87,24 @@ def clip_contrastive(image: jax.Array, own: jax.Array, text: jax.Array, scale: j
     """
     exact = jax.lax.Precision.HIGHEST  # the scale multiplies what rounding does to a cosine
     logits = scale * jnp.einsum("np,mp->nm", image, text, precision=exact)
+    # logsumexp minus the own logit is -log softmax, without the exponentials' overflow.
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(image * own, axis=1))
 
 
-def r1(logit: Callable[[list[jax.Array]], jax.Array], reals: list[jax.Array]) -> jax.Array:
+def r1_penalty(logit: Callable[[list[jax.Array]], jax.Array], reals: list[jax.Array]) -> jax.Array:
     """Mean over images of the squared gradient norm of `logit` by the images (Mescheder et al., 2018).
 
     Args:
       logit: [N, r, r, 3] per level -> scalar, the sum over images of what D says of them
       reals: the images to differentiate by
     """
+    # Of a sum over images: without minibatch deviation an image's gradient does not depend on the others.
     grads = jax.grad(logit)(reals)
+    # Squares in float32: the sum runs over all pixels of an image.
     return jnp.asarray(sum(jnp.sum(jnp.square(g.astype(jnp.float32)), axis=(1, 2, 3)).mean() for g in grads))
 
 
-def ramp(ends: tuple[float, float], progress: jax.Array | float) -> jax.Array:
+def ramped_weight(ends: tuple[float, float], progress: jax.Array | float) -> jax.Array:
     """A weight on its way from its first to its last value; `progress` is the share of the run that is done.
 
     Where both are equal the run's length is no part of the program: a longer run compiles nothing anew.

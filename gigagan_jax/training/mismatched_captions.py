@@ -4,24 +4,26 @@ import jax
 import jax.numpy as jnp
 
 
-def same_wish(tokens: jax.Array | None, labels: jax.Array | None) -> jax.Array:
+def same_caption(tokens: jax.Array | None, labels: jax.Array | None) -> jax.Array:
     """bool [N, N]: examples with equal captions, or with equal labels where labels are known (not negative).
 
     Captions are compared by a 32-bit hash: a collision can only forbid a pair, never let an equal one pass.
     """
     parts = []
     if tokens is not None:
+        # A polynomial hash in wrap-around arithmetic: comparing hashes costs N^2 numbers, comparing tokens N^2 x C.
         powers = jnp.uint32(0x9E3779B1) ** jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.uint32)
         hashes = jnp.sum((tokens.astype(jnp.uint32) + 1) * powers, axis=1, dtype=jnp.uint32)
         parts.append(hashes[:, None] == hashes[None, :])
     if labels is not None:
+        # Class labels come with some data sets: two captions of one class are no mismatch.
         parts.append((labels[:, None] == labels[None, :]) & (labels >= 0)[:, None])
     if not parts:
         raise ValueError("neither tokens nor labels: there is nothing to mismatch")
     return parts[0] if len(parts) == 1 else parts[0] | parts[1]
 
 
-def mismatch(key: jax.Array, tokens: jax.Array | None, labels: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def draw_mismatch(key: jax.Array, tokens: jax.Array | None, labels: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """For each example, another one whose caption is not its own.
 
     A random cycle through the whole batch, which has no fixed point and uses each caption once. Where the cycle meets an
@@ -34,12 +36,15 @@ def mismatch(key: jax.Array, tokens: jax.Array | None, labels: jax.Array | None)
     Returns:
       (index int32 [N], valid bool [N]); not valid where every caption of the batch is the example's own.
     """
-    same = same_wish(tokens, labels)
+    same = same_caption(tokens, labels)
     n = same.shape[0]
     key_order, key_draw = jax.random.split(key)
+    # Each example takes the caption of the next in a random cycle: none meets its own, all are used.
     order = jax.random.permutation(key_order, n)
     index = jnp.zeros(n, jnp.int32).at[order].set(jnp.roll(order, -1).astype(jnp.int32))
+    # The argmax of uniform noise is an even draw among the captions that differ.
     draw = jnp.argmax(jnp.where(same, -1.0, jax.random.uniform(key_draw, (n, n))), axis=1).astype(jnp.int32)
+    # The cycle may pair two examples whose captions read the same.
     clash = jnp.take_along_axis(same, index[:, None], axis=1)[:, 0]
     return jnp.where(clash, draw, index), ~jnp.all(same, axis=1)
 
@@ -49,11 +54,12 @@ def group_size(n: int, most: int) -> int:
 
     The whole batch where `most` is 0, or where only divisors below half of `most` are left.
     """
+    # Groups divide the batch: every shard and micro-batch has whole ones.
     size = max((d for d in range(1, min(n, most) + 1) if n % d == 0), default=n)
     return size if 2 * size > most else n
 
 
-def wrong_captions(
+def draw_wrong_captions(
     key: jax.Array, t: jax.Array, tokens: jax.Array | None, labels: jax.Array | None, most: int
 ) -> tuple[jax.Array, jax.Array]:
     """What each example's wrong caption is encoded as; see `mismatch`.
@@ -72,9 +78,10 @@ def wrong_captions(
     n = t.shape[0]
     size = group_size(n, most)
     groups = n // size
+    # With one group the draws are those of `draw_mismatch` itself, which the tests compare.
     keys = key[None] if groups == 1 else jax.random.split(key, groups)
     split = lambda x: None if x is None else x.reshape(groups, size, *x.shape[1:])
-    index, valid = jax.vmap(mismatch)(keys, split(tokens), split(labels))
+    index, valid = jax.vmap(draw_mismatch)(keys, split(tokens), split(labels))
     # A product with a permutation matrix stays within its group, where a gather would be partitioned as a global one.
     pick = jax.nn.one_hot(index, size, dtype=t.dtype)
     wrong = jnp.einsum("gij,gjd->gid", pick, split(t), precision=jax.lax.Precision.HIGHEST)

@@ -6,35 +6,32 @@ import jax
 import optax
 
 from gigagan_jax.config import OptimizerConfig
+from gigagan_jax.models.network import Spec, is_spec
 
 
-def is_attention(path: tuple) -> bool:
-    """Does a parameter belong to an attention layer (its projections, feed-forward or norm)?"""
-    return any(getattr(k, "key", None) in ("attention", "cross") for k in path)
-
-
-def decay_rates(config: OptimizerConfig, axes: Any) -> Any:
+def decay_rates(config: OptimizerConfig, specs: Any) -> Any:
     """Weight decay of each parameter. Biases and gains (one dimension, "layers" aside) have none.
 
     Args:
-      axes: tree of tuples of logical axis names
+      specs: tree of `Spec`s, as a `Network` has it
     """
 
-    def rate(path: tuple, names: tuple) -> float:
-        if len([n for n in names if n != "layers"]) < 2:
+    def rate(spec: Spec) -> float:
+        # Stacked layers add a dimension that is no part of the parameter itself.
+        if len([name for name in spec.axes if name != "layers"]) < 2:
             return 0.0
-        return config.attention_weight_decay if is_attention(path) else config.weight_decay
+        return config.attention_weight_decay if spec.attention else config.weight_decay
 
-    return jax.tree_util.tree_map_with_path(rate, axes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(rate, specs, is_leaf=is_spec)
 
 
-def make_optimizer(config: OptimizerConfig, axes: Any, *, lazy_interval: int = 0) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, specs: Any, *, lazy_interval: int = 0) -> optax.GradientTransformation:
     """AdamW (A2) without its learning rate, which the step multiplies in: it depends on images, not on steps.
 
     With beta1 = 0 the first moment is the gradient itself and is not stored, which saves four bytes a parameter.
 
     Args:
-      axes: logical axis names of each parameter
+      specs: tree of `Spec`s, as a `Network` has it
       lazy_interval: steps between lazy penalties; betas become beta^(k / (k + 1)) (StyleGAN2, appendix B). 0 is none.
     """
     c = lazy_interval / (lazy_interval + 1) if lazy_interval else 1.0
@@ -42,12 +39,15 @@ def make_optimizer(config: OptimizerConfig, axes: Any, *, lazy_interval: int = 0
     if b1:
         adam = optax.scale_by_adam(b1=b1, b2=b2, eps=config.epsilon)
     else:
+        # RMSprop with bias correction is Adam without a first moment.
         adam = optax.scale_by_rms(decay=b2, eps=config.epsilon, eps_in_sqrt=False, bias_correction=True)
-    rates = decay_rates(config, axes)
+    rates = decay_rates(config, specs)
 
     def add_decay(updates: Any, params: Any) -> Any:
+        # Decoupled decay (AdamW): added after the moments, so that it is not divided by them.
         return jax.tree.map(lambda u, p, r: u + r * p if r else u, updates, params, rates)
 
+    # Decay has no state: a checkpoint's optimizer state does not depend on the rates.
     return optax.chain(adam, optax.stateless(add_decay))
 
 
@@ -56,6 +56,7 @@ def learning_rate(
 ) -> jax.Array:
     """Learning rate after `images` images (float32 scalar): warm-up, constant, cosine to the end where configured."""
     c = lazy_interval / (lazy_interval + 1) if lazy_interval else 1.0
+    # Float32 counts images exactly to 16 million; past that a schedule in thousands of images needs no more.
     kimg = images.astype("float32") / 1000.0
     rate = jax.numpy.asarray(config.learning_rate * c, "float32")
     if config.warmup_kimg:

@@ -10,11 +10,9 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gigagan_jax.config import Config
-from gigagan_jax.models.discriminator import Discriminator
-from gigagan_jax.models.generator import Generator
-from gigagan_jax.models.network import Module, Params
-from gigagan_jax.models.pretrained.frozen import Frozen
-from gigagan_jax.models.vision_aided import VisionAided
+from gigagan_jax.models.build import build_discriminator, build_generator, build_vision_aided
+from gigagan_jax.models.network import Network, Params
+from gigagan_jax.models.pretrained.frozen import FrozenNetworks
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.optimizer import make_optimizer
 
@@ -53,17 +51,15 @@ class Networks:
 
     def __init__(self, config: Config):
         self.config = config
-        self.g = Module("generator", lambda rngs: Generator(config, rngs=rngs))
-        self.d = Module("discriminator", lambda rngs: Discriminator(config, rngs=rngs))
-        self.frozen = Frozen(config)
-        self.v = (
-            Module("vision_aided", lambda rngs: VisionAided(config, rngs=rngs)) if config.loss.vision_aided else None
-        )
-        self.v_tx = None if self.v is None else make_optimizer(config.v_optimizer, self.v.axes())
-        self.g_tx = make_optimizer(config.g_optimizer, self.g.axes())
-        self.d_tx = make_optimizer(config.d_optimizer, self.d.axes(), lazy_interval=config.loss.r1_interval)
+        self.g = build_generator(config)
+        self.d = build_discriminator(config)
+        self.v = build_vision_aided(config) if config.loss.vision_aided else None
+        self.frozen = FrozenNetworks(config)
+        self.g_tx = make_optimizer(config.g_optimizer, self.g.specs)
+        self.d_tx = make_optimizer(config.d_optimizer, self.d.specs, lazy_interval=config.loss.r1_interval)
+        self.v_tx = None if self.v is None else make_optimizer(config.v_optimizer, self.v.specs)
 
-    def trained(self) -> dict[str, tuple[Module, optax.GradientTransformation]]:
+    def trained(self) -> dict[str, tuple[Network, optax.GradientTransformation]]:
         """Every network that learns, with its optimizer, by its name in the state."""
         nets = {"g": (self.g, self.g_tx), "d": (self.d, self.d_tx)}
         return nets if self.v is None or self.v_tx is None else nets | {"v": (self.v, self.v_tx)}
@@ -88,8 +84,10 @@ class Networks:
         nets, cut = {}, {}
         for name, (module, tx) in self.trained().items():
             params = module.shardings(mesh, self.config.rules)
-            spec = sharding.optimizer_spec if self.config.mesh.shard_optimizer else sharding.spec
+            spec = sharding.optimizer_spec if self.config.mesh.shard_optimizer else sharding.partition_spec
+            # Moments and averages are read once a step: they may be cut further than their parameter (ZeRO-1).
             cut[name] = module.shardings(mesh, self.config.rules, spec)
+            # Optax says which leaves of its state belong to a parameter; counters lie on all devices.
             opt = optax.tree_map_params(
                 tx,
                 lambda _, where: where,
@@ -108,7 +106,9 @@ class Networks:
         copy = lambda tree: jax.tree.map(jnp.copy, tree)  # the state is donated: no two of its parts may be one array
         start = lambda params: ({k: tx.init(params[k]) for k, (_, tx) in trained.items()}, copy(params["g"]))
         opts = {k: getattr(where, k).opt for k in trained}
+        # Made where it will lie: no device ever holds the whole optimizer state.
         opts, g_ema = jax.jit(start, out_shardings=(opts, where.g_ema))(params)
+        # From the host to every device, also with several processes, where device_put would not do.
         put = lambda value: jax.make_array_from_callback(value.shape, where.step, lambda index: value[index])
         return GanState(
             step=put(np.zeros((), np.int32)),

@@ -1,260 +1,232 @@
-"""One training step, top to bottom as in the paper (sec. 3.3): D (and V) on real and generated images, then G, then averages.
+"""One training step, top to bottom as in the paper (sec. 3.3): the critics on real and generated images, then G, then averages.
 
-`critics` are the parameters of what judges: of D alone, or {"d": ..., "v": ...} with the vision-aided heads V.
+What is trained is the objective's (objectives.py); the step has what every objective needs: gradients over micro-batches,
+updates that leave out what is not finite, the layout of the optimizer, the averages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from gigagan_jax.config import Config, OptimizerConfig
-from gigagan_jax.models.layers.resample import pyramid
 from gigagan_jax.models.layers.scan import scan
 from gigagan_jax.models.network import Params
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training import losses
 from gigagan_jax.training.batch import Batch, batch_axes
-from gigagan_jax.training.diff_augment import augment
 from gigagan_jax.training.health import step_statistics
-from gigagan_jax.training.mismatched_captions import wrong_captions
+from gigagan_jax.training.objectives import NO_FROZEN, LossReport, Metrics, TextToImageObjective
 from gigagan_jax.training.optimizer import learning_rate
 from gigagan_jax.training.state import GanState, Net, Networks
-
-NOTHING: Params = {}  # the frozen networks of a config that asks for none
-Metrics = dict[str, jax.Array]
 
 
 class CriticGradients(NamedTuple):
     """Gradients of the critics, before their update.
 
-    grads: of all critics, as `TrainStep.critics` has their parameters
-    metrics: so far
-    seen: further entries of the health vector
-    features: what frozen encoders said of the captions
+    grads: {"d": of D, "v": of V where it is on}
+    report: of the critics' losses
+    checks: entries of the health vector that are known so far
+    features: what frozen text encoders gave for the captions
     """
 
     grads: Params
-    metrics: Metrics
-    seen: Metrics
+    report: LossReport
+    checks: Metrics
     features: Batch
 
 
 class HalfStep(NamedTuple):
     """What the critics' half of a step hands to the generator's.
 
-    features: what frozen encoders said of the captions
-    metrics: so far
-    seen: further entries of the health vector
-    squares, sizes: of gradients and updates, by network; see health/step_statistics.py
+    features: what frozen text encoders gave for the captions
+    report: of the critics' losses
+    checks: entries of the health vector that are known so far
+    norms, sizes: of gradients and updates, by network; see health/step_statistics.py
     """
 
     features: Batch
-    metrics: Metrics
-    seen: Metrics
-    squares: dict[str, list[jax.Array]]
+    report: LossReport
+    checks: Metrics
+    norms: dict[str, list[jax.Array]]
     sizes: dict[str, tuple[jax.Array, jax.Array]]
 
-    def penalty(self, with_r1: bool) -> Metrics:
-        """The metric that only a step with R1 has. It travels in `seen`, so that both kinds of step hand on the same."""
-        return {"loss/r1": self.seen["loss/r1"]} if with_r1 else {}
+    def penalty_metrics(self, with_r1: bool) -> Metrics:
+        """The metric that only a step with R1 has. It travels in `checks`, so that both kinds of step hand on the same."""
+        return {"loss/r1": self.checks["loss/r1"]} if with_r1 else {}
 
 
-def high_to_low(images: list[jax.Array], config: Config) -> list[jax.Array]:
-    """The levels of generated images that D sees, output image first."""
-    return images[::-1] if config.discriminator.multi_scale_input else images[-1:]
+class Updates(NamedTuple):
+    """Networks after their update, and what is known of it.
 
+    nets: by name
+    applied: bool, whether anything was changed
+    metrics: norms of the gradients
+    norms, sizes: for the health vector
+    """
 
-def real_images(batch: Batch, config: Config) -> list[jax.Array]:
-    """The levels of the real images, float32 in [-1, 1], output size first."""
-    real = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-    return pyramid(real, len(config.resolutions) if config.discriminator.multi_scale_input else 1)
+    nets: dict[str, Net]
+    applied: jax.Array
+    metrics: Metrics
+    norms: dict[str, list[jax.Array]]
+    sizes: dict[str, tuple[jax.Array, jax.Array]]
 
 
 class TrainStep:
     """The step of a config: pure functions of state, batch and key.
 
     Args:
-      networks: G, D and their optimizers.
+      networks: the networks and their optimizers.
+      objective: what is trained; None for the base model.
     """
 
-    def __init__(self, networks: Networks):
+    def __init__(self, networks: Networks, objective: TextToImageObjective | None = None):
         self.networks = networks
         self.config = networks.config
-        self.probe = step_statistics.Probe(networks)
-        self.weights_gan, self.weights_match = losses.pair_weights(self.config)
-        self.matches = self.config.condition == "text" and (
-            self.config.loss.match_d > 0 or self.config.loss.match_g > 0
-        )
-        self.frozen = networks.frozen
-        self.weights_vision = (1.0 / len(self.config.vision_aided.layers),) * len(self.config.vision_aided.layers)
+        self.objective = TextToImageObjective(networks) if objective is None else objective
+        self.health_vector = step_statistics.HealthVector(networks)
 
-    # -- what both halves share
-
-    def encode(self, batch: Batch, frozen: Params) -> Batch:
-        """The batch with what frozen encoders say of its captions, once for both halves."""
-        if "text" not in self.frozen.users and "clip_text" not in self.frozen.users:
-            return batch
-        with jax.named_scope("text_encoder"):
-            said = self.frozen.encode(frozen, batch["tokens"], batch.get("clip_tokens"))
-        return batch | {k: sharding.constrain(x, *batch_axes(k)) for k, x in said.items()}
-
-    def critics(self, state: GanState) -> Params:
-        """Parameters of what judges."""
-        return state.d.params if state.v is None else {"d": state.d.params, "v": state.v.params}
-
-    def split(self, critics: Params) -> tuple[Params, Params | None]:
-        """(of D, of V or None)"""
-        return (critics, None) if self.networks.v is None else (critics["d"], critics["v"])
-
-    def vision_logits(
-        self, params: Params, frozen: Params, images: jax.Array, batch: Batch, key: jax.Array
-    ) -> list[jax.Array]:
-        """What V says of images [N, S, R, R, 3], augmented by one draw an image -> [N, S, h * w] a layer"""
-        n, s = images.shape[:2]
-        c = self.config.vision_aided
-        assert self.networks.v is not None
-        v = self.networks.v.bind(params)
-        flat = augment(key, images.reshape(n * s, *images.shape[2:]), c.augment)
-        features = self.frozen.vision_features(frozen, sharding.constrain(flat, "batch", None, None, None))
-        t = v.condition(batch.get("tokens"), batch["label"], batch.get("features"))
-        logits = v(features, None if t is None else jnp.repeat(t, s, axis=0))
-        return [x.reshape(n, s, -1) for x in logits]
-
-    def fakes(self, params: Params, batch: Batch, key: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        """Generated pyramids for the captions of the batch -> (images low to high, w [N, w_dim])"""
-        z = jax.random.normal(key, (batch["image"].shape[0], self.config.generator.z_dim))
-        z = sharding.constrain(z, "batch", None)
-        return self.networks.g.bind(params)(z, batch.get("tokens"), batch["label"], batch.get("features"))
-
-    def captions(self, disc: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
-        """t_D of each image's own caption and of a wrong one -> (t [N, 2, D], valid [N]); see mismatched_captions.py"""
-        t = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
-        if t is None:
-            return None, None
-        if not self.matches:
-            return t[:, None], None
-        wrong, valid = wrong_captions(key, t, batch["tokens"], batch["label"], self.config.loss.mismatch_group)
-        return jnp.stack([t, sharding.constrain(wrong, "batch", None)], axis=1), valid
-
-    # -- the two losses
-
-    def d_loss(
+    def __call__(
         self,
-        critics: Params,
-        g_params: Params,
+        state: GanState,
         batch: Batch,
         key: jax.Array,
-        frozen: Params = NOTHING,
-    ) -> tuple[jax.Array, Metrics]:
-        """Loss of D (and of V) on one micro-batch, without R1; eq. 6 with eq. 8."""
-        c = self.config
-        params, v_params = self.split(critics)
-        key_z, key_wrong = jax.random.split(key)
-        disc = self.networks.d.bind(params)
-        reals = real_images(batch, c)
-        fakes = high_to_low(jax.lax.stop_gradient(self.fakes(g_params, batch, key_z)[0]), c)
-        t, valid = self.captions(disc, batch, key_wrong)
+        frozen: Params = NO_FROZEN,
+        lr_scale: jax.Array | float = 1.0,
+        *,
+        with_r1: bool,
+    ) -> tuple[GanState, Metrics]:
+        """(state, global batch, the run's key, frozen networks, factor of all learning rates) -> (state, metrics)
 
-        logits = disc([jnp.stack([f, r], axis=1) for f, r in zip(fakes, reals, strict=True)], t)
-        fake, real_ = ([x[:, source, 0] for x in logits] for source in (0, 1))
-        metrics = {"loss/d_gan": losses.over_pairs(losses.gan_d, self.weights_gan, fake, real_)}
-        loss = metrics["loss/d_gan"]
-        if self.matches and c.loss.match_d:
-            wrong_fake, wrong_real = ([x[:, source, 1] for x in logits] for source in (0, 1))
-            metrics["loss/d_match"] = losses.over_pairs(
-                losses.match_d, self.weights_match, wrong_fake, wrong_real, valid=valid
-            )
-            loss += c.loss.match_d * metrics["loss/d_match"]
-            metrics["logits/wrong"] = wrong_real[-len(reals)].mean()
-        metrics |= {"logits/real": real_[-len(reals)].mean(), "logits/fake": fake[-len(reals)].mean()}
-        metrics |= step_statistics.of_discriminator(c, reals[0], fakes[0], real_, fake)
-
-        if v_params is not None:
-            with jax.named_scope("vision_aided"):
-                both = jnp.stack([fakes[0], reals[0]], axis=1)
-                seen = self.vision_logits(v_params, frozen, both, batch, jax.random.fold_in(key, 2))
-                fake_v, real_v = ([x[:, source] for x in seen] for source in (0, 1))
-                metrics["loss/v"] = losses.over_pairs(losses.gan_d, self.weights_vision, fake_v, real_v)
-            loss += metrics["loss/v"]
-
-        return loss, metrics | {"loss/d": loss}
-
-    def r1_loss(self, d_params: Params, gamma: jax.Array, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """R1 of D on one micro-batch, with its weight (sec. 3.3; lazy, Karras et al., 2020)."""
-        c = self.config
-        disc = self.networks.d.bind(d_params)
-        reals = real_images(batch, c)
-        t = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
-        own = None if t is None else t[:, None]
-        by = 1 if c.loss.r1_levels == "full" else len(reals)
-
-        def logit(images: list[jax.Array]) -> jax.Array:
-            out = disc([x[:, None] for x in (*images, *reals[by:])], own)
-            return jnp.asarray(sum(x.mean(-1).sum() for x in out))
-
-        with jax.named_scope("r1"):
-            penalty = losses.r1(logit, reals[:by])
-        loss = 0.5 * gamma * c.loss.r1_interval * penalty
-        return loss, {"loss/r1": penalty, "loss/d": loss}
-
-    def g_loss(
-        self,
-        params: Params,
-        critics: Params,
-        batch: Batch,
-        key: jax.Array,
-        frozen: Params = NOTHING,
-        captions: jax.Array | None = None,
-        progress: jax.Array | float = 0.0,
-    ) -> tuple[jax.Array, Metrics]:
-        """Loss of G on one micro-batch.
-
-        Args:
-          captions: [M, P] embeddings of all captions of the global batch, for eq. 9
-          progress: share of the run that is done, for what is ramped
+        A value that is not finite changes nothing. In an input, the critics' loss or one of their gradients: only `step` and
+        `images` move on. In G's: D and V have made their half of the step, and G and its averages stay. The metric
+        "health" is the vector of `self.health_vector`. `with_r1` is static.
         """
-        c = self.config
-        d_params, v_params = self.split(critics)
-        key_z, key_wrong = jax.random.split(key)
-        images, w = self.fakes(params, batch, key_z)
-        disc = self.networks.d.bind(d_params)
-        t, valid = self.captions(disc, batch, key_wrong)
-        logits = disc([x[:, None] for x in high_to_low(images, c)], t)
-        own = [x[:, 0, 0] for x in logits]
-        metrics = {"loss/g_gan": losses.over_pairs(losses.gan_g, self.weights_gan, own)}
-        loss = metrics["loss/g_gan"]
-        if self.matches and c.loss.match_g:
-            wrong = [x[:, 0, 1] for x in logits]
-            metrics["loss/g_match"] = losses.over_pairs(losses.match_g, self.weights_match, wrong, valid=valid)
-            loss += c.loss.match_g * metrics["loss/g_match"]
-        out = images[-1]
-        if captions is not None:
-            with jax.named_scope("clip_loss"):
-                embedding, scale = self.frozen.clip_image(frozen, out)
-                embedding = sharding.constrain(embedding, "batch", None)
-                metrics["loss/clip"] = losses.clip_contrastive(embedding, batch["clip_text"], captions, scale)
-            loss += losses.ramp(c.loss.clip, progress) * metrics["loss/clip"]
-        if v_params is not None:
-            with jax.named_scope("vision_aided"):
-                seen = self.vision_logits(v_params, frozen, out[:, None], batch, jax.random.fold_in(key, 2))
-                own_v = [x[:, 0] for x in seen]
-                metrics["loss/g_v"] = losses.over_pairs(losses.gan_g, self.weights_vision, own_v)
-            loss += c.loss.vision_aided * metrics["loss/g_v"]
-        metrics["image/spread"] = jnp.std(out, axis=0).mean()
-        metrics |= step_statistics.of_generator(c, images)
-        return loss, metrics | {"loss/g": loss, "w": w.mean(0)}
+        # Four parts, so that a CPU compiles them as programs of their own (compiled_step.py).
+        critics = self.critic_gradients(state, batch, key, frozen)
+        if with_r1:
+            critics = self.add_r1(state, critics, batch, key)
+        state, half = self.update_critics(state, critics, lr_scale)
+        state, metrics = self.update_generator(state, half, batch, key, frozen, lr_scale)
+        return state, metrics | half.penalty_metrics(with_r1)
 
-    # -- the step
+    # -- the four parts
+
+    def critic_gradients(
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NO_FROZEN
+    ) -> CriticGradients:
+        """First part: gradients of D and V without R1. Reads of G its parameters only."""
+        # Frozen encoders run once: the generator's half gets their features by `features`.
+        encoded = self.objective.encode_captions(batch, frozen)
+        checks = step_statistics.count_bad_rows(encoded)
+        grads, report = self.d_gradients(state, encoded, self.critics_key(state, key), frozen)
+        # The vector has an entry for R1 in every step, so that both kinds of step share the parts after this one.
+        checks["loss/r1"] = jnp.asarray(jnp.nan, jnp.float32)
+        return CriticGradients(grads, report, checks, {k: x for k, x in encoded.items() if k not in batch})
+
+    def add_r1(self, state: GanState, critics: CriticGradients, batch: Batch, key: jax.Array) -> CriticGradients:
+        """Second part, of a step with R1: the penalty's gradient is added to D's."""
+        grads, r1 = self.r1_gradients(state, batch | critics.features, self.critics_key(state, key))
+        metrics = critics.report.metrics
+        loss = metrics["loss/d"] + r1.metrics["loss/d"]
+        return critics._replace(
+            grads=critics.grads | {"d": jax.tree.map(jnp.add, critics.grads["d"], grads)},
+            report=critics.report._replace(metrics=metrics | {"loss/d": loss}),
+            checks=critics.checks | {"loss/r1": r1.metrics["loss/r1"]},
+        )
+
+    def update_critics(
+        self, state: GanState, critics: CriticGradients, lr_scale: jax.Array | float = 1.0
+    ) -> tuple[GanState, HalfStep]:
+        """Third part: updates of D and V -> (state with new D and V, what the last part needs)"""
+        report, checks = critics.report, dict(critics.checks)
+        # One NaN in a batch must not reach the moments: it would stay there for ever.
+        sound = jnp.isfinite(report.metrics["loss/d"]) & ~step_statistics.any_bad(checks)
+        # D and V are updated together or not at all: both saw the same images.
+        updates = self.update_networks(state, critics.grads, sound, lr_scale)
+        checks["applied/d"] = updates.applied
+        state = state.replace(**updates.nets)  # type: ignore[attr-defined]
+        report = report._replace(metrics=report.metrics | updates.metrics)
+        return state, HalfStep(critics.features, report, checks, updates.norms, updates.sizes)
+
+    def update_generator(
+        self,
+        state: GanState,
+        half: HalfStep,
+        batch: Batch,
+        key: jax.Array,
+        frozen: Params = NO_FROZEN,
+        lr_scale: jax.Array | float = 1.0,
+    ) -> tuple[GanState, Metrics]:
+        """Last part: G against the critics as they are now, and the averages -> (state of the next step, metrics)"""
+        # The critics' half took the first of the two keys: each half draws its own z.
+        _, key_g = jax.random.split(jax.random.fold_in(key, state.step))
+        grads, report = self.g_gradients(state, batch | half.features, key_g, frozen)
+        # Where the critics' half was left out G's is too: its gradient came through the same bad input.
+        sound = half.checks["applied/d"] & jnp.isfinite(report.metrics["loss/g"])
+        updates = self.update_networks(state, {"g": grads}, sound, lr_scale)
+        checks = half.checks | {"applied/g": updates.applied}
+        assert half.report.thumbnails is not None
+        assert report.thumbnails is not None
+        assert report.w is not None
+        averages = self.averages(state, updates.nets["g"].params, report.w)
+        g_ema, w_avg = step_statistics.keep_if_sound(updates.applied, averages, (state.g_ema, state.w_avg))
+
+        health = half.report.health | report.health
+        health["health/diversity_z"] = step_statistics.diversity_within_captions(
+            half.report.thumbnails, report.thumbnails, health[step_statistics.REAL_THUMBNAIL_SPREAD]
+        )
+        metrics = half.report.metrics | report.metrics | updates.metrics
+        metrics["health"] = self.health_vector.pack(
+            health, checks, half.norms | updates.norms, half.sizes | updates.sizes
+        )
+        images = state.images + jnp.uint32(self.config.batch_size)
+        return GanState(state.step + 1, images, updates.nets["g"], state.d, g_ema, w_avg, state.v), metrics
+
+    # -- gradients of the objective's losses
+
+    def critics_key(self, state: GanState, key: jax.Array) -> jax.Array:
+        """The key of the critics' half of this step."""
+        return jax.random.split(jax.random.fold_in(key, state.step))[0]
+
+    def d_gradients(
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NO_FROZEN
+    ) -> tuple[Params, LossReport]:
+        """Gradient of the critics' loss without R1."""
+
+        def loss(critics: Params, g_params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossReport]:
+            return self.objective.d_loss(critics, g_params, batch, key, frozen)
+
+        return self.gradients(loss, critic_params(state), batch, key, state.g.params)
+
+    def r1_gradients(self, state: GanState, batch: Batch, key: jax.Array) -> tuple[Params, LossReport]:
+        """Gradient of R1 by D's parameters, and the metrics `loss/r1` and its weighted part of `loss/d`."""
+        # By images and not by steps: a changed batch size keeps the schedule.
+        gamma = losses.ramped_weight(self.config.loss.r1_gamma, self.progress(state))
+        return self.gradients(self.objective.r1_loss, state.d.params, batch, key, gamma)
+
+    def g_gradients(
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NO_FROZEN
+    ) -> tuple[Params, LossReport]:
+        """Gradient of G's loss against the critics that are in the state."""
+        # Negatives are the captions of the global batch, whatever micro-batch an image is in: gathered once.
+        captions = sharding.constrain(batch["clip_text"], None, None) if "clip_text" in batch else None
+
+        def loss(params: Params, critics: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossReport]:
+            return self.objective.g_loss(params, critics, batch, key, frozen, captions, self.progress(state))
+
+        return self.gradients(loss, state.g.params, batch, key, critic_params(state))
 
     def gradients(
         self, loss: Callable, params: Params, batch: Batch, key: jax.Array, *args: Any
-    ) -> tuple[Params, Metrics]:
-        """Gradient and metrics of `loss(params, *args, batch, key)`, averaged over the micro-batches.
+    ) -> tuple[Params, LossReport]:
+        """Gradient and report of `loss(params, *args, batch, key)`, averaged over the micro-batches.
 
-        The metric "thumbnails" is not averaged: it is stacked, one entry a micro-batch.
+        Thumbnails are not averaged: they are stacked, one entry a micro-batch.
         """
+        # Gradient accumulation: memory of one part, gradient of the whole batch.
         parts = self.config.micro_batches
         grad = jax.grad(loss, has_aux=True)
         if parts == 1:
@@ -265,187 +237,105 @@ class TrainStep:
             x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
             return sharding.constrain(x, None, *batch_axes(name))
 
-        def one(part: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
-            grads, metrics = grad(params, *args, part[0], jax.random.fold_in(key, part[1]))
-            kept = {k: metrics.pop(k) for k in ("thumbnails",) if k in metrics}
-            return (grads, metrics), kept
+        def gradient_of_part(part: tuple[Batch, jax.Array]) -> tuple[Any, jax.Array | None]:
+            grads, report = grad(params, *args, part[0], jax.random.fold_in(key, part[1]))
+            return (grads, report._replace(thumbnails=None)), report.thumbnails
 
-        def body(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
-            out, kept = one(part)
-            return jax.tree.map(lambda a, b: a + b / parts, total, out), kept
+        def add_part(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, jax.Array | None]:
+            out, thumbnails = gradient_of_part(part)
+            return jax.tree.map(lambda a, b: a + b / parts, total, out), thumbnails
 
         stacked = {k: split(k, x) for k, x in batch.items()}
         first = {k: x[0] for k, x in stacked.items()}
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, (first, jnp.int32(0)))[0])
-        (grads, metrics), kept = scan(body, zeros, (stacked, jnp.arange(parts)), parts)
-        return grads, metrics | kept
+        # The accumulators' shapes are known only by tracing one part.
+        shapes = jax.eval_shape(gradient_of_part, (first, jnp.int32(0)))[0]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, report), thumbnails = scan(add_part, zeros, (stacked, jnp.arange(parts)), parts)
+        return grads, report._replace(thumbnails=thumbnails)
+
+    # -- updates
+
+    def update_networks(
+        self, state: GanState, grads: Mapping[str, Params], sound: jax.Array, lr_scale: jax.Array | float
+    ) -> Updates:
+        """Updates networks by their gradients, all of them or none.
+
+        Args:
+          grads: by the network's name in the state
+          sound: bool, whether what the gradients come from is finite; the gradients themselves are looked at here
+          lr_scale: factor of the learning rates
+        """
+        # From here on each device works on the part of the moments that it keeps (ZeRO-1, docs/meshes.md).
+        grads = {name: self.reduce_scatter(name, g) for name, g in grads.items()}
+        norms = {name: step_statistics.squared_norms(g) for name, g in grads.items()}
+        metrics = {f"grad_norm/{name}": jnp.sqrt(jnp.asarray(sum(each))) for name, each in norms.items()}
+        # A norm that is not finite covers each of its gradients: nothing else need be looked at.
+        applied = sound & jnp.isfinite(jnp.asarray(sum(metrics.values())))
+        nets, sizes = {}, {}
+        for name, g in grads.items():
+            # Outside of Optax: the rate depends on images seen, which survive a change of the batch size.
+            rate = self.learning_rate_of(name, state, lr_scale)
+            net, sizes[name] = apply_update(self.networks.trained()[name][1], getattr(state, name), g, rate, applied)
+            nets[name] = self.all_gather(name, net)
+        return Updates(nets, applied, metrics, norms, sizes)
+
+    def learning_rate_of(self, name: str, state: GanState, scale: jax.Array | float) -> jax.Array:
+        """Learning rate of a network in this step."""
+        c = self.config
+        settings: OptimizerConfig = getattr(c, f"{name}_optimizer")
+        # Only D has a lazy penalty.
+        interval = c.loss.r1_interval if name == "d" else 0
+        return scale * learning_rate(settings, state.images, c.total_kimg, lazy_interval=interval)
+
+    def reduce_scatter(self, name: str, grads: Params) -> Params:
+        """Gradients of a network, placed as its moments."""
+        if not self.config.mesh.shard_optimizer:
+            return grads
+        return jax.tree.map(sharding.scatter_gradient, grads, self.networks.trained()[name][0].axes())
+
+    def all_gather(self, name: str, net: Net) -> Net:
+        """A network after its update, its parameters put together from the devices' parts."""
+        if not self.config.mesh.shard_optimizer:
+            return net
+        # Parameters are whole again for the next step; their moments stay cut.
+        axes = self.networks.trained()[name][0].axes()
+        return Net(jax.tree.map(sharding.gather_update, net.params, axes), net.opt)
+
+    def averages(self, state: GanState, g_params: Params, w: jax.Array) -> tuple[Params, jax.Array]:
+        """(moving average of G, moving average of w)"""
+        c = self.config
+        # A half-life in images: the average means the same at any batch size.
+        keep = ema_decay(c, state.images)
+        g_ema = jax.tree.map(lambda e, p: p + (e - p) * keep, state.g_ema, g_params)
+        # The first step has no average to mix in: it takes w as it is.
+        w_avg = jnp.where(state.step == 0, w, w + (state.w_avg - w) * c.generator.w_avg_decay)
+        return g_ema, w_avg
 
     def progress(self, state: GanState) -> jax.Array:
         """Share of the run that is done, 0 to 1."""
         return jnp.minimum(1.0, state.images.astype(jnp.float32) / (self.config.total_kimg * 1000.0))
 
-    def d_gradients(
-        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING
-    ) -> tuple[Params, Metrics]:
-        """Gradient of the critics' loss without R1."""
 
-        def loss(critics: Params, g_params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-            return self.d_loss(critics, g_params, batch, key, frozen)
+def apply_update(
+    tx: optax.GradientTransformation, net: Net, grads: Params, rate: jax.Array, applied: jax.Array
+) -> tuple[Net, tuple[jax.Array, jax.Array]]:
+    """(the network after its update, or as it was where that is not `applied`; sizes of the update)"""
+    # Optax gives the direction at learning rate one.
+    direction, opt = tx.update(grads, net.opt, net.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, net.params, direction)
+    sizes = step_statistics.update_sizes(direction, net.params, rate)
+    return step_statistics.keep_if_sound(applied, Net(params, opt), net), sizes
 
-        return self.gradients(loss, self.critics(state), batch, key, state.g.params)
 
-    def r1_gradients(self, state: GanState, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
-        """Gradient of R1 by D's parameters, and the metrics `loss/r1` and its weighted part of `loss/d`."""
-        gamma = losses.ramp(self.config.loss.r1_gamma, self.progress(state))
-        return self.gradients(self.r1_loss, state.d.params, batch, key, gamma)
-
-    def g_gradients(
-        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING
-    ) -> tuple[Params, Metrics]:
-        """Gradient of G's loss, by the critics that are in the state."""
-        # Negatives are the captions of the global batch, whatever micro-batch an image is in: gathered once.
-        captions = sharding.constrain(batch["clip_text"], None, None) if "clip_text" in batch else None
-
-        def loss(params: Params, critics: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-            return self.g_loss(params, critics, batch, key, frozen, captions, self.progress(state))
-
-        return self.gradients(loss, state.g.params, batch, key, self.critics(state))
-
-    def cut(self, name: str, grads: Any) -> Any:
-        """Gradients of a network (or None), placed as its moments: from here each device works out the part it keeps."""
-        if grads is None or not self.config.mesh.shard_optimizer:
-            return grads
-        return jax.tree.map(sharding.to_optimizer, grads, self.networks.trained()[name][0].axes())
-
-    def whole(self, name: str, net: Net) -> Net:
-        """A network after its update, its parameters put together from those parts."""
-        if not self.config.mesh.shard_optimizer:
-            return net
-        axes = self.networks.trained()[name][0].axes()
-        return Net(jax.tree.map(sharding.from_optimizer, net.params, axes), net.opt)
-
-    def __call__(
-        self,
-        state: GanState,
-        batch: Batch,
-        key: jax.Array,
-        frozen: Params = NOTHING,
-        lr_scale: jax.Array | float = 1.0,
-        *,
-        with_r1: bool,
-    ) -> tuple[GanState, Metrics]:
-        """(state, global batch, the run's key, frozen networks, factor of all learning rates) -> (state, metrics)
-
-        What is not finite changes nothing: where an input, the critics' loss or a gradient of theirs is not, only `step` and
-        `images` move on; where it is G's, D and V have made their half of the step, and G and its averages stay. The metric
-        "health" is the vector of `self.probe`. `with_r1` is static.
-        """
-        critics = self.critic_gradients(state, batch, key, frozen)
-        if with_r1:
-            critics = self.add_r1(state, critics, batch, key)
-        state, half = self.update_critics(state, critics, lr_scale)
-        state, metrics = self.update_generator(state, half, batch, key, frozen, lr_scale)
-        return state, metrics | half.penalty(with_r1)
-
-    def rate(self, config: OptimizerConfig, state: GanState, scale: jax.Array | float, lazy: int = 0) -> jax.Array:
-        """Learning rate of a network in this step."""
-        return scale * learning_rate(config, state.images, self.config.total_kimg, lazy_interval=lazy)
-
-    def critic_gradients(
-        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NOTHING
-    ) -> CriticGradients:
-        """First part of a step: gradients of D and V without R1. Reads of G its parameters only."""
-        encoded = self.encode(batch, frozen)
-        seen = step_statistics.bad_rows(encoded)
-        grads, metrics = self.d_gradients(state, encoded, self.key_of_critics(state, key), frozen)
-        seen["loss/r1"] = jnp.asarray(jnp.nan, jnp.float32)  # not in this step
-        return CriticGradients(grads, metrics, seen, {k: x for k, x in encoded.items() if k not in batch})
-
-    def add_r1(self, state: GanState, critics: CriticGradients, batch: Batch, key: jax.Array) -> CriticGradients:
-        """Second part, of a step with R1: the penalty's gradient comes on top of D's."""
-        grads, metrics = self.r1_gradients(state, batch | critics.features, self.key_of_critics(state, key))
-        of_d, of_v = self.split(critics.grads)
-        of_d = jax.tree.map(jnp.add, of_d, grads)
-        return critics._replace(
-            grads=of_d if of_v is None else {"d": of_d, "v": of_v},
-            metrics=critics.metrics | {"loss/d": critics.metrics["loss/d"] + metrics["loss/d"]},
-            seen=critics.seen | {"loss/r1": metrics["loss/r1"]},
-        )
-
-    def key_of_critics(self, state: GanState, key: jax.Array) -> jax.Array:
-        """The key of the critics' half in this step."""
-        return jax.random.split(jax.random.fold_in(key, state.step))[0]
-
-    def update_critics(
-        self, state: GanState, critics: CriticGradients, lr_scale: jax.Array | float = 1.0
-    ) -> tuple[GanState, HalfStep]:
-        """Third part: updates of D and V -> (state with new D and V, what is known)"""
-        c, nets = self.config, self.networks
-        metrics, seen = dict(critics.metrics), dict(critics.seen)
-        d_grads, v_grads = self.split(critics.grads)
-        d_grads, v_grads = self.cut("d", d_grads), self.cut("v", v_grads)
-        squares = {"d": step_statistics.squares(d_grads)} | (
-            {} if v_grads is None else {"v": step_statistics.squares(v_grads)}
-        )
-        metrics |= {f"grad_norm/{net}": jnp.sqrt(sum(each)) for net, each in squares.items()}
-        finite = jnp.isfinite(metrics["loss/d"] + sum(metrics[f"grad_norm/{net}"] for net in squares))
-        ok = seen["applied/d"] = finite & ~step_statistics.any_bad(seen)
-        d, v, sizes = state.d, state.v, {}
-        d_rate = self.rate(c.d_optimizer, state, lr_scale, c.loss.r1_interval)
-        d, sizes["d"] = _update(nets.d_tx, d, d_grads, d_rate, ok)
-        if v is not None:
-            v, sizes["v"] = _update(nets.v_tx, v, v_grads or {}, self.rate(c.v_optimizer, state, lr_scale), ok)
-        d, v = self.whole("d", d), None if v is None else self.whole("v", v)
-        state = state.replace(d=d, v=v)  # type: ignore[attr-defined]
-        return state, HalfStep(critics.features, metrics, seen, squares, sizes)
-
-    def update_generator(
-        self,
-        state: GanState,
-        half: HalfStep,
-        batch: Batch,
-        key: jax.Array,
-        frozen: Params = NOTHING,
-        lr_scale: jax.Array | float = 1.0,
-    ) -> tuple[GanState, Metrics]:
-        """Last part: G by the critics as they are now, and the averages -> (state of the next step, metrics)"""
-        c, nets = self.config, self.networks
-        _, key_g = jax.random.split(jax.random.fold_in(key, state.step))
-        metrics, seen, squares, sizes = dict(half.metrics), dict(half.seen), dict(half.squares), dict(half.sizes)
-
-        grads, g_metrics = self.g_gradients(state, batch | half.features, key_g, frozen)
-        grads = self.cut("g", grads)
-        squares["g"] = step_statistics.squares(grads)
-        g_metrics["grad_norm/g"] = jnp.sqrt(sum(squares["g"]))
-        ok = seen["applied/g"] = seen["applied/d"] & jnp.isfinite(g_metrics["loss/g"] + g_metrics["grad_norm/g"])
-        g, sizes["g"] = _update(nets.g_tx, state.g, grads, self.rate(c.g_optimizer, state, lr_scale), ok)
-        g = self.whole("g", g)
-        seen["health/diversity_z"] = step_statistics.within_captions(metrics, g_metrics)
-        w = g_metrics.pop("w")
-
-        images = state.images + jnp.uint32(c.batch_size)
-        keep = ema_decay(c, state.images)
-        g_ema = jax.tree.map(lambda e, p: p + (e - p) * keep, state.g_ema, g.params)
-        w_avg = jnp.where(state.step == 0, w, w + (state.w_avg - w) * c.generator.w_avg_decay)
-        g_ema, w_avg = step_statistics.guarded(ok, (g_ema, w_avg), (state.g_ema, state.w_avg))
-        metrics |= g_metrics
-        metrics["health"] = self.probe.pack(metrics, seen, squares, sizes)
-        return GanState(state.step + 1, images, g, state.d, g_ema, w_avg, state.v), metrics
+def critic_params(state: GanState) -> Params:
+    """Parameters of the networks that judge, by name."""
+    return {"d": state.d.params} | ({} if state.v is None else {"v": state.v.params})
 
 
 def ema_decay(config: Config, images: jax.Array) -> jax.Array:
     """Decay of G's moving average for one step: 0.5 ^ (batch / half-life), both in images."""
     half = jnp.asarray(config.ema.half_life_kimg * 1000.0, jnp.float32)
     if config.ema.rampup:
+        # Early in a run the half-life grows with the images seen: the random start is forgotten.
         half = jnp.minimum(half, images.astype(jnp.float32) * config.ema.rampup)
     return 0.5 ** (config.batch_size / jnp.maximum(half, 1e-6))
-
-
-def _update(
-    tx: Any, net: Net, grads: Params, rate: jax.Array, ok: jax.Array
-) -> tuple[Net, tuple[jax.Array, jax.Array]]:
-    """(the network after its step, or as it was where that is not `ok`; sizes of the update)"""
-    updates, opt = tx.update(grads, net.opt, net.params)
-    params = jax.tree.map(lambda p, u: p - rate * u, net.params, updates)
-    sizes = step_statistics.update_sizes(updates, net.params, rate)
-    return step_statistics.guarded(ok, Net(params, opt), net), sizes

@@ -10,7 +10,7 @@ import pytest
 from orbax.checkpoint._src.path import atomicity, atomicity_defaults
 from orbax.checkpoint._src.path import step as step_lib
 
-from gigagan_jax.checkpoint.checksums import CHECKSUMS, write_checksums
+from gigagan_jax.checkpoint.checksums import CHECKSUMS_FILE, write_checksums
 from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.checkpoint.workdir import open_workdir
 from tests.checkpoint.test_manager import abstract, save, state
@@ -31,7 +31,7 @@ def unmarked(tmp_path, monkeypatch):
     for marker in markers:
         marker.unlink()
     for step in (2, 4):
-        (tmp_path / "checkpoints" / str(step) / CHECKSUMS).unlink()
+        (tmp_path / "checkpoints" / str(step) / CHECKSUMS_FILE).unlink()
         write_checksums(tmp_path / "checkpoints" / str(step))
     default = atomicity_defaults._resolve_temporary_path_class_from_options
     bucket = lambda path, *, atomicity_options=None: default(atomicity_options) or atomicity.CommitFileTemporaryPath
@@ -50,8 +50,8 @@ def test_orbax_alone_takes_them_as_half_written(unmarked):
 
 def test_they_are_sampled_from(unmarked):
     checkpoints = Checkpoints(unmarked)
-    assert checkpoints.steps() == [2, 4]
-    assert checkpoints.newest() == 4
+    assert checkpoints.all_steps() == [2, 4]
+    assert checkpoints.latest_valid_step() == 4
     restored, position = checkpoints.restore(4, abstract())
     checkpoints.close()
     checkpoints = Checkpoints(unmarked)
@@ -65,13 +65,13 @@ def test_they_are_sampled_from(unmarked):
 def test_a_run_goes_on_from_them_and_keeps_them(unmarked):
     config = small()
     checkpoints = Checkpoints(unmarked, config)
-    step, restored, _ = checkpoints.restore_newest(abstract())
+    step, restored, _ = checkpoints.restore_latest_valid(abstract())
     assert step == 4
     assert np.array_equal(jax.device_get(restored["a"]), state(4)["a"])
     save(checkpoints, config, 6)
     checkpoints.close()
     assert sorted(p.name for p in (unmarked / "checkpoints").iterdir()) == ["2", "4", "6"]
-    assert Checkpoints(unmarked).newest() == 6
+    assert Checkpoints(unmarked).latest_valid_step() == 6
 
 
 def test_half_written_folders_go_and_no_others(unmarked):

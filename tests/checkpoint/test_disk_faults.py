@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gigagan_jax.checkpoint.manager import same
+from gigagan_jax.checkpoint.manager import states_equal
 from tests.runs import child, finished, log, read, small
 
 TWELVE = ("--config.total_kimg=0.192", "--config.checkpoint_kimg=0.064")
@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(w
     )
     assert "Traceback" not in log(workdir)
     (a, data_a), (b, data_b) = read(whole, small()), read(workdir, small())
-    assert same(a, b)
+    assert states_equal(a, b)
     assert data_a == data_b
     # Nobody's to remove but the user's.
     assert (workdir / "checkpoints" / "12.damaged" / victim.relative_to(workdir / "checkpoints" / "12")).exists()
@@ -106,7 +106,7 @@ def test_a_full_disk_during_a_save(whole, tmp_path):
         free()
         assert child(workdir, *fields).wait(300) == 0, log(workdir)
         assert (f"resume: restoring checkpoint {before}" if before else "start: initialising") in log(workdir)
-        assert same(read(whole, small())[0], read(workdir, small())[0])
+        assert states_equal(read(whole, small())[0], read(workdir, small())[0])
 
 
 def test_an_unwritable_workdir(tmp_path):

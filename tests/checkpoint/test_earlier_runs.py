@@ -17,12 +17,12 @@ from PIL import Image
 
 from gigagan_jax import cli
 from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
-from gigagan_jax.checkpoint.workdir import as_begun, open_workdir
-from gigagan_jax.config import Config, MeshConfig, flatten, from_dict, parameter_renames, to_dict
-from gigagan_jax.config.migrations import ADDED, FORMAT, numbered, upgrade
-from gigagan_jax.inference.text_to_image import TextToImage
+from gigagan_jax.checkpoint.workdir import open_workdir, with_original_settings
+from gigagan_jax.config import Config, MeshConfig, flatten_fields, from_dict, parameter_renames, to_dict
+from gigagan_jax.config.migrations import ADDED, FORMAT, upgrade_config, with_format
+from gigagan_jax.inference.sampler import Sampler
 from gigagan_jax.models.layers.equalized import Linear
-from gigagan_jax.models.network import Module
+from gigagan_jax.models.network import Network
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.state import Networks
 from tests.quick import FLAGS
@@ -37,8 +37,8 @@ SEEDS, TRUNCATION = 4, 0.7
 def opened(name):
     """(checkpoints, the newest step, its config, the mesh of one device, the abstract state) of a fixture."""
     checkpoints = Checkpoints(FIXTURES / name)
-    step = checkpoints.newest()
-    config = checkpoints.config(step)
+    step = checkpoints.latest_valid_step()
+    config = checkpoints.read_config(step)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     networks = Networks(config)
     return checkpoints, step, config, mesh, with_shardings(networks.abstract(), networks.shardings(mesh))
@@ -55,7 +55,7 @@ def stored_state(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_earlier_run_samples_as_its_own_code_did(name):
     config, mesh, part = stored_state(name)
-    sampler = TextToImage(config, mesh)
+    sampler = Sampler(config, mesh)
     prompts = [p for p in PROMPTS[name] for _ in range(SEEDS)]
     seeds = [*range(SEEDS)] * len(PROMPTS[name])
     images = sampler(part["g_ema"], part["w_avg"], prompts, seeds, truncation=TRUNCATION)
@@ -97,29 +97,33 @@ def test_a_field_that_a_stored_config_lacks_is_what_its_code_did(tmp_path, caplo
     del stored["loss"]["mismatch_group"], stored["health"], stored["mesh"]["slices"]
     stored["checkpoint"]["keep_period_kimg"] = 3.0
     (workdir / "config.json").write_text(json.dumps(stored))
-    values, lacked = upgrade(stored, "x")
+    values, lacked = upgrade_config(stored, "x")
     assert from_dict(values).loss.mismatch_group == 0
     assert {"loss.mismatch_group", "health.nonfinite", "mesh.slices"} <= lacked.keys()
     asked = from_dict(json.loads((FIXTURES / "digits" / "config.json").read_text()))
     assert asked.loss.mismatch_group != 0
     with caplog.at_level(logging.INFO):
-        config = as_begun(workdir, asked)
+        config = with_original_settings(workdir, asked)
     assert config == dataclasses.replace(asked, loss=dataclasses.replace(asked.loss, mismatch_group=0))
     assert "config.loss.mismatch_group stays 0" in caplog.text
     for _ in range(3):  # and at every later start
         open_workdir(workdir, config)
-        assert as_begun(workdir, asked) == config
+        assert with_original_settings(workdir, asked) == config
     assert cli.load_config(str(workdir / "config.json"), ()) == config
-    assert as_begun(tmp_path / "other", asked) == asked
+    assert with_original_settings(tmp_path / "other", asked) == asked
 
 
 def test_formats_that_are_none(refused, tmp_path):
-    stored = numbered(to_dict(Config()))
-    assert upgrade(stored, "x") == (to_dict(Config()), {})
-    refused(lambda: upgrade(stored | {"format": FORMAT + 1}, "run/config.json"), "run/config.json", "newer version")
-    refused(lambda: upgrade(stored | {"format": "one"}, "run/config.json"), "format one")
-    refused(lambda: upgrade([1], "run/config.json"), "holds no config")
-    refused(lambda: upgrade(stored | {"begun_without": 5}, "run/config.json"), "run/config.json", "no list of names")
+    stored = with_format(to_dict(Config()))
+    assert upgrade_config(stored, "x") == (to_dict(Config()), {})
+    refused(
+        lambda: upgrade_config(stored | {"format": FORMAT + 1}, "run/config.json"), "run/config.json", "newer version"
+    )
+    refused(lambda: upgrade_config(stored | {"format": "one"}, "run/config.json"), "format one")
+    refused(lambda: upgrade_config([1], "run/config.json"), "holds no config")
+    refused(
+        lambda: upgrade_config(stored | {"begun_without": 5}, "run/config.json"), "run/config.json", "no list of names"
+    )
     file = tmp_path / "config.json"
     file.write_text("{")
     refused(lambda: cli.load_config(str(file), ()), "not readable JSON")
@@ -132,7 +136,7 @@ def test_every_field_is_in_the_first_format_or_in_the_table():
     first = set((FIXTURES / "fields_of_format_1.txt").read_text().split())
     later = {name for came, name, _ in ADDED if came > 1}
     assert not first & later
-    now = flatten(to_dict(Config())).keys()
+    now = flatten_fields(to_dict(Config())).keys()
     assert now <= first | later, f"no line in migrations.ADDED for {sorted(now - first - later)}"
     assert {name for came, name, _ in ADDED if came == 1} <= first
     assert max(came for came, *_ in ADDED) <= FORMAT
@@ -156,7 +160,7 @@ def test_a_renamed_parameter_starts_as_it_did(monkeypatch):
     rules = Config().rules
 
     def first(make):
-        module = Module("generator", lambda rngs: make(rngs=rngs))
+        module = Network("generator", lambda rngs: make(rngs=rngs))
         return jax.tree.leaves(module.init(0, module.shardings(mesh, rules)))
 
     before = first(Before)
@@ -170,20 +174,21 @@ def test_renames_go_there_and_back(monkeypatch):
     table = ((2, "generator", "levels/0", "entry/0"), (3, "generator", "levels/0/conv", "levels/0/conv0"))
     monkeypatch.setattr(parameter_renames, "RENAMED", table)
     now = {"levels": {0: {"conv": 1, "skip": 2}, 1: {"conv": 3}}}
-    first = parameter_renames.to_places_at("generator", now, 0)
+    first = parameter_renames.to_paths_at_format("generator", now, 0)
     assert first == {"entry": {0: {"conv0": 1, "skip": 2}}, "levels": {1: {"conv": 3}}}
-    assert parameter_renames.from_places_at("generator", first, now, 0) == now
-    assert parameter_renames.to_places_at("generator", now, 2) == {
+    assert parameter_renames.from_paths_at_format("generator", first, now, 0) == now
+    assert parameter_renames.to_paths_at_format("generator", now, 2) == {
         "levels": {0: {"conv0": 1, "skip": 2}, 1: {"conv": 3}}
     }
-    assert parameter_renames.to_places_at("discriminator", now, 0) == now
+    assert parameter_renames.to_paths_at_format("discriminator", now, 0) == now
 
 
 def test_a_checkpoint_is_restored_under_new_names(monkeypatch):
     """As if `mapper` were the name of today for what the checkpoint has as `mapping`."""
     checkpoints, step, _, _, abstract = opened("digits")
     before, _ = checkpoints.restore(step, abstract)
-    monkeypatch.setattr(parameter_renames, "RENAMED", ((FORMAT + 1, "generator", "mapper", "mapping"),))
+    table = (*parameter_renames.RENAMED, (FORMAT + 1, "generator", "mapper", "mapping"))
+    monkeypatch.setattr(parameter_renames, "RENAMED", table)
 
     def renamed(tree):
         return {("mapper" if k == "mapping" else k): v for k, v in tree.items()} if "mapping" in tree else tree
@@ -202,6 +207,18 @@ def test_a_checkpoint_is_restored_under_new_names(monkeypatch):
     checkpoints.close()
 
 
+def in_first_places(parts):
+    """Parts of a state with every parameter where the first format has it."""
+    is_dict = lambda x: isinstance(x, dict)
+    networks = {"g": "generator", "g_ema": "generator", "d": "discriminator"}
+
+    def move(name, part):
+        one = lambda x: parameter_renames.to_paths_at_format(networks[name], x, 0) if is_dict(x) else x
+        return jax.tree.map(one, part, is_leaf=is_dict)
+
+    return {k: move(k, x) if k in networks else x for k, x in parts.items()}
+
+
 def test_a_state_from_before_there_was_a_vision_aided_network(tmp_path):
     """Checkpoints of then have no entry for it at all."""
     checkpoints, step, config, _, abstract = opened("digits")
@@ -209,7 +226,8 @@ def test_a_state_from_before_there_was_a_vision_aided_network(tmp_path):
     checkpoints.close()
     assert state.v is None
     earlier = Checkpoints(tmp_path, config)
-    earlier.save(step, {k: x for k, x in vars(state).items() if k != "v"}, position, config)
+    then = in_first_places({k: x for k, x in vars(state).items() if k != "v"})
+    earlier.save(step, then, position, config)
     earlier.close()
     file = tmp_path / "checkpoints" / str(step) / "config" / "metadata"
     values = json.loads(file.read_text())

@@ -14,23 +14,23 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from gigagan_jax.checkpoint import checksums
-from gigagan_jax.checkpoint.checksums import CHECKSUMS, damage, write_checksums
+from gigagan_jax.checkpoint.checksums import CHECKSUMS_FILE, verify_checksums, write_checksums
 from gigagan_jax.checkpoint.manager import Checkpoints
-from gigagan_jax.checkpoint.retention import Made, kept
+from gigagan_jax.checkpoint.retention import CheckpointInfo, checkpoints_to_keep
 from gigagan_jax.checkpoint.workdir import open_workdir
 from gigagan_jax.config import CheckpointConfig
 from gigagan_jax.core.errors import Unreachable, UserError
-from gigagan_jax.parallel.signals import Interrupted, _Signals
+from gigagan_jax.parallel.signals import Interrupted, StopSignals
 from tests.runs import small
 
 
 def made(*steps, metric=None):
-    return [Made(s, 1000 * s, (metric or {}).get(s)) for s in steps]
+    return [CheckpointInfo(s, 1000 * s, (metric or {}).get(s)) for s in steps]
 
 
 def test_kept_newest():
-    assert kept(made(1, 2, 3, 4), CheckpointConfig(keep=2)) == {3, 4}
-    assert kept(made(1), CheckpointConfig(keep=3)) == {1}
+    assert checkpoints_to_keep(made(1, 2, 3, 4), CheckpointConfig(keep=2)) == {3, 4}
+    assert checkpoints_to_keep(made(1), CheckpointConfig(keep=3)) == {1}
 
 
 def test_kept_one_of_every_so_many_images_for_ever():
@@ -38,20 +38,20 @@ def test_kept_one_of_every_so_many_images_for_ever():
     settings = CheckpointConfig(keep=1, keep_every_kimg=10.0)
     here = []
     for step in range(3, 60, 3):
-        here = [m for m in [*here, *made(step)] if m.step in kept([*here, *made(step)], settings)]
+        here = [m for m in [*here, *made(step)] if m.step in checkpoints_to_keep([*here, *made(step)], settings)]
     assert [m.step for m in here] == [12, 21, 30, 42, 51, 57]
 
 
 def test_kept_best():
     metric = {1: 5.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 2.0}
     best = CheckpointConfig(keep=1, keep_best=2, best_metric="fid")
-    assert kept(made(1, 2, 3, 4, 5, 6, metric=metric), best) == {2, 5, 6}  # of equals the newer one
+    assert checkpoints_to_keep(made(1, 2, 3, 4, 5, 6, metric=metric), best) == {2, 5, 6}  # of equals the newer one
     most = dataclasses.replace(best, best_mode="max")
-    assert kept(made(1, 2, 3, 4, 5, 6, metric=metric), most) == {1, 5, 6}
+    assert checkpoints_to_keep(made(1, 2, 3, 4, 5, 6, metric=metric), most) == {1, 5, 6}
 
 
 def test_what_cannot_be_read_is_kept():
-    assert kept([Made(1, None), *made(2, 3)], CheckpointConfig(keep=1)) == {1, 3}
+    assert checkpoints_to_keep([CheckpointInfo(1, None), *made(2, 3)], CheckpointConfig(keep=1)) == {1, 3}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def save(checkpoints, config, *steps, fid=None):
         data = {"examples_seen": 16 * step}
         metrics = {"fid": (fid or {}).get(step, float("nan"))}
         checkpoints.save(step, state(step), data, config, images=16 * step, metrics=metrics)
-    checkpoints.wait()
+    checkpoints.wait_until_finished()
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_run_prunes_by_all_rules_and_over_restarts(tmp_path):
         checkpoints.check_metrics({"fid": 1.0})
         save(checkpoints, config, *steps, fid=fid)
         checkpoints.close()
-    assert checkpoints.steps() == [4, 6, 10, 12]  # best; first from 80 images; first from 160; newest
+    assert checkpoints.all_steps() == [4, 6, 10, 12]  # best; first from 80 images; first from 160; newest
 
 
 def test_a_metric_that_is_not_there(tmp_path, refused):
@@ -139,7 +139,7 @@ def all_files(folder):
 def test_each_file_of_a_checkpoint_is_watched(three):
     """Any file, cut, removed or with one bit changed, is found and named; what Orbax reads none of is let be."""
     good = three / "checkpoints" / "6"
-    assert damage(good) is None
+    assert verify_checksums(good) is None
     bad = three / "bad"
     for file in all_files(good):
         if file.endswith("commit_success.txt"):
@@ -147,7 +147,7 @@ def test_each_file_of_a_checkpoint_is_watched(three):
         for harm in (cut, flip, os.remove):
             shutil.copytree(good, bad)
             harm(bad / file)
-            what = damage(bad)
+            what = verify_checksums(bad)
             # A changed time in Orbax's own note of when it was written is as good as another.
             assert what is not None or (file == "_CHECKPOINT_METADATA" and harm is flip), (file, harm)
             assert what is None or file in what
@@ -157,13 +157,13 @@ def test_each_file_of_a_checkpoint_is_watched(three):
 def test_checkpoints_of_before_have_no_checksums(three):
     here = three / "checkpoints" / "6"
     text = (here / "_CHECKPOINT_METADATA").read_text()
-    os.remove(here / CHECKSUMS)
-    assert damage(here) == f"{CHECKSUMS} is missing"
+    os.remove(here / CHECKSUMS_FILE)
+    assert verify_checksums(here) == f"{CHECKSUMS_FILE} is missing"
     old = json.loads(text) | {"custom_metadata": {}}
     (here / "_CHECKPOINT_METADATA").write_text(json.dumps(old))
-    assert damage(here) is None
+    assert verify_checksums(here) is None
     os.remove(here / "data" / "metadata")
-    assert damage(here) == "data/metadata is missing"
+    assert verify_checksums(here) == "data/metadata is missing"
 
 
 def write_parts(folder):
@@ -183,19 +183,19 @@ def test_checksums_are_of_whole_files(tmp_path, monkeypatch):
     write_checksums(tmp_path)
     for place in (0, 20, 39):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert damage(tmp_path) == "state/array does not have the checksum that it was written with"
+        assert verify_checksums(tmp_path) == "state/array does not have the checksum that it was written with"
     file.write_bytes(whole)
-    assert damage(tmp_path) is None
+    assert verify_checksums(tmp_path) is None
 
 
 def test_checksums_say_what_differs(tmp_path):
     write_parts(tmp_path)
     write_checksums(tmp_path)
-    assert damage(tmp_path) is None
+    assert verify_checksums(tmp_path) is None
     (tmp_path / "state/_METADATA").write_text("[]")
-    assert damage(tmp_path) == "state/_METADATA does not have the checksum that it was written with"
+    assert verify_checksums(tmp_path) == "state/_METADATA does not have the checksum that it was written with"
     (tmp_path / "state/_METADATA").write_text("{} ")
-    assert damage(tmp_path) == "state/_METADATA has 3 bytes and not 2"
+    assert verify_checksums(tmp_path) == "state/_METADATA has 3 bytes and not 2"
 
 
 def test_a_damaged_newest_one_is_put_aside_and_the_one_before_is_used(three, caplog):
@@ -205,7 +205,7 @@ def test_a_damaged_newest_one_is_put_aside_and_the_one_before_is_used(three, cap
     cut(largest(three / "checkpoints" / "4" / "state"))
     checkpoints = Checkpoints(three, config)
     with caplog.at_level(logging.ERROR):
-        step, restored, data = checkpoints.restore_newest(abstract())
+        step, restored, data = checkpoints.restore_latest_valid(abstract())
     assert step == 2
     assert np.array_equal(restored["a"], state(2)["a"])
     assert data["examples_seen"] == 32
@@ -219,7 +219,7 @@ def test_a_damaged_newest_one_is_put_aside_and_the_one_before_is_used(three, cap
     save(checkpoints, config, 4, 6)
     checkpoints.close()
     flip(largest(three / "checkpoints" / "6"))
-    assert Checkpoints(three, config).newest() == 4
+    assert Checkpoints(three, config).latest_valid_step() == 4
     assert (three / "checkpoints" / "6.damaged").is_dir()
     assert (three / "checkpoints" / "6.damaged.2").is_dir()
 
@@ -228,15 +228,15 @@ def test_within_a_run_it_goes_back_to_the_newest_whole_one(tmp_path):
     """For a rollback: what is being saved is waited for, and checked."""
     config = small()
     checkpoints = Checkpoints(tmp_path, config)
-    assert checkpoints.restore_newest(abstract()) is None
+    assert checkpoints.restore_latest_valid(abstract()) is None
     checkpoints.save(2, state(2), {}, config)
     checkpoints.save(4, state(4), {}, config)
-    assert checkpoints.restore_newest(abstract())[0] == 4
+    assert checkpoints.restore_latest_valid(abstract())[0] == 4
     save(checkpoints, config, 6)
     flip(largest(tmp_path / "checkpoints" / "6" / "state"))
-    assert checkpoints.restore_newest(abstract())[0] == 4
+    assert checkpoints.restore_latest_valid(abstract())[0] == 4
     save(checkpoints, config, 6)
-    assert checkpoints.restore_newest(abstract())[0] == 6
+    assert checkpoints.restore_latest_valid(abstract())[0] == 6
     checkpoints.close()
 
 
@@ -246,12 +246,14 @@ def test_where_all_are_damaged_nothing_is_touched(three, refused):
         cut(largest(folder / str(step)))
     before = all_files(folder)
     for _ in range(2):  # a launcher may try again
-        said = refused(lambda: Checkpoints(three, small()).newest(), "every checkpoint in", "nothing was changed")
+        said = refused(
+            lambda: Checkpoints(three, small()).latest_valid_step(), "every checkpoint in", "nothing was changed"
+        )
         assert all(f"{step}: " in said for step in (2, 4, 6))
     assert all_files(folder) == before
     for step in (2, 4, 6):
         (folder / str(step)).rename(folder / f"{step}.damaged")
-    refused(lambda: Checkpoints(three, small()).newest(), "put aside as damaged")
+    refused(lambda: Checkpoints(three, small()).latest_valid_step(), "put aside as damaged")
 
 
 def test_reading_falls_back_and_moves_nothing(three, caplog):
@@ -259,7 +261,7 @@ def test_reading_falls_back_and_moves_nothing(three, caplog):
     flip(largest(three / "checkpoints" / "6" / "state"))
     before = all_files(three)
     checkpoints = Checkpoints(three)
-    assert checkpoints.newest() == 4
+    assert checkpoints.latest_valid_step() == 4
     part = {"b": abstract()["b"]}
     assert np.array_equal(checkpoints.restore_partial(4, part)["b"]["c"], state(4)["b"]["c"])
     checkpoints.close()
@@ -285,9 +287,9 @@ def test_a_save_that_breaks_with_another_process_is_not_called_a_full_disk(tmp_p
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left on device"):
-        checkpoints._writing(full)
+        checkpoints._run_write(full)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Connection closed by peer"):
-        checkpoints._writing(lost)
+        checkpoints._run_write(lost)
 
 
 def test_what_passes_is_not_called_the_disk_s_or_the_checkpoint_s_fault(three, monkeypatch):
@@ -304,9 +306,9 @@ def test_what_passes_is_not_called_the_disk_s_or_the_checkpoint_s_fault(three, m
         raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed")
 
     with pytest.raises(jax.errors.JaxRuntimeError):
-        checkpoints._writing(late)
+        checkpoints._run_write(late)
     with pytest.raises(Unreachable, match="Stale file handle") as stale:
-        checkpoints._writing(away)
+        checkpoints._run_write(away)
     assert stale.value.code == 1
     monkeypatch.setattr(checkpoints._manager, "restore", away)
     with pytest.raises(Unreachable, match="cannot be read now"):
@@ -320,6 +322,6 @@ def test_what_passes_is_not_called_the_disk_s_or_the_checkpoint_s_fault(three, m
 def test_a_signal_while_a_checkpoint_is_read_says_nothing_of_the_checkpoint(three, monkeypatch):
     checkpoints = Checkpoints(three, small())
     monkeypatch.setattr(checkpoints._manager, "restore", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Interrupted), _Signals():
+    with pytest.raises(Interrupted), StopSignals():
         checkpoints.restore(6, abstract())
     checkpoints.close()

@@ -13,16 +13,17 @@ import time
 import pytest
 
 from gigagan_jax.checkpoint import consistency, run_lock
-from gigagan_jax.checkpoint.run_lock import ALIVE, LOCK, alone
+from gigagan_jax.checkpoint.run_lock import hold_run_lock
 from gigagan_jax.core.errors import Unreachable, UserError
+from gigagan_jax.core.workdir_files import HEARTBEAT_FILE, LOCK_FILE
 from gigagan_jax.training.loop import Run
 from tests.runs import small
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from gigagan_jax.checkpoint.run_lock import alone
-with alone(Path(sys.argv[1])):
+from gigagan_jax.checkpoint.run_lock import hold_run_lock
+with hold_run_lock(Path(sys.argv[1])):
     print("holds", flush=True)
     time.sleep(60)
 """
@@ -51,20 +52,20 @@ def test_a_killed_run_leaves_the_workdir_free(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     began = time.monotonic()
-    with alone(tmp_path):
-        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
-    with alone(tmp_path):  # and so does one that ended
+    with hold_run_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["process"] == os.getpid()
+    with hold_run_lock(tmp_path):  # and so does one that ended
         pass
     assert time.monotonic() - began < 5
-    assert not (tmp_path / ALIVE).exists()
+    assert not (tmp_path / HEARTBEAT_FILE).exists()
 
 
 def test_a_lock_of_another_machine_is_waited_for_and_left_to_launchers(holder, tmp_path, monkeypatch):
-    (tmp_path / LOCK).write_text(json.dumps({"host": "far", "boot": "other", "process": 7}))
-    with pytest.raises(Unreachable, match="process 7 on far"), alone(tmp_path, patience=1.5):
+    (tmp_path / LOCK_FILE).write_text(json.dumps({"host": "far", "boot": "other", "process": 7}))
+    with pytest.raises(Unreachable, match="process 7 on far"), hold_run_lock(tmp_path, patience=1.5):
         pass
-    monkeypatch.setattr(run_lock, "_boot", lambda: "other")
-    with pytest.raises(UserError, match="process 7 on far") as now, alone(tmp_path):
+    monkeypatch.setattr(run_lock, "_boot_id", lambda: "other")
+    with pytest.raises(UserError, match="process 7 on far") as now, hold_run_lock(tmp_path):
         pass
     assert now.value.code == 2
 
@@ -79,16 +80,16 @@ def no_locks(monkeypatch):
 def test_where_there_are_no_locks_signs_of_life_keep_out(tmp_path, monkeypatch, caplog):
     """As on a bucket that two machines have mounted."""
     no_locks(monkeypatch)
-    with alone(tmp_path, beat=0.2):
+    with hold_run_lock(tmp_path, beat=0.2):
         assert "cannot be locked (No locks available)" in caplog.text
-        for boot in (run_lock._boot(), "elsewhere"):  # on this machine, and on another one
+        for boot in (run_lock._boot_id(), "elsewhere"):  # on this machine, and on another one
             with monkeypatch.context() as where:
-                where.setattr(run_lock, "_boot", lambda boot=boot: boot)
-                with pytest.raises(UserError, match="another run is in it"), alone(tmp_path, beat=0.5):
+                where.setattr(run_lock, "_boot_id", lambda boot=boot: boot)
+                with pytest.raises(UserError, match="another run is in it"), hold_run_lock(tmp_path, beat=0.5):
                     pass
-    (tmp_path / ALIVE).write_text(json.dumps({"host": "far", "boot": "gone", "process": 7, "count": 3}))
-    with alone(tmp_path, beat=0.2):  # it has died
-        assert run_lock.read(tmp_path)["process"] == os.getpid()
+    (tmp_path / HEARTBEAT_FILE).write_text(json.dumps({"host": "far", "boot": "gone", "process": 7, "count": 3}))
+    with hold_run_lock(tmp_path, beat=0.2):  # it has died
+        assert run_lock.read_heartbeat(tmp_path)["process"] == os.getpid()
 
 
 # ---------------------------------------------------------------- processes of one run
@@ -101,33 +102,47 @@ def second(monkeypatch):
     def second(theirs, run):
         monkeypatch.setattr("jax.process_count", lambda: 2)
         monkeypatch.setattr("jax.process_index", lambda: 1)
-        monkeypatch.setattr(consistency.distributed, "from_zero", lambda mine: [theirs, run])
+        monkeypatch.setattr(consistency.communication, "broadcast_from_main", lambda mine: [theirs, run])
 
     return second
 
 
 def test_processes_that_differ_are_told_apart(tmp_path, second, refused):
-    with alone(tmp_path):
-        second(consistency._said(small(), "a"), run_lock.read(tmp_path)["run"])
-        consistency.check(small(), "a", tmp_path)
-        consistency.check(small(data__threads=3, data__path="/elsewhere"), "a", tmp_path)
-        refused(lambda: consistency.check(small(), "b", tmp_path), "process 1", "the data is b here and a there")
+    with hold_run_lock(tmp_path):
+        second(consistency._comparable_values(small(), "a"), run_lock.read_heartbeat(tmp_path)["run"])
+        consistency.assert_same_on_all_processes(small(), "a", tmp_path)
+        consistency.assert_same_on_all_processes(small(data__threads=3, data__path="/elsewhere"), "a", tmp_path)
+        refused(
+            lambda: consistency.assert_same_on_all_processes(small(), "b", tmp_path),
+            "process 1",
+            "the data is b here and a there",
+        )
         other = small(generator__z_dim=16, log_kimg=7.0)
-        refused(lambda: consistency.check(other, "a", tmp_path), "config.generator.z_dim is 16 here", "log_kimg is 7.0")
-        refused(lambda: consistency.check(small(), "a", tmp_path / "own", seconds=0.1), "is not that of process 0")
+        refused(
+            lambda: consistency.assert_same_on_all_processes(other, "a", tmp_path),
+            "config.generator.z_dim is 16 here",
+            "log_kimg is 7.0",
+        )
+        refused(
+            lambda: consistency.assert_same_on_all_processes(small(), "a", tmp_path / "own", seconds=0.1),
+            "is not that of process 0",
+        )
         (tmp_path / "own").mkdir()
-        with alone(tmp_path / "own"):
-            refused(lambda: consistency.check(small(), "a", tmp_path / "own", seconds=0.1), "not that of process 0")
+        with hold_run_lock(tmp_path / "own"):
+            refused(
+                lambda: consistency.assert_same_on_all_processes(small(), "a", tmp_path / "own", seconds=0.1),
+                "not that of process 0",
+            )
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, refused):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_lock, "_sign", full)
+    monkeypatch.setattr(run_lock, "_write_heartbeat", full)
 
     def start():
-        with alone(tmp_path):
+        with hold_run_lock(tmp_path):
             pass
 
     refused(start, tmp_path, "No space left on device")

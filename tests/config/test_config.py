@@ -2,23 +2,24 @@
 
 import ast
 import dataclasses
-import inspect
 import io
 import json
 import tokenize
+from pathlib import Path
 
 import pytest
 
 from configs import laion
 from gigagan_jax import config as settings
-from gigagan_jax.config import Config, differences, from_dict, to_dict
+from gigagan_jax.config import Config, fixed_differences, from_dict, to_dict
 from gigagan_jax.core.errors import UserError
 
 
-def changed(**values):
+def changed_values(**values):
     """The tiny text-to-image config as nested dicts, with dotted fields (`__` for the dot) set."""
     out = to_dict(from_dict(laion.get_config("tiny")))
     for name, value in values.items():
+        # Keyword names cannot have dots.
         *groups, field = name.split("__")
         group = out
         for g in groups:
@@ -27,7 +28,7 @@ def changed(**values):
     return out
 
 
-def complaint(values):
+def error_message(values):
     with pytest.raises(UserError) as error:
         from_dict(values)
     text = str(error.value)
@@ -44,7 +45,7 @@ def test_empty_is_the_default():
 
 
 @pytest.mark.parametrize(
-    "values, said",
+    "values, message",
     [
         ({"resolutoin": 64}, "unknown config key config.resolutoin; did you mean config.resolution?"),
         ({"generator": {"zdim": 8}}, "unknown config key config.generator.zdim; did you mean config.generator.z_dim?"),
@@ -58,15 +59,16 @@ def test_empty_is_the_default():
         ),
     ],
 )
-def test_unknown_key_says_the_nearest_known_one(values, said):
-    assert complaint(values) == said
+def test_unknown_key_says_the_nearest_known_one(values, message):
+    assert error_message(values) == message
 
 
 @pytest.mark.parametrize(
-    "values, said",
+    "values, message",
     [
         ({"seed": "0"}, "config.seed: expected int, got str '0'"),
         ({"seed": 0.5}, "config.seed: expected int, got float 0.5"),
+        # bool is a subclass of int in Python.
         ({"seed": True}, "config.seed: expected int, got bool True"),
         ({"batch_size": None}, "config.batch_size: expected int, got NoneType None"),
         ({"total_kimg": "many"}, "config.total_kimg: expected float, got str 'many'"),
@@ -82,8 +84,8 @@ def test_unknown_key_says_the_nearest_known_one(values, said):
         ({"loss": {"r1_gamma": (1.0,)}}, "config.loss.r1_gamma: expected 2 values, got 1"),
     ],
 )
-def test_wrong_type_says_where_and_what(values, said):
-    assert complaint(values) == said
+def test_wrong_type_says_where_and_what(values, message):
+    assert error_message(values) == message
 
 
 def test_whole_numbers_will_do_for_floats():
@@ -91,16 +93,18 @@ def test_whole_numbers_will_do_for_floats():
     assert config.total_kimg == 5.0
     assert isinstance(config.total_kimg, float)
     assert config.loss.r1_gamma == (1.0, 2.0)
+    # Configs that differ in type only would have other digests.
     assert all(isinstance(x, float) for x in config.loss.r1_gamma)
 
 
 def test_there_and_back_through_json():
-    config = from_dict(changed(total_kimg=12, loss__level_weights=(3.0, 2.0, 1.0), evaluators=("digits",)))
+    config = from_dict(changed_values(total_kimg=12, loss__level_weights=(3.0, 2.0, 1.0), evaluators=("digits",)))
+    # JSON turns tuples into lists; from_dict turns them back.
     again = from_dict(json.loads(json.dumps(to_dict(config))))
     assert again == config
     assert isinstance(again.generator.blocks, tuple)
-    assert settings.digest(again) == settings.digest(config)
-    assert settings.digest(config) != settings.digest(dataclasses.replace(config, seed=1))
+    assert settings.config_digest(again) == settings.config_digest(config)
+    assert settings.config_digest(config) != settings.config_digest(dataclasses.replace(config, seed=1))
 
 
 def test_frozen():
@@ -125,12 +129,12 @@ def test_resolutions(resolution, sides):
 
 @pytest.mark.parametrize("resolution", [-16, 0, 1, 2, 4, 12, 48, 63, 65])
 def test_resolution_is_a_power_of_two_of_at_least_8(resolution):
-    said = complaint(changed(resolution=resolution))
-    assert said.startswith(f"config.resolution={resolution}: must be a power of two")
+    message = error_message(changed_values(resolution=resolution))
+    assert message.startswith(f"config.resolution={resolution}: must be a power of two")
 
 
 @pytest.mark.parametrize(
-    "values, said",
+    "values, message",
     [
         ({"generator__blocks": (1, 1)}, "config.generator.blocks has 2 entries; resolution 16 has 3 levels (4, 8, 16)"),
         ({"discriminator__attention_depth": (0,) * 4}, "config.discriminator.attention_depth has 4 entries"),
@@ -168,8 +172,8 @@ def test_resolution_is_a_power_of_two_of_at_least_8(resolution):
         ({"total_kimg": 5e6}, "config.total_kimg=5000000.0: must be below 4294967"),
     ],
 )
-def test_settings_that_do_not_fit(values, said):
-    assert said in complaint(changed(**values))
+def test_settings_that_do_not_fit(values, message):
+    assert message in error_message(changed_values(**values))
 
 
 @pytest.mark.parametrize("value", [0, -1])
@@ -210,7 +214,7 @@ def test_settings_that_do_not_fit(values, said):
 )
 def test_sizes_are_positive(field, value):
     """A size that is not must be refused by name, here: later it is a traceback from inside a layer."""
-    assert f"config.{field.replace('__', '.')}" in complaint(changed(**{field: value}))
+    assert f"config.{field.replace('__', '.')}" in error_message(changed_values(**{field: value}))
 
 
 @pytest.mark.parametrize(
@@ -228,39 +232,46 @@ def test_sizes_are_positive(field, value):
     ],
 )
 def test_what_may_be_zero_is_not_negative(field):
-    from_dict(changed(**{field: 0}))
-    assert f"config.{field.replace('__', '.')}" in complaint(changed(**{field: -1}))
+    # 0 switches these off.
+    from_dict(changed_values(**{field: 0}))
+    assert f"config.{field.replace('__', '.')}" in error_message(changed_values(**{field: -1}))
 
 
 def test_channels_do_not_vanish_at_the_resolution():
     """channels = base / resolution: a base below it leaves none."""
-    assert "config.generator.channel_base" in complaint(changed(generator__channel_base=8))
-    assert "config.discriminator.channel_base" in complaint(changed(discriminator__channel_base=8))
+    assert "config.generator.channel_base" in error_message(changed_values(generator__channel_base=8))
+    assert "config.discriminator.channel_base" in error_message(changed_values(discriminator__channel_base=8))
 
 
 # ---------------------------------------------------------------- comparing
 
 
 def test_differences_name_what_changed():
-    stored = changed()
-    current = from_dict(changed(seed=3, generator__bank=(1, 1, 1), loss__r1_gamma=(1.0, 1.0)))
-    assert differences(json.loads(json.dumps(stored)), current) == [
+    stored = changed_values()
+    current = from_dict(changed_values(seed=3, generator__bank=(1, 1, 1), loss__r1_gamma=(1.0, 1.0)))
+    assert fixed_differences(json.loads(json.dumps(stored)), current) == [
         "generator.bank: [1, 2, 4] -> [1, 1, 1]",
         "loss.r1_gamma: [0.2048, 2.048] -> [1.0, 1.0]",
         "seed: 0 -> 3",
     ]
-    assert differences(json.loads(json.dumps(stored)), from_dict(stored)) == []
+    # Lists of the JSON equal the tuples of the config.
+    assert fixed_differences(json.loads(json.dumps(stored)), from_dict(stored)) == []
 
 
 def test_differences_with_fields_of_another_version():
-    stored = changed()
+    stored = changed_values()
     del stored["generator"]["z_dim"]
+    # A field of an older version that no longer exists.
     stored["ancient"] = 1
-    assert differences(stored, from_dict(changed())) == ["ancient: 1 -> (absent)", "generator.z_dim: (absent) -> 16"]
+    assert fixed_differences(stored, from_dict(changed_values())) == [
+        "ancient: 1 -> (absent)",
+        "generator.z_dim: (absent) -> 16",
+    ]
 
 
 def test_differences_pass_over_what_may_change():
-    current = changed(
+    # One field of each group in FREE_FIELDS.
+    current = changed_values(
         total_kimg=9,
         batch_size=32,
         checkpoint_kimg=1,
@@ -276,11 +287,11 @@ def test_differences_pass_over_what_may_change():
         checkpoint__keep=1,
         snapshot__prompts=("a dog",),
     )
-    assert differences(changed(), from_dict(current)) == []
+    assert fixed_differences(changed_values(), from_dict(current)) == []
 
 
 def test_free_fields_exist():
-    known = settings.flatten(to_dict(Config()))
+    known = settings.flatten_fields(to_dict(Config()))
     for field in settings.FREE_FIELDS:
         assert any(k == field or k.startswith(field + ".") for k in known), field
 
@@ -289,25 +300,26 @@ def test_free_fields_exist():
 
 
 def test_every_field_says_what_it_is():
-    """A comment on the field's line (or within it, where it spans several); groups have the docstring of their class."""
-    source = inspect.getsource(settings)
-    comments = {
-        token.start[0]: token.string
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    """A comment on the field's line, above it, or within it; groups have the docstring of their class."""
     groups = {c.__name__ for c in vars(settings).values() if dataclasses.is_dataclass(c)}
     fields, silent = 0, []
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef) or node.name not in groups:
-            continue
-        assert ast.get_docstring(node), node.name
-        for field in node.body:
-            if not isinstance(field, ast.AnnAssign):
+    for file in Path(settings.__file__).parent.glob("*.py"):
+        source = file.read_text(encoding="utf-8")
+        # ast drops comments, so they come from the tokens.
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
+        for node in ast.parse(source).body:
+            if not isinstance(node, ast.ClassDef) or node.name not in groups:
                 continue
-            fields += 1
-            said = any(len(comments.get(n, "#").strip("# ")) > 1 for n in range(field.lineno, field.end_lineno + 1))
-            if ast.unparse(field.annotation) not in groups and not said:
-                silent.append(f"{node.name}.{ast.unparse(field.target)}")
+            assert ast.get_docstring(node), node.name
+            for field in node.body:
+                if not isinstance(field, ast.AnnAssign):
+                    continue
+                fields += 1
+                lines = range(field.lineno - 1, field.end_lineno + 1)
+                documented = any(len(comments.get(n, "#").strip("# ")) > 1 for n in lines)
+                if ast.unparse(field.annotation) not in groups and not documented:
+                    silent.append(f"{node.name}.{ast.unparse(field.target)}")
+    # Guards against a selection that finds no fields.
     assert fields > 90
     assert silent == []

@@ -31,12 +31,12 @@ VARIANTS = [
 ids = lambda v: ":".join(filter(None, v))
 
 
-def module(name):
+def config_module(name):
     return importlib.import_module(f"configs.{name}")
 
 
 def test_no_config_file_is_forgotten():
-    found = {p.stem for p in Path(module("digits").__file__).parent.glob("*.py")} - {"__init__"}
+    found = {p.stem for p in Path(config_module("digits").__file__).parent.glob("*.py")} - {"__init__"}
     assert found == set(FILES)
 
 
@@ -56,11 +56,13 @@ DEFAULT = [v for v in VARIANTS if v[0] not in ("ablation", "scale") and v != ("l
 )
 def test_whole_step(variant):
     name, arg = variant
-    config = from_dict(module(name).get_config(arg) if arg else module(name).get_config())
+    config = from_dict(config_module(name).get_config(arg) if arg else config_module(name).get_config())
     networks = Networks(config)
     step = TrainStep(networks)
     state, batch, key = networks.abstract(), abstract_batch(config), jax.eval_shape(lambda: jax.random.key(0))
+    # Shapes of the frozen networks: no weights are read.
     frozen = networks.frozen.abstract()
+    # Shapes only: the largest configs have billions of parameters.
     out, metrics = jax.eval_shape(lambda *a: step(*a, with_r1=True), state, batch, key, frozen)
     assert_same(out, state)
     assert "loss/r1" in metrics
@@ -68,7 +70,7 @@ def test_whole_step(variant):
     assert ("loss/clip" in metrics) == (max(config.loss.clip) > 0)
     assert ("loss/v" in metrics) == ("loss/g_v" in metrics) == (config.loss.vision_aided > 0)
     assert ("loss/d_match" in metrics) == (config.condition == "text" and config.loss.match_d > 0)
-    assert metrics.pop("health").shape == (len(step.probe.names),)
+    assert metrics.pop("health").shape == (len(step.health_vector.names),)
     assert all(m.shape == () and m.dtype == "float32" for m in metrics.values())
 
     if arg == "tiny":  # without R1 a step does less of the same
@@ -79,19 +81,20 @@ def test_whole_step(variant):
 
 @pytest.mark.parametrize("name", FILES)
 def test_docstring_is_the_command(name):
-    said = module(name).__doc__
-    command = re.search(r"python -m gigagan_jax\.train .*", said)
-    assert command, said
+    docstring = config_module(name).__doc__
+    command = re.search(r"python -m gigagan_jax\.train .*", docstring)
+    assert command, docstring
     config = re.search(rf"--config=configs/{name}\.py(:[A-Za-z0-9-]+)?( |$)", command.group())
     assert config
     assert "--workdir=" in command.group()
     variant = (config.group(1) or ":")[1:]
+    # The docstring of the ablation has a placeholder.
     if variant and variant != "ROW":
-        from_dict(module(name).get_config(variant))
-    data = from_dict(module(name).get_config()).data
+        from_dict(config_module(name).get_config(variant))
+    data = from_dict(config_module(name).get_config()).data
     needs_path = data.source != "digits" and not data.path
     assert ("--config.data.path=" in command.group()) == needs_path
-    assert module(name).get_config.__doc__
+    assert config_module(name).get_config.__doc__
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -101,12 +104,15 @@ def test_unknown_variant(name):
     with pytest.raises(
         (ValueError, UserError), match=rf"configs/{name}\.py has no (variant|row) 'tinny'; known: {known}$"
     ):
-        module(name).get_config("tinny")
+        config_module(name).get_config("tinny")
 
 
 def test_names_tell_runs_apart():
+    # The name is part of folders and of metadata.
     names = [
-        from_dict(module(name).get_config(arg)).name for name, arg in VARIANTS if (name, arg) != ("digits", "tiny")
+        from_dict(config_module(name).get_config(arg)).name
+        for name, arg in VARIANTS
+        if (name, arg) != ("digits", "tiny")
     ]
     assert len(set(names)) == len(names)
 
@@ -125,6 +131,7 @@ def test_each_ablation_row_adds_its_part():
         "vision": lambda c: c.loss.vision_aided > 0,
     }
     for i, row in enumerate(ablation.ROWS):
+        # Each row has its own part and those of all rows before it.
         for part, test in has.items():
             assert test(rows[row]) == (ablation.ROWS.index(part) <= i), (row, part)
     assert from_dict(ablation.get_config()) == rows["vision"]
@@ -133,7 +140,7 @@ def test_each_ablation_row_adds_its_part():
 # Table A2: 652.5M and 381.4M for text to image, 209.5M and 76.7M for ImageNet.
 @pytest.mark.parametrize("name, g, d", [("laion", 652.5e6, 381.4e6), ("imagenet", 209.5e6, 76.7e6)])
 def test_sizes_are_the_papers(name, g, d):
-    networks = Networks(from_dict(module(name).get_config()))
+    networks = Networks(from_dict(config_module(name).get_config()))
     assert networks.g.count() == pytest.approx(g, rel=0.05)
     assert networks.d.count() == pytest.approx(d, rel=0.05)
 
@@ -146,6 +153,7 @@ def test_sizes_past_the_papers(size, g):
     assert networks.g.count() == pytest.approx(g, rel=0.05)
     assert networks.d.count() / networks.g.count() == pytest.approx(381.4 / 652.5, rel=0.05)
     for module_ in (networks.g, networks.d):
+        # Matrix units of TPUs work on tiles of 128.
         for s in jax.tree.leaves(module_.specs, is_leaf=is_spec):
             assert all(n % 128 == 0 for n in s.shape if n > 128), s
     assert config.g_optimizer.learning_rate * scale.SIZES[size] == pytest.approx(0.0025)

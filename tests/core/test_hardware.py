@@ -32,6 +32,7 @@ class Core(Device):
         ("NVIDIA H100 NVL", "H100 NVL"),
         ("NVIDIA H200", "H200"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
+        # An inference chip that is not in the table.
         ("TPU v4 lite", None),
         ("NVIDIA GeForce RTX 4090", None),
         ("cpu", None),
@@ -43,6 +44,7 @@ def test_kinds(kind, name):
 
 
 def test_two_cores_are_one_chip_and_slices_are_apart():
+    # Two slices of two chips, and two cores a chip.
     cores = [Core("TPU v4", (x, 0, 0), s) for s in (0, 1) for x in (0, 1) for _ in (0, 1)]
     assert count_chips(cores) == 4
     assert peak_flops(cores) == 4 * 275e12
@@ -51,4 +53,5 @@ def test_two_cores_are_one_chip_and_slices_are_apart():
 def test_of_a_cpu_nothing_is_known():
     assert peak_flops(jax.devices()) is None
     assert peak_flops([]) is None
+    # CPU devices have no coordinates, so each counts as a chip.
     assert count_chips(jax.devices()) == 8

@@ -1,4 +1,4 @@
-"""Real files of every kind that web data has: what is handled, what is replaced, and how that is accounted for."""
+"""Files of every kind that web data has: which are decoded, which are replaced, and how the quarantine counts them."""
 
 import collections
 import json
@@ -20,37 +20,41 @@ from tests.img2dataset import add_member, encoded, pieces
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def bad_tars(tmp_path_factory):
     return write_bad_tars(tmp_path_factory.mktemp("bad"))
 
 
 @pytest.mark.parametrize("name", good_files())
 def test_unusual_images_are_handled(name):
-    data, pixels, off = good_files()[name]
-    got = decode_image(data)
-    assert got.dtype == np.uint8
-    assert got.shape[2] == 3
+    # `tolerance` allows for lossy formats, in grey levels.
+    data, pixels, tolerance = good_files()[name]
+    decoded = decode_image(data)
+    assert decoded.dtype == np.uint8
+    assert decoded.shape[2] == 3
+    # Quantised and grey images have no reference.
     if pixels is not None:
-        assert got.shape == pixels.shape
-        assert np.abs(got.astype(int) - pixels.astype(int)).mean() <= max(off / 10, 0.5)
-        assert np.abs(got.astype(int) - pixels.astype(int)).max() <= max(off * 3, 1)
+        assert decoded.shape == pixels.shape
+        assert np.abs(decoded.astype(int) - pixels.astype(int)).mean() <= max(tolerance / 10, 0.5)
+        assert np.abs(decoded.astype(int) - pixels.astype(int)).max() <= max(tolerance * 3, 1)
 
 
-def test_bad_ones_are_counted_named_and_replaced(folder, tmp_path):
-    source = TarSource(str(folder))
+def test_bad_ones_are_counted_named_and_replaced(bad_tars, tmp_path):
+    source = TarSource(str(bad_tars))
     bad = expected()
     assert len(source) == len(good_files()) + len(bad) + 3
     good = [i for i in range(len(source)) if source.name(i) not in bad]
     quarantine = tmp_path / "quarantine.jsonl"
-    with pipeline.build(
+    # About half of the examples are bad: a limit of 0.6 keeps the run going.
+    with pipeline.build_pipeline(
         source, resolution=16, batch_size=1, seed=0, tokenizer=ByteTokenizer(20), max_bad_fraction=0.6,
         quarantine_path=quarantine,
     ) as data:  # fmt: skip
-        order = source.shuffled(0)
+        order = source.shuffled_order(0)
         for k in range(len(source)):
             batch = next(data)
             following = [(order[k] + step) % len(source) for step in range(len(source))]
-            assert int(batch["index"][0]) == next(i for i in following if i in good)  # the next good one
+            # The replacement is the next good example in source order.
+            assert int(batch["index"][0]) == next(i for i in following if i in good)
         causes = data.quarantine.causes
     assert causes == {cause: list(bad.values()).count(cause) for cause in bad.values()}
     lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
@@ -58,19 +62,20 @@ def test_bad_ones_are_counted_named_and_replaced(folder, tmp_path):
     assert len(lines) == len(bad)
 
 
-def test_too_many_bad_ones_end_the_run_in_one_line(folder):
-    source = TarSource(str(folder))
-    data = pipeline.build(
+def test_too_many_bad_ones_end_the_run_in_one_line(bad_tars):
+    source = TarSource(str(bad_tars))
+    data = pipeline.build_pipeline(
         source, resolution=16, batch_size=1, seed=0, tokenizer=ByteTokenizer(20), max_bad_fraction=0.3
     )  # fmt: skip
     message = r"11 of \d+ examples tried are bad.*max_bad_fraction=0.3.*caption_empty"
     with data, pytest.raises(UserError, match=message) as refused:
+        # Takes batches until the error.
         collections.deque(data, maxlen=1)
     assert "\n" not in str(refused.value)
 
 
-def mutated(data, rng):
-    """One to eight damages: bytes changed, pieces cut out, doubled, zeroed or cut off."""
+def mutate_bytes(data, rng):
+    """Applies one to eight damages: bytes changed, pieces cut out, doubled, zeroed or cut off."""
     data = bytearray(data)
     for _ in range(int(rng.integers(1, 9))):
         if not data:
@@ -87,6 +92,7 @@ def mutated(data, rng):
             data[at : at + length] = bytes(min(length, len(data) - at))
         elif kind == 4:
             data[at : at + 8] = rng.bytes(8)
+        # Rarer than the others: truncation removes most of what the others could damage.
         elif rng.random() < 0.3:
             del data[at:]
     return bytes(data)
@@ -101,12 +107,14 @@ def test_a_thousand_mutated_images_crash_nothing():
     outcomes = {True: 0, False: 0}
     for i in range(1000):
         try:
-            pixels = decode_image(mutated(files[i % len(files)], rng), least=(None, 8)[i % 2])
+            # Half of the images go through the scaled JPEG decoder.
+            pixels = decode_image(mutate_bytes(files[i % len(files)], rng), least=(None, 8)[i % 2])
             assert pixels.dtype == np.uint8
             assert pixels.ndim == 3
             outcomes[True] += 1
         except BadExample:
             outcomes[False] += 1
+    # Both outcomes occur: the damages are neither harmless nor always fatal.
     assert min(outcomes.values()) > 50
 
 
@@ -114,6 +122,7 @@ def test_a_thousand_mutated_images_crash_nothing():
 def test_a_thousand_mutated_tars_crash_nothing(tmp_path):
     rng = np.random.default_rng(1)
     path = tmp_path / "0.tar"
+    # Small images keep the tar small, so that damages often hit headers and captions.
     with tarfile.open(path, "w") as tar:
         for i, (caption, image) in zip(range(3), pieces(), strict=False):
             add_member(tar, f"{i}.jpg", encoded(image[::4, ::4]))
@@ -123,9 +132,10 @@ def test_a_thousand_mutated_tars_crash_nothing(tmp_path):
     outcomes = {"good": 0, "bad": 0, "nothing": 0}
     indexed = 0
     for i in range(1000):
-        path.write_bytes(mutated(whole, rng))
+        path.write_bytes(mutate_bytes(whole, rng))
         try:
             source = TarSource(str(path), index=str(tmp_path), workers=1, caption_keys=("caption",) if i % 2 else ())
+        # A tar whose headers are all damaged has no example, or looks like a compressed one.
         except UserError as e:
             outcomes["nothing"] += bool(re.search("no example|compressed", str(e)))
             continue

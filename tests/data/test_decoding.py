@@ -1,4 +1,4 @@
-"""JPEGs decoded at a fraction of their size; all else about decoding is in test_sources.py."""
+"""JPEGs decoded at a fraction of their size. sources/test_sources.py tests the rest of decoding."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.img2dataset import encoded
 
 
 @pytest.fixture(scope="module")
-def photo():
+def photo_file():
     """1024 x 1280 pixels."""
     import skimage.data
 
@@ -18,19 +18,32 @@ def photo():
     return encoded(image, quality=95)
 
 
-@pytest.mark.parametrize("least, size", [(None, (1024, 1280)), (1024, (1024, 1280)), (513, (1024, 1280)), (512, (512, 640)),
-                                         (192, (256, 320)), (1, (128, 160))])  # fmt: skip
-def test_the_smallest_size_that_is_large_enough(photo, least, size):
-    assert decode_image(photo, least).shape[:2] == size
+# The decoder offers 1/1, 1/2, 1/4 and 1/8 of the size. `least` applies to the short side of 1024.
+@pytest.mark.parametrize(
+    "least, size",
+    [
+        (None, (1024, 1280)),
+        (1024, (1024, 1280)),
+        (513, (1024, 1280)),
+        (512, (512, 640)),
+        (192, (256, 320)),
+        (1, (128, 160)),
+    ],
+)
+def test_the_smallest_size_that_is_large_enough(photo_file, least, size):
+    assert decode_image(photo_file, least).shape[:2] == size
 
 
-def test_formats_without_a_fast_way_are_decoded_whole(photo):
-    png = encoded(Image.fromarray(decode_image(photo, 128)), "PNG")
+def test_formats_without_a_fast_way_are_decoded_whole(photo_file):
+    png = encoded(Image.fromarray(decode_image(photo_file, 128)), "PNG")
     np.testing.assert_array_equal(decode_image(png, 16), decode_image(png))
 
 
-def test_what_training_sees_is_nearly_the_same(photo):
-    """At three times the resolution the resampling filter decides what is seen: above 50 dB for a photograph."""
-    whole, fast = (resize_and_crop(decode_image(photo, least), 64).astype(float) for least in (None, 192))
-    assert not np.array_equal(whole, fast)
-    assert 10 * np.log10(255**2 / np.mean((whole - fast) ** 2)) > 50
+def test_what_training_sees_is_nearly_the_same(photo_file):
+    """From three times the resolution on, the resampling filter determines the image: above 50 dB for a photograph."""
+    # 192 = DECODE_MARGIN * 64.
+    full, fast = (resize_and_crop(decode_image(photo_file, least), 64).astype(float) for least in (None, 192))
+    # Different at all: otherwise the fast decoder was not used.
+    assert not np.array_equal(full, fast)
+    # Peak signal-to-noise ratio in dB.
+    assert 10 * np.log10(255**2 / np.mean((full - fast) ** 2)) > 50

@@ -1,4 +1,4 @@
-"""Every example once in an epoch, with any number of hosts and worker processes, and whatever is killed in between."""
+"""Every example comes once an epoch, with any number of hosts and worker processes, and across kills and resumes."""
 
 import collections
 import multiprocessing
@@ -15,33 +15,35 @@ import pytest
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data import pipeline, sampling
 from gigagan_jax.data.example import BadExample
-from gigagan_jax.data.sources.mixture import MixedSource
+from gigagan_jax.data.sources.mixture import MixtureSource
 from gigagan_jax.data.sources.tar import TarSource
 from gigagan_jax.data.tokenizers import ByteTokenizer
 
 
 @pytest.fixture(scope="module")
-def source(tars):
+def photo_source(tars):
+    """24 photographs in tars."""
     return TarSource(str(tars))
 
 
-def stream(source, batch_size=8, hosts=1, host=0, seed=0, **options):
+def open_stream(source, batch_size=8, hosts=1, host=0, seed=0, **options):
     options = {"num_threads": 0, "crop": "random", "flip": True, "caption_dropout": 0.2} | options
-    return pipeline.build(
+    return pipeline.build_pipeline(
         source, resolution=8, batch_size=batch_size, seed=seed, tokenizer=ByteTokenizer(40), process_index=host,
         process_count=hosts, **options,
     )  # fmt: skip
 
 
 def all_hosts(source, hosts, batches, state=None, **options):
-    """Indices of each host, and the state after so many global batches."""
+    """(indices that each host reads, state after `batches` global batches)"""
     seen, states = [], []
     for host in range(hosts):
-        with stream(source, hosts=hosts, host=host, **options) as data:
+        with open_stream(source, hosts=hosts, host=host, **options) as data:
             if state is not None:
                 data.restore(state)
             seen.append([int(i) for _ in range(batches) for i in next(data)["index"]])
             states.append(data.state())
+    # The position is global: every host's checkpoint would hold the same.
     positions = {s["examples_seen"] for s in states}
     assert len(positions) == 1
     return seen, states[0]
@@ -49,63 +51,67 @@ def all_hosts(source, hosts, batches, state=None, **options):
 
 @pytest.mark.parametrize("first", [1, 2, 4])
 @pytest.mark.parametrize("then", [1, 2, 4])
-def test_an_epoch_is_the_data_set_across_a_resume_on_other_hosts(source, first, then):
-    """24 examples, batches of 2: stopped at a random point, gone on with another number of hosts and another batch size."""
+def test_an_epoch_is_the_data_set_across_a_resume_on_other_hosts(photo_source, first, then):
+    """24 examples in batches of 4: stopped at a random point, resumed on another number of hosts."""
+    # After one to four of the six batches of an epoch.
     stop = int(np.random.default_rng((first, then)).integers(1, 5))
-    before, state = all_hosts(source, first, stop, batch_size=4)
-    rest, _ = all_hosts(source, then, (24 - 4 * stop) // 4, state, batch_size=4)
+    before, state = all_hosts(photo_source, first, stop, batch_size=4)
+    rest, _ = all_hosts(photo_source, then, (24 - 4 * stop) // 4, state, batch_size=4)
     hosts = [*before, *rest]
     assert collections.Counter(i for host in hosts for i in host) == dict.fromkeys(range(24), 1)
-    for some in (before, rest):  # two hosts never see the same
-        assert len({i for host in some for i in host}) == sum(map(len, some))
+    # Two hosts never read the same example.
+    for shares in (before, rest):
+        assert len({i for host in shares for i in host}) == sum(map(len, shares))
 
 
-def test_seeds_give_orders(source):
-    orders = {seed: all_hosts(source, 1, 3, seed=seed)[0][0] for seed in (0, 1, 2)}
-    assert len({tuple(sampling) for order in orders.values()}) == 3
-    assert all_hosts(source, 1, 3, seed=1)[0][0] == orders[1]
-    # On any machine: written down here, not computed.
+def test_seeds_give_orders(photo_source):
+    orders = {seed: all_hosts(photo_source, 1, 3, seed=seed)[0][0] for seed in (0, 1, 2)}
+    assert len({tuple(order) for order in orders.values()}) == 3
+    assert all_hosts(photo_source, 1, 3, seed=1)[0][0] == orders[1]
+    # A constant, not computed: the order must be the same on every machine.
     assert orders[0] == [18, 8, 16, 7, 20, 13, 1, 0, 19, 17, 10, 9, 21, 15, 3, 2, 11, 6, 12, 14, 4, 23, 22, 5]
 
 
-def same(a, b):
+def assert_same(a, b):
     assert a.keys() == b.keys()
     for key in a:
         np.testing.assert_array_equal(a[key], b[key])
 
 
-def test_worker_processes_change_nothing(source):
-    """Five batches by threads; then by one worker, killed with everything after two, and by two, from its state."""
-    with stream(source) as data:
+def test_worker_processes_change_nothing(photo_source):
+    """Five batches in this process; then two by one worker, and the other three by two workers from its state."""
+    with open_stream(photo_source) as data:
         expected = [next(data) for _ in range(5)]
-    with stream(source, num_workers=1, num_threads=2) as data:
+    with open_stream(photo_source, num_workers=1, num_threads=2) as data:
         for batch in expected[:2]:
-            same(next(data), batch)
+            assert_same(next(data), batch)
         state = data.state()
-    with stream(source, num_workers=2, num_threads=0) as data:
+    with open_stream(photo_source, num_workers=2, num_threads=0) as data:
         data.restore(state)
         for batch in expected[2:]:
-            same(next(data), batch)
+            assert_same(next(data), batch)
 
 
-def test_a_worker_that_is_killed_ends_the_run_in_one_line(source):
-    with stream(source, num_workers=1) as data:
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(photo_source):
+    with open_stream(photo_source, num_workers=1) as data:
         next(data)
         for child in multiprocessing.active_children():
+            # As the kernel does when memory runs out.
             os.kill(child.pid, signal.SIGKILL)
         with pytest.raises(UserError, match="a process that reads the data was lost") as refused:
-            collections.deque(data, maxlen=1)  # what it had read is delivered first
+            # Batches that the worker had finished are delivered first.
+            collections.deque(data, maxlen=1)
     assert "\n" not in str(refused.value)
 
 
 TRAINING = """
 import multiprocessing, sys, time
-from gigagan_jax.data import order, pipeline
+from gigagan_jax.data import pipeline
 from gigagan_jax.data.sources.digits import DigitsSource
 from gigagan_jax.data.tokenizers import ByteTokenizer
 
 if __name__ == "__main__":
-    data = pipeline.build(
+    data = pipeline.build_pipeline(
         DigitsSource(), resolution=8, batch_size=8, seed=0, tokenizer=ByteTokenizer(40), num_workers=2, num_threads=1
     )
     next(data)
@@ -117,27 +123,30 @@ if __name__ == "__main__":
 def test_workers_end_with_a_run_that_is_killed(tmp_path):
     script, root = tmp_path / "training.py", Path(__file__).parents[2]
     script.write_text(TRAINING)
-    how = {"cwd": root, "env": os.environ | {"PYTHONPATH": str(root)}, "stdout": subprocess.PIPE, "text": True}
-    with open(tmp_path / "log", "w") as log, subprocess.Popen([sys.executable, script], stderr=log, **how) as child:
+    options = {"cwd": root, "env": os.environ | {"PYTHONPATH": str(root)}, "stdout": subprocess.PIPE, "text": True}
+    with open(tmp_path / "log", "w") as log, subprocess.Popen([sys.executable, script], stderr=log, **options) as child:
         pids = [int(pid) for pid in child.stdout.readline().split()]
+        # SIGKILL: the parent cannot tell its workers.
         child.kill()
     assert len(pids) == 2
-    end = time.monotonic() + 5
-    while any(map(lives, pids)):
-        assert time.monotonic() < end
+    # Seconds.
+    deadline = time.monotonic() + 5
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def lives(pid):
+def is_alive(pid):
     try:
+        # Signal 0 tests for existence only. A zombie (Z) exists, but has ended.
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-class Broken(MixedSource):
-    """A mixture of which some examples cannot be read."""
+class BrokenMixture(MixtureSource):
+    """A mixture in which some examples cannot be read."""
 
     def __init__(self, parts, bad):
         super().__init__(parts)
@@ -149,27 +158,29 @@ class Broken(MixedSource):
         return super().read(i)
 
 
-def test_a_bad_example_of_a_mixture_is_replaced_within_its_part(source):
+def test_a_bad_example_of_a_mixture_is_replaced_within_its_part(photo_source):
     from gigagan_jax.data.sources.digits import DigitsSource
 
-    parts = [(1, source), (1, DigitsSource())]
+    # Equal weights: half of the stream comes from each part, however many of a part are bad.
+    parts = [(1, photo_source), (1, DigitsSource())]
     options = {"max_bad_fraction": 1.0, "batch_size": 100}
-    with stream(Broken(parts, set(range(1, 24))), **options) as data:
+    with open_stream(BrokenMixture(parts, set(range(1, 24))), **options) as data:
         seen = [int(i) for _ in range(10) for i in next(data)["index"]]
     assert collections.Counter(i < 24 for i in seen) == {True: 500, False: 500}
     assert {i for i in seen if i < 24} == {0}
     with (
-        stream(Broken(parts, set(range(24))), **options) as data,
+        open_stream(BrokenMixture(parts, set(range(24))), **options) as data,
         pytest.raises(UserError, match="no readable example: all 24 are bad"),
     ):
         next(data)
 
 
-def test_mixtures_keep_their_weights_and_see_each_example_once_an_epoch(source, tmp_path):
+def test_mixtures_keep_their_weights_and_see_each_example_once_an_epoch(photo_source, tmp_path):
     from gigagan_jax.data.sources.digits import DigitsSource
 
-    mixed = MixedSource([(3, source), (1, DigitsSource())])
-    drawn = mixed.shuffled(5)
+    mixed = MixtureSource([(3, photo_source), (1, DigitsSource())])
+    drawn = mixed.shuffled_order(5)
+    # Two blocks of 1,000 positions, each with three quarters photographs.
     stream = [drawn[k] for k in range(2000)]
     for block in (stream[:1000], stream[1000:]):
         assert sum(i < 24 for i in block) == 750
@@ -178,40 +189,46 @@ def test_mixtures_keep_their_weights_and_see_each_example_once_an_epoch(source, 
         assert sorted(photos[24 * epoch : 24 * epoch + 24]) == list(range(24))
     digits = [i for i in stream if i >= 24]
     assert len(set(digits)) == len(digits) == 500
+    # Random access gives the same elements as iteration.
     assert [drawn[k] for k in (1999, 17, 1000)] == [stream[1999], stream[17], stream[1000]]
     assert mixed.name(3).startswith("0:")
     assert mixed.read(24 + 7).captions == DigitsSource().read(7).captions
+    # 1e-6 of a block of 1,000 rounds to no example.
     with pytest.raises(UserError, match="less than one example"):
-        MixedSource([(1, source), (1e-6, source)]).shuffled(0)
+        MixtureSource([(1, photo_source), (1e-6, photo_source)]).shuffled_order(0)
 
 
 @pytest.mark.parametrize("starts", [(0,), (8,), (20,), (24,), (40,), (8, 12), (20, 32)])
-def test_another_order_from_a_position_on_is_still_every_example_once(source, starts):
+def test_another_order_from_a_position_on_is_still_every_example_once(photo_source, starts):
     """24 examples, three epochs; the order changes at each of `starts`; resumed on two hosts."""
-    (whole,), _ = all_hosts(source, 1, 18, batch_size=4)
+    (whole,), _ = all_hosts(photo_source, 1, 18, batch_size=4)
+    # Runs up to each start, then adds the reshuffle to the state, as a rollback does.
     state, seen = None, []
     for salt, start in enumerate(starts, 1):
-        (some,), state = all_hosts(source, 1, (start - len(seen)) // 4, state, batch_size=4)
+        (some,), state = all_hosts(photo_source, 1, (start - len(seen)) // 4, state, batch_size=4)
         seen += some
-        state = sampling.reordered(state, salt)
-    (rest,), _ = all_hosts(source, 1, (72 - len(seen)) // 4, state, batch_size=4)
+        state = sampling.with_new_order(state, salt)
+    (rest,), _ = all_hosts(photo_source, 1, (72 - len(seen)) // 4, state, batch_size=4)
     seen += rest
+    # Nothing changes before the first reshuffle.
     assert seen[: starts[0]] == whole[: starts[0]]
     assert seen[starts[0] :] != whole[starts[0] :]
     for epoch in range(3):
         assert sorted(seen[24 * epoch : 24 * epoch + 24]) == list(range(24))
-    hosts, after = all_hosts(source, 2, (72 - starts[-1]) // 4, state, batch_size=4)
+    # Resumed on two hosts from the last reshuffle: interleaved rows are the stream of one host.
+    hosts, after = all_hosts(photo_source, 2, (72 - starts[-1]) // 4, state, batch_size=4)
     rows = [np.reshape(host, (-1, 2)) for host in hosts]
     assert np.concatenate(rows, axis=1).reshape(-1).tolist() == seen[starts[-1] :]
     assert after["reorders"] == [[start, salt] for salt, start in enumerate(starts, 1)]
-    (other,), _ = all_hosts(source, 1, 6, sampling.reordered(state, 9), batch_size=4)
+    # Another salt gives another order.
+    (other,), _ = all_hosts(photo_source, 1, 6, sampling.with_new_order(state, 9), batch_size=4)
     assert other != seen[starts[-1] : starts[-1] + 24]
 
 
-def test_the_name_of_what_is_at_a_position(source):
-    with stream(source) as data:
-        names = [source.name(int(i)) for i in next(data)["index"]]
-        assert [data.name(k) for k in range(8)] == names
-        data.restore(sampling.reordered(data.state(), 1))
-        names = [source.name(int(i)) for i in next(data)["index"]]
-        assert [data.name(k) for k in range(8, 16)] == names
+def test_the_name_of_what_is_at_a_position(photo_source):
+    with open_stream(photo_source) as data:
+        names = [photo_source.name(int(i)) for i in next(data)["index"]]
+        assert [data.example_name(k) for k in range(8)] == names
+        data.restore(sampling.with_new_order(data.state(), 1))
+        names = [photo_source.name(int(i)) for i in next(data)["index"]]
+        assert [data.example_name(k) for k in range(8, 16)] == names

@@ -40,12 +40,12 @@ def test_pixels_are_area_averages_in_0_to_16(judge):
     image[0, 14:16, 14] = 255  # half of the last cell
     expected = np.zeros((8, 8))
     expected[0, 1], expected[7, 7] = 16, 8
-    np.testing.assert_allclose(judge._pixels(image)[0].reshape(8, 8), expected, atol=1e-12)
+    np.testing.assert_allclose(judge._to_gray_pixels(image)[0].reshape(8, 8), expected, atol=1e-12)
 
 
 def test_half_of_the_real_digits_pass(judge, real):
     images, digits = real
-    report = judge.judge(images[:900], digits[:900])
+    report = judge.judge_images(images[:900], digits[:900])
     assert report.accuracy >= 0.985
     assert report.variance_ratio == pytest.approx(1, abs=0.05)
     assert report.frechet < 10
@@ -54,7 +54,7 @@ def test_half_of_the_real_digits_pass(judge, real):
 
 
 def test_real_halves_are_at_about_ten_from_each_other(judge, real):
-    pixels = judge._pixels(real[0])
+    pixels = judge._to_gray_pixels(real[0])
     distance = frechet_distance(*gaussian_moments(pixels[:898]), *gaussian_moments(pixels[898:]))
     assert 6 < distance < 14
 
@@ -63,7 +63,7 @@ def test_one_image_a_digit_repeated_is_accurate_but_fails(judge, real):
     images, digits = real
     first = np.array([np.flatnonzero(digits == d)[0] for d in range(10)])
     asked = np.repeat(np.arange(10), 60)
-    report = judge.judge(images[first][asked], asked)
+    report = judge.judge_images(images[first][asked], asked)
     assert report.accuracy >= 0.9
     assert report.variance_ratio == pytest.approx(0, abs=1e-9)
     assert report.frechet > 2 * judging.MAX_FRECHET
@@ -72,7 +72,7 @@ def test_one_image_a_digit_repeated_is_accurate_but_fails(judge, real):
 
 def test_shuffled_prompts_are_right_one_time_in_ten(judge, real):
     images, digits = real
-    report = judge.judge(images, np.random.default_rng(1).permutation(digits))
+    report = judge.judge_images(images, np.random.default_rng(1).permutation(digits))
     assert report.accuracy == pytest.approx(0.1, abs=0.03)
     # the images are the real ones all the same
     assert report.frechet == pytest.approx(0, abs=1e-3)
@@ -84,7 +84,7 @@ def test_one_digit_that_is_another_is_found(judge, real):
     images = images.copy()
     threes, eights = np.flatnonzero(digits == 3), np.flatnonzero(digits == 8)
     images[eights] = images[threes[: len(eights)]]
-    report = judge.judge(images, digits)
+    report = judge.judge_images(images, digits)
     assert report.worst_digit == 8
     assert report.worst_digit_accuracy < 0.05
     assert report.per_digit_accuracy[3] > 0.95
@@ -93,19 +93,19 @@ def test_one_digit_that_is_another_is_found(judge, real):
 
 def test_noise_is_neither_accurate_nor_near(judge):
     images = np.random.default_rng(2).integers(0, 256, (600, 16, 16, 3), dtype=np.uint8)
-    report = judge.judge(images, np.repeat(np.arange(10), 60))
+    report = judge.judge_images(images, np.repeat(np.arange(10), 60))
     assert report.accuracy < 0.3
     assert report.frechet > 200
 
 
 def test_report_as_json_and_as_table(judge, real):
-    report = judge.judge(*real)
+    report = judge.judge_images(*real)
     figures = json.loads(json.dumps(report.to_dict()))
     assert figures["accuracy"] == report.accuracy
     assert len(figures["per_digit_accuracy"]) == 10
     assert figures["passes"] is True
     assert figures["worst_digit_accuracy"] == min(figures["per_digit_accuracy"])
-    table = report.table()
+    table = report.format_table()
     assert table.count(" ok") == 6
     assert "MISSED" not in table
     assert table.endswith("every target is met")
@@ -137,31 +137,31 @@ def test_a_report_at_the_thresholds_passes():
 def test_each_figure_alone_can_fail_the_report(change):
     report = dataclasses.replace(GOOD, **change)
     assert not report.passes
-    assert report.table().count("MISSED") == 1
-    assert "not every target" in report.table()
+    assert report.format_table().count("MISSED") == 1
+    assert "not every target" in report.format_table()
 
 
 def test_a_digit_without_images_is_named(judge, real):
     images, digits = real
     with pytest.raises(UserError, match="at least 2 images of every digit, got 0 of digit 4"):
-        judge.judge(images[digits != 4], digits[digits != 4])
+        judge.judge_images(images[digits != 4], digits[digits != 4])
 
 
 def test_no_images_at_all(judge):
     with pytest.raises(UserError, match="got 0 of digit 0"):
-        judge.judge(np.zeros((0, 16, 16, 3), np.uint8), np.zeros(0, int))
+        judge.judge_images(np.zeros((0, 16, 16, 3), np.uint8), np.zeros(0, int))
 
 
 def test_wrong_arrays_are_refused(judge, real):
     images, digits = real
     with pytest.raises(ValueError, match=r"uint8 \[N, 16, 16, 3\].*got float64"):
-        judge.judge(images / 127.5 - 1, digits)
+        judge.judge_images(images / 127.5 - 1, digits)
     with pytest.raises(ValueError, match=r"got uint8 \[1797, 8, 8, 3\]"):
-        judge.judge(images[:, :8, :8], digits)
+        judge.judge_images(images[:, :8, :8], digits)
     with pytest.raises(ValueError, match="1797 integers"):
-        judge.judge(images, digits[:-1])
+        judge.judge_images(images, digits[:-1])
     with pytest.raises(ValueError, match=r"0\.\.9"):
-        judge.judge(images, digits + 1)
+        judge.judge_images(images, digits + 1)
 
 
 def test_a_resize_to_an_odd_size_is_refused():

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.inference.images import file_name, grid, read_metadata, save_png, side_by_side, to_uint8
+from gigagan_jax.inference.images import draw_grid, file_name, read_metadata, save_png, side_by_side, to_uint8
 
 GROUND = np.array([250, 250, 248])
 
@@ -69,7 +69,7 @@ def test_what_is_no_float_image_is_refused(x):
 @pytest.mark.parametrize(("side", "scale"), [(8, 8), (16, 4), (32, 2), (24, 3), (33, 1), (64, 1)])
 def test_small_images_are_enlarged_and_large_ones_are_not(side, scale):
     images = cells(2, 3, side)
-    picture = grid(images, None)
+    picture = draw_grid(images, None)
     ink = columns_with_ink(picture)
     assert ink[-1] - ink[0] + 1 == 3 * side * scale + 2 * 2
     pixels = np.asarray(picture)
@@ -81,14 +81,14 @@ def test_small_images_are_enlarged_and_large_ones_are_not(side, scale):
 
 def test_enlarging_is_by_nearest_neighbour():
     image = np.random.default_rng(0).integers(0, 256, (1, 1, 4, 4, 3), dtype=np.uint8)
-    picture = np.asarray(grid(image, None, scale=5))
+    picture = np.asarray(draw_grid(image, None, scale=5))
     y, x = rows_with_ink(picture)[0], columns_with_ink(picture)[0]
     expected = np.kron(image[0, 0], np.ones((5, 5, 1), np.uint8))
     np.testing.assert_array_equal(picture[y : y + 20, x : x + 20], expected)
 
 
 def test_the_padding_is_even():
-    ink = np.asarray(grid(cells(2, 2, 16), None, pad=6))
+    ink = np.asarray(draw_grid(cells(2, 2, 16), None, pad=6))
     ys, xs = rows_with_ink(ink), columns_with_ink(ink)
     assert ys[0] == xs[0] == ink.shape[0] - 1 - ys[-1] == ink.shape[1] - 1 - xs[-1] > 0
     assert list(np.flatnonzero(np.diff(xs) > 1)) == [63]
@@ -97,7 +97,7 @@ def test_the_padding_is_even():
 
 def test_each_row_label_is_drawn_beside_its_row_and_nowhere_else():
     images = cells(3, 2, 16)
-    plain = np.asarray(grid(images, ["", "a handwritten seven", ""]))
+    plain = np.asarray(draw_grid(images, ["", "a handwritten seven", ""]))
     left_of_images = np.flatnonzero((plain == images[0, 0, 0, 0]).all(-1).any(0))[0]
     ys = rows_with_ink(plain[:, :left_of_images])
     row = np.flatnonzero((plain == images[1, 0, 0, 0]).all(-1).any(1))
@@ -122,7 +122,7 @@ def test_each_row_label_is_drawn_beside_its_row_and_nowhere_else():
 def test_any_prompt_keeps_within_its_row(prompt):
     images = cells(2, 2, 16)
     # the neighbour below is empty, so that any ink there would be this prompt's
-    picture = np.asarray(grid(images, [prompt, ""], title=prompt or None, col_labels=[prompt, "b"]))
+    picture = np.asarray(draw_grid(images, [prompt, ""], title=prompt or None, col_labels=[prompt, "b"]))
     first = np.argwhere((picture == images[0, 0, 0, 0]).all(-1))
     below = np.flatnonzero((picture == images[1, 0, 0, 0]).all(-1).any(1))
     assert len(first) == 64 * 64  # no image is drawn over
@@ -132,13 +132,13 @@ def test_any_prompt_keeps_within_its_row(prompt):
 
 def test_a_long_label_differs_from_a_short_one_only_by_what_fits():
     images = cells(1, 1, 16)
-    a, b = (grid(images, ["word " * n]) for n in (500, 900))
+    a, b = (draw_grid(images, ["word " * n]) for n in (500, 900))
     assert a.tobytes() == b.tobytes()
 
 
 def test_accents_are_left_out_of_labels():
     images = cells(1, 1, 16)
-    assert grid(images, ["été – à Zürich"]).tobytes() == grid(images, ["ete - a Zurich"]).tobytes()
+    assert draw_grid(images, ["été – à Zürich"]).tobytes() == draw_grid(images, ["ete - a Zurich"]).tobytes()
 
 
 def test_title_and_column_labels_add_ink_above_the_images():
@@ -146,28 +146,28 @@ def test_title_and_column_labels_add_ink_above_the_images():
     heights = [
         np.flatnonzero((np.asarray(p) == images[0, 0, 0, 0]).all(-1).any(1))[0]
         for p in (
-            grid(images, None),
-            grid(images, None, ["seed 0", "seed 1"]),
-            grid(images, None, ["seed 0", "seed 1"], title="digits"),
+            draw_grid(images, None),
+            draw_grid(images, None, ["seed 0", "seed 1"]),
+            draw_grid(images, None, ["seed 0", "seed 1"], title="digits"),
         )
     ]
     assert heights[0] < heights[1] < heights[2]
-    above = np.asarray(grid(images, None, ["seed 0", "seed 1"], title="digits"))[: heights[2]]
+    above = np.asarray(draw_grid(images, None, ["seed 0", "seed 1"], title="digits"))[: heights[2]]
     assert (above != GROUND).any()
 
 
 def test_wrong_grids_are_refused():
     images = cells(2, 2, 16)
     with pytest.raises(ValueError, match="row_labels has 1 texts for 2 rows"):
-        grid(images, ["a"])
+        draw_grid(images, ["a"])
     with pytest.raises(ValueError, match="col_labels has 3 texts for 2 cols"):
-        grid(images, None, ["a", "b", "c"])
+        draw_grid(images, None, ["a", "b", "c"])
     with pytest.raises(ValueError, match="float64"):
-        grid(images / 255, None)
+        draw_grid(images / 255, None)
     with pytest.raises(ValueError, match=r"\[0, 2, 16, 16, 3\]"):
-        grid(images[:0], [])
+        draw_grid(images[:0], [])
     with pytest.raises(ValueError, match="scale must be at least 1"):
-        grid(images, None, scale=0)
+        draw_grid(images, None, scale=0)
 
 
 # side_by_side

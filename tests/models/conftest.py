@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
-from gigagan_jax.models.network import Module
+from gigagan_jax.models.network import Network
 from gigagan_jax.parallel import sharding
 
 
@@ -23,7 +23,7 @@ def build():
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
     def build(make, seed=0):
-        module = Module("test", make)
+        module = Network("test", make)
         params = module.init(seed, module.shardings(mesh, DEFAULT_RULES))
         return module, params
 

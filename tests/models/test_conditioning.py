@@ -10,7 +10,7 @@ import pytest
 from gigagan_jax.config import TransformerConfig
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.models import conditioning
-from gigagan_jax.models.conditioning import Conditioner, TextTransformer
+from gigagan_jax.models.conditioning import Conditioner, ConditionSettings, TextTransformer
 
 LENGTH = 16
 CAPTIONS = ("a cat", "", "ab", "a caption too long for the row it is to fit in")
@@ -30,7 +30,9 @@ def small(tiny):
 def conditioner(small, build):
     """(f(params, tokens) -> Condition, params, tokens): T in front of a byte encoder, three captions cut or padded."""
     transformer = TransformerConfig(width=16, depth=2, heads=2, mlp_ratio=2.0)
-    module, params = build(lambda rngs: Conditioner(small, transformer, dtype=jnp.float32, rngs=rngs))
+    module, params = build(
+        lambda rngs: Conditioner(ConditionSettings.from_config(small), transformer, dtype=jnp.float32, rngs=rngs)
+    )
     return jax.jit(lambda p, tokens: module.bind(p)(tokens, None)), params, ByteTokenizer(LENGTH)(CAPTIONS)
 
 
@@ -95,7 +97,9 @@ def test_a_longer_row_of_the_same_caption_means_the_same(conditioner, small, bui
     longer = np.pad(short, ((0, 1), (0, 5)))  # a row of padding only keeps the batch, and the compiled f
     cut = dataclasses.replace(small, text=dataclasses.replace(small.text, length=LENGTH - 5))
     transformer = TransformerConfig(width=16, depth=2, heads=2, mlp_ratio=2.0)
-    module, _ = build(lambda rngs: Conditioner(cut, transformer, dtype=jnp.float32, rngs=rngs))
+    module, _ = build(
+        lambda rngs: Conditioner(ConditionSettings.from_config(cut), transformer, dtype=jnp.float32, rngs=rngs)
+    )
     encoder = params["encoder"] | {"position": params["encoder"]["position"][: LENGTH - 5]}
     a = jax.jit(lambda p: module.bind(p)(short, None))(params | {"encoder": encoder})
     b = f(params, longer)
@@ -127,7 +131,11 @@ def test_captions_do_not_see_one_another(conditioner):
 
 def test_a_class_is_a_row_of_the_table(tiny, build):
     config = dataclasses.replace(tiny, condition="class", num_classes=7)
-    module, params = build(lambda rngs: Conditioner(config, config.generator.text, dtype=jnp.float32, rngs=rngs))
+    module, params = build(
+        lambda rngs: Conditioner(
+            ConditionSettings.from_config(config), config.generator.text, dtype=jnp.float32, rngs=rngs
+        )
+    )
     labels = np.array([6, 0, 6], np.int32)
     c = module.bind(params)(None, labels)
     assert list(params) == ["embedding"]
@@ -138,12 +146,20 @@ def test_a_class_is_a_row_of_the_table(tiny, build):
 
 def test_no_condition_has_neither_parameters_nor_parts(tiny, build):
     config = dataclasses.replace(tiny, condition="none")
-    module, params = build(lambda rngs: Conditioner(config, config.generator.text, dtype=jnp.float32, rngs=rngs))
+    module, params = build(
+        lambda rngs: Conditioner(
+            ConditionSettings.from_config(config), config.generator.text, dtype=jnp.float32, rngs=rngs
+        )
+    )
     assert jax.tree.leaves(params) == []
     assert module.bind(params)(None, None) == (None, None, None)
 
 
 def test_text_without_tokens_is_an_error(conditioner, small, build):
-    module, params = build(lambda rngs: Conditioner(small, small.generator.text, dtype=jnp.float32, rngs=rngs))
+    module, params = build(
+        lambda rngs: Conditioner(
+            ConditionSettings.from_config(small), small.generator.text, dtype=jnp.float32, rngs=rngs
+        )
+    )
     with pytest.raises(ValueError, match="needs tokens"):
         module.bind(params)(None, jnp.zeros((1,), jnp.int32))

@@ -1,4 +1,4 @@
-"""Equalized layers: the formulas, their variance at the start, and Stack as the loop that it replaces."""
+"""Equalized layers: the formulas, their variance at the start, and ScannedLayers as the loop that it replaces."""
 
 import math
 
@@ -9,7 +9,15 @@ import pytest
 import torch
 from flax import nnx
 
-from gigagan_jax.models.layers.equalized import Conv, Linear, RmsNorm, Stack, leaky_relu, normalize, run
+from gigagan_jax.models.layers.equalized import (
+    Conv,
+    Linear,
+    RmsNorm,
+    ScannedLayers,
+    call_with_remat,
+    leaky_relu,
+    normalize,
+)
 
 
 def normal(seed, *shape):
@@ -147,7 +155,7 @@ class Block(nnx.Module):
 @pytest.mark.parametrize("remat", [False, True])
 def test_stack_is_the_loop_over_its_slices_with_the_same_gradients(build, remat):
     one, _ = build(lambda rngs: Block(rngs=rngs))
-    stack, params = build(lambda rngs: Stack(lambda: Block(rngs=rngs), 3, remat=remat, rngs=rngs))
+    stack, params = build(lambda rngs: ScannedLayers(lambda: Block(rngs=rngs), 3, remat=remat, rngs=rngs))
     x, shift = normal(0, 4, 6), normal(1, 6)
 
     def looped(p, x, shift):
@@ -166,7 +174,7 @@ def test_stack_is_the_loop_over_its_slices_with_the_same_gradients(build, remat)
 
 def test_stack_declares_its_parameters_as_the_layer_does_with_layers_in_front(build):
     one, _ = build(lambda rngs: Block(rngs=rngs))
-    stack, _ = build(lambda rngs: Stack(lambda: Block(rngs=rngs), 2, rngs=rngs))
+    stack, _ = build(lambda rngs: ScannedLayers(lambda: Block(rngs=rngs), 2, rngs=rngs))
     a, b = one.specs["linear"]["weight"], stack.specs["layer"]["linear"]["weight"]
     assert (b.shape, b.axes) == ((2, *a.shape), ("layers", *a.axes))
     assert (b.mean, b.std) == (a.mean, a.std)
@@ -178,7 +186,7 @@ def test_run_with_remat_recomputes_and_gives_the_same_gradient(build):
     x, shift = normal(0, 4, 6), normal(1, 6)
 
     def grad(remat):
-        return jax.grad(lambda p, x: jnp.sin(run(module.bind(p), remat, x, shift)).sum(), argnums=(0, 1))
+        return jax.grad(lambda p, x: jnp.sin(call_with_remat(module.bind(p), remat, x, shift)).sum(), argnums=(0, 1))
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),

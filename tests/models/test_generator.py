@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from configs import imagenet
-from gigagan_jax.config import Config, from_dict
+from gigagan_jax.config import GeneratorConfig, from_dict
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.models.generator import Generator, channels
+from gigagan_jax.models.build import make_generator
+from gigagan_jax.models.generator import channels_at
 from gigagan_jax.models.layers.resample import upsample
-from gigagan_jax.models.network import Module, path_name
+from gigagan_jax.models.network import Network, path_name
 
 N = 3
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles in half the time
@@ -23,7 +24,7 @@ def change(config, **generator):
 
 
 def generator(config):
-    return lambda rngs: Generator(config, rngs=rngs)
+    return lambda rngs: make_generator(config, rngs)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,8 @@ def test_levels_are_sums_so_that_a_low_one_shows_in_all_above(made):
     base, _ = f(params, z, tokens, tokens)
     other = jax.tree.map(lambda x: x, params)
     colour = np.array([0.5, -1.0, 2.0], np.float32)
-    other["to_rgb"][0]["bias"] = other["to_rgb"][0]["bias"] + colour
+    to_rgb = other["levels"][0]["to_rgb"]
+    to_rgb["bias"] = to_rgb["bias"] + colour
     images, _ = f(other, z, tokens, tokens)
     shift = np.broadcast_to(colour, (N, 4, 4, 3))
     for a, b in zip(base, images, strict=True):
@@ -133,7 +135,7 @@ def test_levels_are_sums_so_that_a_low_one_shows_in_all_above(made):
 def test_bfloat16_is_close_to_float32(made, small):
     f, params, z, tokens = made
     want, want_w = f(params, z, tokens, tokens)
-    module = Module("half", generator(dataclasses.replace(small, dtype="bfloat16")))
+    module = Network("half", generator(dataclasses.replace(small, dtype="bfloat16")))
     images, w = jax.jit(lambda p: module.bind(p)(z, tokens))(params)
     # M is float32; only its input has gone through bfloat16.
     assert w.dtype == jnp.float32
@@ -153,7 +155,7 @@ def gradients(small, build):
     _, params = build(generator(config))
 
     def grad(remat):
-        module = Module("g", generator(dataclasses.replace(config, remat=remat)))
+        module = Network("g", generator(dataclasses.replace(config, remat=remat)))
         loss = lambda p: sum(jnp.sin(3 * x).sum() for x in module.bind(p)(z, tokens)[0])
         assert ("remat" in str(jax.make_jaxpr(jax.grad(loss))(params))) == remat
         return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
@@ -178,7 +180,7 @@ def test_every_parameter_has_a_gradient(gradients):
 
 
 def shapes(config):
-    g = Module("g", generator(config))
+    g = Network("g", generator(config))
     n = 2
     text = config.condition == "text"
     tokens = jax.ShapeDtypeStruct((n, config.text.length), jnp.int32) if text else None
@@ -200,4 +202,4 @@ def test_conditions_and_variants_have_the_same_pyramid(tiny):
 
 
 def test_channels_of_the_paper():
-    assert [channels(Config(), r) for r in (4, 8, 16, 32, 64)] == [1600, 1600, 1024, 512, 256]
+    assert [channels_at(GeneratorConfig(), r) for r in (4, 8, 16, 32, 64)] == [1600, 1600, 1024, 512, 256]

@@ -19,7 +19,7 @@ def normal(seed, *shape):
 @pytest.fixture(scope="module")
 def mapping(tiny, build):
     """(f(params, z, t), params, z, t)"""
-    module, params = build(lambda rngs: Mapping(tiny, TEXT, rngs=rngs))
+    module, params = build(lambda rngs: Mapping(tiny.generator, TEXT, rngs=rngs))
     f = jax.jit(lambda p, z, t: module.bind(p)(z, t))
     return f, params, normal(0, 256, tiny.generator.z_dim), normal(1, 256, TEXT)
 
@@ -54,7 +54,7 @@ def test_lr_mul_scales_the_gradient_and_not_the_function(mapping, tiny, build):
     f, params, z, t = mapping
     slow = tiny.generator.mapping_lr_mul
     full = dataclasses.replace(tiny, generator=dataclasses.replace(tiny.generator, mapping_lr_mul=1.0))
-    module, _ = build(lambda rngs: Mapping(full, TEXT, rngs=rngs))
+    module, _ = build(lambda rngs: Mapping(full.generator, TEXT, rngs=rngs))
     scaled = jax.tree.map(lambda v: v * slow, params)
     g = jax.jit(lambda p, z, t: module.bind(p)(z, t))
     np.testing.assert_allclose(g(scaled, z, t), f(params, z, t), rtol=1e-3, atol=1e-4)
@@ -64,8 +64,7 @@ def test_lr_mul_scales_the_gradient_and_not_the_function(mapping, tiny, build):
 
 
 def test_without_a_condition_z_is_all_there_is(tiny, build):
-    config = dataclasses.replace(tiny, condition="none")
-    module, params = build(lambda rngs: Mapping(config, TEXT, rngs=rngs))
+    module, params = build(lambda rngs: Mapping(tiny.generator, 0, rngs=rngs))
     assert params["first"]["weight"].shape == (tiny.generator.z_dim, tiny.generator.w_dim)
     w = jax.jit(lambda p, z: module.bind(p)(z, None))(params, normal(0, 2, tiny.generator.z_dim))
     assert w.shape == (2, tiny.generator.w_dim)

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 
 from gigagan_jax.config import DEFAULT_RULES, Config, MeshConfig, from_dict
-from gigagan_jax.models.discriminator import Discriminator
-from gigagan_jax.models.generator import Generator
-from gigagan_jax.models.network import Module, is_spec, path_name
+from gigagan_jax.models.build import build_discriminator, build_generator
+from gigagan_jax.models.network import is_spec, path_name
 from gigagan_jax.parallel import sharding
 
-NETWORKS = {"generator": Generator, "discriminator": Discriminator}
+NETWORKS = {"generator": build_generator, "discriminator": build_discriminator}
 
 
 def network(name, config):
-    return Module(name, lambda rngs: NETWORKS[name](config, rngs=rngs))
+    return NETWORKS[name](config)
 
 
 def config_of(name, arg=""):

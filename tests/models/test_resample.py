@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from gigagan_jax.models.layers.resample import blur, downsample, pyramid, upsample
+from gigagan_jax.models.layers.resample import blur, downsample, image_pyramid, upsample
 
 FILTER = torch.from_numpy(np.outer([1, 3, 3, 1], [1, 3, 3, 1]).astype(np.float32) / 64)
 
@@ -69,9 +69,9 @@ def test_upsample_then_downsample_keeps_a_ramp():
 
 def test_pyramid_is_area_averaging():
     x = image(2, 16, 16, 3)
-    levels = jax.jit(lambda x: pyramid(x, 3))(x)
+    levels = jax.jit(lambda x: image_pyramid(x, 3))(x)
     np.testing.assert_array_equal(levels[0], x)
     for i, level in enumerate(levels):
         want = through_torch(lambda x, i=i: functional.avg_pool2d(x, 2**i), x)
         np.testing.assert_allclose(level, want, rtol=1e-5, atol=1e-6)
-    assert len(pyramid(x, 1)) == 1
+    assert len(image_pyramid(x, 1)) == 1

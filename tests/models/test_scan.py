@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
-from gigagan_jax.models.layers.equalized import Conv, Stack, leaky_relu
+from gigagan_jax.models.layers.equalized import Conv, ScannedLayers, leaky_relu
 from gigagan_jax.models.layers.scan import scan
 from gigagan_jax.models.pretrained.transformer import Block, Encoder
 from gigagan_jax.parallel import sharding
@@ -33,7 +33,7 @@ class ConvLayer(nnx.Module):
 
 def make_stack(count, remat=False):
     rngs = nnx.Rngs(0)
-    return Stack(lambda: ConvLayer(rngs), count, remat=remat, rngs=rngs)
+    return ScannedLayers(lambda: ConvLayer(rngs), count, remat=remat, rngs=rngs)
 
 
 def gradients(module, x):
@@ -55,7 +55,7 @@ def in_both_forms(monkeypatch, make):
     """[(lowered text, value)] of `make() -> (jitted, arguments)`, unrolled and looped."""
     results = []
     for platform in ("cpu", "tpu"):
-        monkeypatch.setattr(sharding, "platform", lambda platform=platform: platform)
+        monkeypatch.setattr(sharding, "mesh_platform", lambda platform=platform: platform)
         jitted, arguments = make()
         results.append((jitted.lower(*arguments).as_text(), jitted(*arguments)))
     return results
@@ -130,7 +130,7 @@ def test_the_whole_step_has_the_same_gradients_in_both_forms_parity(monkeypatch,
 
 
 def test_a_count_of_one_is_never_a_loop(monkeypatch):
-    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(sharding, "mesh_platform", lambda: "tpu")
     jitted, arguments = gradients(make_stack(1), jnp.ones((1, 8, 8, 8)))
     assert LOOP not in jitted.lower(*arguments).as_text()
 
@@ -144,13 +144,13 @@ def test_outputs_are_stacked_as_those_of_a_loop():
 
 def test_a_lowering_for_a_tpu_has_one_loop_a_stack_sharding():
     """On a host that has CPUs only: the mesh decides."""
-    mesh = sharding.make_mesh(MeshConfig(data=4), topology.devices(topology.parse("v5p:2x2x1")))
+    mesh = sharding.make_mesh(MeshConfig(data=4), topology.topology_devices(topology.parse_topology("v5p:2x2x1")))
     stack = make_stack(3)
     graph, params = nnx.split(stack)
     shapes = jax.eval_shape(lambda: nnx.to_pure_dict(params))
 
     def apply(params, x):
-        with sharding.use(mesh, DEFAULT_RULES):
+        with sharding.use_mesh(mesh, DEFAULT_RULES):
             return nnx.merge(graph, params)(x)
 
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -166,7 +166,7 @@ def test_the_step_of_laion_lowered_for_a_tpu_keeps_its_loops_sharding():
 
     config = get_config("bytes")
     config.batch_size = 16
-    mesh = sharding.make_mesh(MeshConfig(data=4), topology.devices(topology.parse("v5p:2x2x1")))
+    mesh = sharding.make_mesh(MeshConfig(data=4), topology.topology_devices(topology.parse_topology("v5p:2x2x1")))
     networks = Networks(from_dict(config))
     with jax.numpy_dtype_promotion("standard"):  # as optax needs it
         text = CompiledStep(TrainStep(networks), mesh).lower(with_r1=False).as_text()

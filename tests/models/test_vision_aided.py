@@ -13,8 +13,9 @@ from torch.nn import functional
 from configs import imagenet
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.data.tokenizers import ByteTokenizer
-from gigagan_jax.models.network import Module, path_name
-from gigagan_jax.models.vision_aided import Head, RandomProjection, VisionAided
+from gigagan_jax.models.build import make_vision_aided
+from gigagan_jax.models.network import Network, path_name
+from gigagan_jax.models.vision_aided import Head, RandomProjection
 from gigagan_jax.parallel import sharding
 
 N = 3
@@ -119,7 +120,7 @@ def features(small):
 @pytest.fixture(scope="module")
 def made(small, build, features):
     """(module, f, params, tokens, t, logits)"""
-    module, params = build(lambda rngs: VisionAided(small, rngs=rngs))
+    module, params = build(lambda rngs: make_vision_aided(small, rngs))
     params = perturbed(params)
     tokens = ByteTokenizer(small.text.length)(CAPTIONS)
     t = np.asarray(jax.jit(lambda tokens: module.bind(params).condition(tokens, None))(tokens))
@@ -135,7 +136,7 @@ def moved(a, b):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_logit_for_each_position_of_each_layer(small, dtype):
     config = dataclasses.replace(small, dtype=dtype)
-    module = Module("v", lambda rngs: VisionAided(config, rngs=rngs))
+    module = Network("v", lambda rngs: make_vision_aided(config, rngs))
 
     def f(params):
         v = module.bind(params)
@@ -216,7 +217,7 @@ def test_without_its_conditional_part_a_head_ignores_the_caption(made, small, fe
 @pytest.mark.parametrize("depth", [1, 3])
 def test_head_parity_with_torch(tiny, build, depth):
     config = change(tiny, head_depth=depth)
-    module, params = build(lambda rngs: Head(config, 10, dtype=jnp.float32, rngs=rngs))
+    module, params = build(lambda rngs: Head(config.vision_aided, 10, dtype=jnp.float32, rngs=rngs))
     params = perturbed(params)
     x, t = normal(0, N, 5, 5, config.vision_aided.projection), normal(1, N, 10)
     got = np.asarray(jax.jit(lambda p, x, t: module.bind(p)(x, t))(params, x, t))
@@ -265,7 +266,7 @@ def test_class_labels_set_the_logits(tiny, build, features):
     config = dataclasses.replace(
         from_dict(imagenet.get_config("tiny")), vision_aided=tiny.vision_aided, dtype="float32"
     )
-    module, params = build(lambda rngs: VisionAided(config, rngs=rngs))
+    module, params = build(lambda rngs: make_vision_aided(config, rngs))
 
     @jax.jit
     def f(labels):
@@ -280,7 +281,7 @@ def test_class_labels_set_the_logits(tiny, build, features):
 
 def test_without_a_condition_there_is_only_the_unconditional_part(tiny, build, features):
     config = dataclasses.replace(tiny, condition="none")
-    module, params = build(lambda rngs: VisionAided(config, rngs=rngs))
+    module, params = build(lambda rngs: make_vision_aided(config, rngs))
     assert {path_name(p).split("/")[0] for p, _ in jax.tree_util.tree_leaves_with_path(params)} == {"heads"}
     for head in params["heads"].values():
         assert {k for k, v in head.items() if jax.tree.leaves(v)} == {"entry", "unconditional"}

@@ -9,6 +9,7 @@ import sys
 from gigagan_jax import cli, train
 from gigagan_jax.data.pipeline import Pipeline
 
+# Removed here, so that train sees its own arguments only.
 file = sys.argv.pop(1)
 read = Pipeline.__next__
 
@@ -20,6 +21,7 @@ def read_and_note(self):
     return batch
 
 
+# The class and not an instance: the loop builds its pipeline itself.
 Pipeline.__next__ = read_and_note
 
 if __name__ == "__main__":

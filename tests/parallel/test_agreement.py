@@ -10,19 +10,20 @@ ROOT = Path(__file__).parents[2]
 # Asked three times; the second process has a signal the second time.
 SCRIPT = """
 import argparse
-from gigagan_jax import distributed, sharding
 from gigagan_jax.config import MeshConfig
+from gigagan_jax.parallel import cluster, communication, sharding
 
 parser = argparse.ArgumentParser()
-distributed.add_flags(parser)
+cluster.add_flags(parser)
 args = parser.parse_args()
-distributed.join(args)
-agreement = distributed.Agreement(sharding.make_mesh(MeshConfig()))
-print([int(agreement.ask(15 if args.process_id and k == 1 else 0)) for k in range(3)])
+cluster.join_processes(args)
+agreement = communication.Agreement(sharding.make_mesh(MeshConfig()))
+print([int(agreement.all_max(15 if args.process_id and k == 1 else 0)) for k in range(3)])
 """
 
 
 def test_a_signal_to_one_of_two_processes_is_known_to_both():
+    # A port that is free now.
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -33,6 +34,7 @@ def test_a_signal_to_one_of_two_processes_is_known_to_both():
     command = [sys.executable, "-c", SCRIPT, f"--coordinator={address}", "--num_processes=2"]
     how = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     children = [subprocess.Popen([*command, f"--process_id={i}"], **how) for i in range(2)]
-    said = [child.communicate(timeout=120) for child in children]
-    assert [child.returncode for child in children] == [0, 0], said
-    assert [out.splitlines()[-1] for out, _ in said] == ["[0, 15, 0]"] * 2
+    outputs = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    # Both see the signal in the second call, and not in the third.
+    assert [out.splitlines()[-1] for out, _ in outputs] == ["[0, 15, 0]"] * 2

@@ -14,6 +14,7 @@ from tests.config.test_configs import FILES
 from tests.config.test_configs import VARIANTS as TESTED
 from tests.golden import make
 
+# Elements; smaller arrays may be replicated.
 LARGE = 1_000_000
 
 
@@ -23,6 +24,7 @@ def variant(request):
 
 
 def test_no_config_is_without_a_golden_file():
+    # A new config must not pass without golden specs.
     assert {name for name, _ in make.VARIANTS} == set(FILES)
     assert set(TESTED) <= set(make.VARIANTS)
     assert {arg for name, arg in make.VARIANTS if name == "ablation"} == set(ablation.ROWS)
@@ -53,11 +55,13 @@ def test_nothing_large_is_replicated_where_the_rules_cut_it(variant):
                 shape, size = p.spec.shape, math.prod(p.spec.shape)
                 local = p.own.shard_shape(shape)
                 assert math.prod(local) * fsdp <= size, (p.name, sizes)
+                # Counts what the rules really shard.
                 checked += fsdp > 1
                 if p.moments is not None and any(n % data == 0 for n in local):
                     assert math.prod(p.moments.shard_shape(shape)) * fsdp * data <= size, (p.name, sizes)
                     checked += data > 1
     largest = max(math.prod(s.shape) for s in _specs(networks))
+    # Tiny configs have no large array; in all others some must have been checked.
     assert (checked > 0) == (largest > LARGE)
 
 
@@ -69,6 +73,7 @@ def _specs(networks):
 def test_the_papers_model_has_no_large_moment_that_does_not_divide():
     """On the meshes that docs/meshes.md recommends."""
     networks = Networks(make.load("laion", "bytes"))
+    # 4096 devices are 64 by fsdp and 64 by data.
     for devices, sizes in ((8, (-1, 1, 1)), (64, (-1, 1, 1)), (512, (-1, 64, 1)), (4096, (-1, 64, 1))):
         mesh = sharding.abstract_mesh(MeshConfig(*sizes), devices)
         for p in make.placed(networks, mesh):

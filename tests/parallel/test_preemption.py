@@ -16,8 +16,8 @@ def server(monkeypatch):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            made.asked += 1  # before the answer, upon which the watch goes on
-            text = made.answers.get(self.path) if self.headers["Metadata-Flavor"] == "Google" else None
+            http_server.asked += 1  # before the answer, upon which the watch goes on
+            text = http_server.answers.get(self.path) if self.headers["Metadata-Flavor"] == "Google" else None
             self.send_response(404 if text is None else 200)
             self.end_headers()
             self.wfile.write((text or "").encode())
@@ -25,28 +25,30 @@ def server(monkeypatch):
         def log_message(self, *args):
             pass
 
-    monkeypatch.setattr(preemption, "_EVERY_SECONDS", 0.02)
-    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made.answers, made.asked = {}, 0
-    made.url = f"http://127.0.0.1:{made.server_address[1]}"
-    thread = threading.Thread(target=made.serve_forever)
+    # 100 times as often as in a run, so that the tests take no seconds.
+    monkeypatch.setattr(preemption, "_POLL_SECONDS", 0.02)
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http_server.answers, http_server.asked = {}, 0
+    http_server.url = f"http://127.0.0.1:{http_server.server_address[1]}"
+    thread = threading.Thread(target=http_server.serve_forever)
     thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
+    yield http_server
+    http_server.shutdown()
+    http_server.server_close()
     thread.join()
 
 
 @pytest.fixture
-def came():
-    """Signals that came to this process."""
+def received_signals():
+    """Signals that received_signals to this process."""
     numbers = []
+    # The handler of the test replaces the default, which would end pytest.
     before = signal.signal(signal.SIGTERM, lambda number, frame: numbers.append(number))
     yield numbers
     signal.signal(signal.SIGTERM, before)
 
 
-def wait(condition):
+def wait_until(condition):
     limit = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < limit
@@ -54,56 +56,59 @@ def wait(condition):
 
 
 @pytest.mark.parametrize("key, text", [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE\n")])
-def test_a_notice_is_a_sigterm(server, came, key, text):
+def test_a_notice_is_a_sigterm(server, received_signals, key, text):
     server.answers = {
         "/preempted": "FALSE",
         "/maintenance-event": "MIGRATE_ON_HOST_MAINTENANCE",
     }  # only moved: no notice
-    with preemption.watch(server.url):
-        wait(lambda: server.asked > 6)
-        assert not came
+    with preemption.watch_notices(server.url):
+        wait_until(lambda: server.asked > 6)
+        assert not received_signals
         server.answers[f"/{key}"] = text
-        wait(lambda: came)
-    assert came == [signal.SIGTERM]  # once
+        wait_until(lambda: received_signals)
+    assert received_signals == [signal.SIGTERM]  # once
 
 
-def test_a_notice_that_stands_from_the_start_stops_nothing_again(server, came, caplog):
+def test_a_notice_that_stands_from_the_start_stops_nothing_again(server, received_signals, caplog):
     """It stopped the run before this one, on the same machine; the next one counts."""
+    # The notice is there at the first answer.
     standing = {"/preempted": "FALSE", "/maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
     server.answers = dict(standing)
-    with preemption.watch(server.url):
-        wait(lambda: server.asked > 6)
-        assert not came
+    with preemption.watch_notices(server.url):
+        wait_until(lambda: server.asked > 6)
+        assert not received_signals
         assert "going on until the machine goes" in caplog.text
         server.answers["/maintenance-event"] = "NONE"
         asked = server.asked
-        wait(lambda: server.asked > asked + 4)
+        wait_until(lambda: server.asked > asked + 4)
         server.answers = dict(standing)
-        wait(lambda: came)
-    assert came == [signal.SIGTERM]
+        wait_until(lambda: received_signals)
+    assert received_signals == [signal.SIGTERM]
 
 
-def test_a_server_that_does_not_answer_is_asked_rarely_and_not_given_up(server, came, caplog, monkeypatch):
-    monkeypatch.setattr(preemption, "_RARELY", 0.5)
-    with preemption.watch(server.url):
-        wait(lambda: caplog.records)
+def test_a_server_that_does_not_answer_is_asked_rarely_and_not_given_up(server, received_signals, caplog, monkeypatch):
+    monkeypatch.setattr(preemption, "_SLOW_POLL_SECONDS", 0.5)
+    with preemption.watch_notices(server.url):
+        wait_until(lambda: caplog.records)
         asked = server.asked
+        # Ten of the short periods, and less than one of the long.
         time.sleep(0.2)
         assert server.asked == asked
         assert "does not answer" in caplog.text
-        assert not came
+        assert not received_signals
         server.answers = {"/preempted": "FALSE", "/maintenance-event": "NONE"}
-        wait(lambda: server.asked > asked + 2)
+        wait_until(lambda: server.asked > asked + 2)
         server.answers = {"/preempted": "TRUE", "/maintenance-event": "NONE"}
-        wait(lambda: came)
+        wait_until(lambda: received_signals)
 
 
 def test_flag_values(refused):
-    with preemption.watch("off"):
+    # No thread starts.
+    with preemption.watch_notices("off"):
         pass
 
-    def wrong():
-        with preemption.watch("metadata.google.internal"):
+    def watch_wrong_url():
+        with preemption.watch_notices("metadata.google.internal"):
             pass
 
-    refused(wrong, "--maintenance_url=metadata.google.internal", "http://")
+    refused(watch_wrong_url, "--maintenance_url=metadata.google.internal", "http://")

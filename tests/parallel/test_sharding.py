@@ -18,16 +18,16 @@ from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import abstract_batch, batch_shardings
 from gigagan_jax.training.state import Networks
 
+# Abstract meshes: no test machine has 64 devices.
 FSDP = sharding.abstract_mesh(MeshConfig(data=1, fsdp=64, tensor=1), 64)
 MIXED = sharding.abstract_mesh(MeshConfig(data=8, fsdp=4, tensor=2), 64)
-
-
 DATA = sharding.abstract_mesh(MeshConfig(), 64)
 
 
-def complaint(function, *args):
+def error_message(function, *args):
     with pytest.raises(UserError) as error:
         function(*args)
+    # The verbs print errors in one line.
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -52,7 +52,7 @@ def test_mesh_shape_fills_in_what_is_left(sizes, devices, shape):
 
 
 @pytest.mark.parametrize(
-    "sizes, said",
+    "sizes, message",
     [
         ((-1, -1, 1), "config.mesh (data=-1 x fsdp=-1 x tensor=1): only one axis may be -1"),
         ((-1, 3, 1), "config.mesh (data=-1 x fsdp=3 x tensor=1): 3 does not divide the 8 devices here"),
@@ -65,9 +65,9 @@ def test_mesh_shape_fills_in_what_is_left(sizes, devices, shape):
         ((8, -2, 1), "every axis is a positive number, or -1"),
     ],
 )
-def test_mesh_that_does_not_fit(sizes, said):
-    assert said in complaint(sharding.mesh_shape, MeshConfig(*sizes), 8)
-    assert said in complaint(sharding.make_mesh, MeshConfig(*sizes))
+def test_mesh_that_does_not_fit(sizes, message):
+    assert message in error_message(sharding.mesh_shape, MeshConfig(*sizes), 8)
+    assert message in error_message(sharding.make_mesh, MeshConfig(*sizes))
 
 
 def test_make_mesh_has_every_device_once():
@@ -109,9 +109,9 @@ def test_each_slice_is_whole():
     ],
 )
 def test_a_slice_that_would_be_cut(slices, chips):
-    said = complaint(sharding.make_mesh, MeshConfig(slices=slices), chips)
+    message = error_message(sharding.make_mesh, MeshConfig(slices=slices), chips)
     found = len({c.slice_index for c in chips})
-    assert said == (
+    assert message == (
         f"config.mesh.slices={slices}: the {len(chips)} devices are of {found} slices, and a part of the mesh would lie "
         f"across two; use --config.mesh.slices={found}"
     )
@@ -122,15 +122,15 @@ def test_a_slice_that_would_be_cut(slices, chips):
 
 def test_spec_follows_the_rules():
     names = ("kernel", "kernel", "conv_in", "conv_out")
-    assert sharding.spec(names, (3, 3, 64, 32), MIXED, DEFAULT_RULES, "w") == P(None, None, "fsdp", "tensor")
-    assert sharding.spec(names, (3, 3, 64, 32), FSDP, DEFAULT_RULES, "w") == P(None, None, "fsdp", None)
-    assert sharding.spec(("batch", None), (32, 5), MIXED, DEFAULT_RULES, "x") == P(("fsdp", "data"), None)
-    assert sharding.spec(("batch",), (64,), FSDP, DEFAULT_RULES, "x") == P("fsdp")
-    assert sharding.spec((), (), MIXED, DEFAULT_RULES, "step") == P()
+    assert sharding.partition_spec(names, (3, 3, 64, 32), MIXED, DEFAULT_RULES, "w") == P(None, None, "fsdp", "tensor")
+    assert sharding.partition_spec(names, (3, 3, 64, 32), FSDP, DEFAULT_RULES, "w") == P(None, None, "fsdp", None)
+    assert sharding.partition_spec(("batch", None), (32, 5), MIXED, DEFAULT_RULES, "x") == P(("fsdp", "data"), None)
+    assert sharding.partition_spec(("batch",), (64,), FSDP, DEFAULT_RULES, "x") == P("fsdp")
+    assert sharding.partition_spec((), (), MIXED, DEFAULT_RULES, "step") == P()
 
 
 @pytest.mark.parametrize(
-    "names, shape, rules, said",
+    "names, shape, rules, message",
     [
         (
             ("conv_inn", "conv_out"),
@@ -158,24 +158,24 @@ def test_spec_follows_the_rules():
         ),
     ],
 )
-def test_spec_refuses_and_names_the_parameter(names, shape, rules, said):
-    assert said in complaint(sharding.spec, names, shape, MIXED, DEFAULT_RULES | rules, "g/w")
+def test_spec_refuses_and_names_the_parameter(names, shape, rules, message):
+    assert message in error_message(sharding.partition_spec, names, shape, MIXED, DEFAULT_RULES | rules, "g/w")
 
 
 def test_spec_wants_a_name_for_every_dimension():
     with pytest.raises(ValueError, match="g/w: 1 axis names for shape"):
-        sharding.spec(("embed",), (8, 8), MIXED, DEFAULT_RULES, "g/w")
+        sharding.partition_spec(("embed",), (8, 8), MIXED, DEFAULT_RULES, "g/w")
 
 
 def test_a_network_that_does_not_fit_is_refused_by_the_name_of_its_parameter(tiny):
     networks = Networks(tiny)
-    said = complaint(networks.g.shardings, FSDP, tiny.rules)
-    assert said.startswith("generator/")
-    assert "does not divide over fsdp=64" in said
+    message = error_message(networks.g.shardings, FSDP, tiny.rules)
+    assert message.startswith("generator/")
+    assert "does not divide over fsdp=64" in message
     rules = {k: v for k, v in tiny.rules.items() if k != "style"}
     mesh = sharding.abstract_mesh(MeshConfig(1, 2, 1), 2)
-    assert "style' has no rule" in complaint(networks.d.shardings, mesh, rules)
-    assert complaint(networks.d.shardings, mesh, rules).startswith("discriminator/")
+    assert "style' has no rule" in error_message(networks.d.shardings, mesh, rules)
+    assert error_message(networks.d.shardings, mesh, rules).startswith("discriminator/")
 
 
 # ---------------------------------------------------------------- batch
@@ -185,23 +185,23 @@ def test_check_batch():
     assert sharding.batch_shards(MIXED, DEFAULT_RULES) == 32
     assert sharding.batch_shards(FSDP, DEFAULT_RULES) == 64
     sharding.check_batch(64, 2, MIXED, DEFAULT_RULES)
-    said = complaint(sharding.check_batch, 64, 4, MIXED, DEFAULT_RULES)
-    assert said == (
+    message = error_message(sharding.check_batch, 64, 4, MIXED, DEFAULT_RULES)
+    assert message == (
         "config.batch_size=64 in 4 micro-batches is 16 images at a time, which does not divide over 32 devices "
         "(fsdp,slice,data); use a multiple of 128"
     )
-    assert "multiple of 64" in complaint(sharding.check_batch, 96, 1, FSDP, DEFAULT_RULES)
+    assert "multiple of 64" in error_message(sharding.check_batch, 96, 1, FSDP, DEFAULT_RULES)
     slices = sharding.abstract_mesh(MeshConfig(fsdp=4, slices=2), 8)
     assert sharding.batch_shards(slices, DEFAULT_RULES) == 8
-    said = complaint(sharding.check_batch, 8, 1, slices, DEFAULT_RULES | {"batch": "fsdp,data"})
-    assert said == (
+    message = error_message(sharding.check_batch, 8, 1, slices, DEFAULT_RULES | {"batch": "fsdp,data"})
+    assert message == (
         "config.rules.batch='fsdp,data' leaves out the mesh axis 'slice': its 2 copies of the model would all see the same "
         "images; use 'fsdp,slice,data'"
     )
     four = sharding.abstract_mesh(MeshConfig(2, 2, 2, slices=2), 16)
     sharding.check_batch(8, 1, four, DEFAULT_RULES)
-    said = complaint(sharding.check_batch, 8, 1, four, DEFAULT_RULES | {"batch": "fsdp,data,slice"})
-    assert said == (
+    message = error_message(sharding.check_batch, 8, 1, four, DEFAULT_RULES | {"batch": "fsdp,data,slice"})
+    assert message == (
         "config.rules.batch='fsdp,data,slice': in this order XLA mixes up the examples of a batch between devices when "
         "tensor > 1; use 'fsdp,slice,data'"
     )
@@ -230,7 +230,7 @@ def test_constrain_outside_a_mesh_is_the_identity():
 def test_constrain_inside_a_mesh_places_the_array():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     x = np.arange(64.0, dtype=np.float32).reshape(8, 8)
-    with sharding.use(mesh, DEFAULT_RULES):
+    with sharding.use_mesh(mesh, DEFAULT_RULES):
         y = jax.jit(lambda x: sharding.constrain(x * 2, "batch", "mlp"))(x)
         with pytest.raises(UserError, match="logical axis 'bacth' has no rule"):
             sharding.constrain(jnp.asarray(x), "bacth", None)
@@ -244,8 +244,8 @@ def test_constrain_inside_a_mesh_places_the_array():
 def test_use_gives_back_the_mesh_before_it_even_after_an_error():
     mesh = sharding.make_mesh(MeshConfig(data=-1))
     x = jnp.ones((8, 2))
-    with sharding.use(mesh, DEFAULT_RULES):
-        with pytest.raises(RuntimeError, match="inside"), sharding.use(mesh, {}):
+    with sharding.use_mesh(mesh, DEFAULT_RULES):
+        with pytest.raises(RuntimeError, match="inside"), sharding.use_mesh(mesh, {}):
             raise RuntimeError("inside")
         assert sharding.constrain(x, "batch", None).sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2)
     assert sharding.constrain(x, "batch", None) is x
@@ -275,48 +275,48 @@ GOLDEN = {
         (P(None, None, "fsdp"), (4, 768, 12)),
         (P(None, "tensor", "fsdp"), (4, 384, 192)),
     ),
-    "generator/rest/1/layer/conv0/filters": (
+    "generator/levels/1/blocks/layer/conv0/filters": (
         (2, 1, 3, 3, 1600, 1600),
         (P(None, None, None, None, "fsdp", None), (2, 1, 3, 3, 25, 1600)),
         (P(None, None, None, None, "fsdp", "tensor"), (2, 1, 3, 3, 400, 800)),
     ),
-    "generator/entry/4/conv1/filters": (
+    "generator/levels/4/entry/conv1/filters": (
         (8, 3, 3, 256, 256),
         (P(None, None, None, "fsdp", None), (8, 3, 3, 4, 256)),
         (P(None, None, None, "fsdp", "tensor"), (8, 3, 3, 64, 128)),
     ),
-    "generator/entry/4/conv1/bias": ((256,), (P(None), (256,)), (P("tensor"), (128,))),
-    "generator/attention/2/layer/attention/to_query/weight": (
+    "generator/levels/4/entry/conv1/bias": ((256,), (P(None), (256,)), (P("tensor"), (128,))),
+    "generator/levels/2/attention/layer/attention/to_query/weight": (
         (2, 1024, 512),
         (P(None, "fsdp", None), (2, 16, 512)),
         (P(None, "fsdp", "tensor"), (2, 256, 256)),
     ),
-    "generator/attention/2/layer/self_mlp/down/weight": (
+    "generator/levels/2/attention/layer/self_mlp/down/weight": (
         (2, 4096, 1024),
         (P(None, None, "fsdp"), (2, 4096, 16)),
         (P(None, "tensor", "fsdp"), (2, 2048, 256)),
     ),
-    "generator/to_rgb/4/filters": (
+    "generator/levels/4/to_rgb/filters": (
         (1, 1, 1, 256, 3),
         (P(None, None, None, "fsdp", None), (1, 1, 1, 4, 3)),
         (P(None, None, None, "fsdp", None), (1, 1, 1, 64, 3)),
     ),
-    "discriminator/entries/0/weight": (
+    "discriminator/levels/0/entry/weight": (
         (1, 1, 3, 512),
         (P(None, None, None, None), (1, 1, 3, 512)),
         (P(None, None, None, "tensor"), (1, 1, 3, 256)),
     ),
-    "discriminator/stages/1/down/conv1/weight": (
+    "discriminator/levels/1/down/conv1/weight": (
         (3, 3, 1024, 1536),
         (P(None, None, "fsdp", None), (3, 3, 16, 1536)),
         (P(None, None, "fsdp", "tensor"), (3, 3, 256, 768)),
     ),
-    "discriminator/stages/4/down/dense/weight": (
+    "discriminator/levels/4/down/dense/weight": (
         (24576, 1536),
         (P("fsdp", None), (384, 1536)),
         (P("fsdp", "tensor"), (6144, 768)),
     ),
-    "discriminator/heads/0/layers/0/filters": (
+    "discriminator/levels/0/head/layers/0/filters": (
         (1, 1, 1, 1024, 256),
         (P(None, None, None, "fsdp", None), (1, 1, 1, 16, 256)),
         (P(None, None, None, "fsdp", "tensor"), (1, 1, 1, 256, 128)),
@@ -324,10 +324,11 @@ GOLDEN = {
 }
 
 
-def leaves(tree):
+def named_leaves(tree):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+# Building the paper's networks takes seconds: one fixture serves all golden tests.
 @pytest.fixture(scope="module")
 def paper():
     """Networks of configs/laion.py, their abstract state, and its shardings on both meshes."""
@@ -335,19 +336,19 @@ def paper():
     return networks, networks.abstract(), {mesh: networks.shardings(mesh) for mesh in (FSDP, MIXED)}
 
 
-def parameters(state):
+def named_parameters(state):
     """{"generator/...": leaf} of both networks."""
     nets = {"generator": state.g, "discriminator": state.d}
-    return {f"{name}/{k}": v for name, net in nets.items() for k, v in leaves(net.params).items()}
+    return {f"{name}/{k}": v for name, net in nets.items() for k, v in named_leaves(net.params).items()}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_spec(paper, name):
     _, abstract, where = paper
     shape, *expected = GOLDEN[name]
-    assert parameters(abstract)[name].shape == shape
+    assert named_parameters(abstract)[name].shape == shape
     for mesh, (spec, local) in zip((FSDP, MIXED), expected, strict=True):
-        found = parameters(where[mesh])[name]
+        found = named_parameters(where[mesh])[name]
         assert found.spec == spec
         assert found.shard_shape(shape) == local
 
@@ -356,8 +357,9 @@ def test_golden_spec(paper, name):
 def test_no_large_parameter_is_replicated(paper, mesh, parts):
     """Every parameter of more than a million elements is cut by fsdp at least."""
     _, abstract, where = paper
-    placed = parameters(where[mesh])
-    large = {k: x for k, x in parameters(abstract).items() if math.prod(x.shape) > 1_000_000}
+    placed = named_parameters(where[mesh])
+    large = {k: x for k, x in named_parameters(abstract).items() if math.prod(x.shape) > 1_000_000}
+    # Guards against an empty selection, which would pass.
     assert len(large) > 100
     for name, x in large.items():
         assert math.prod(placed[name].shard_shape(x.shape)) <= math.prod(x.shape) / parts, name
@@ -393,13 +395,14 @@ def test_share_of_one_device(paper, mesh, share):
 def test_optimizer_spec(names, shape, mesh, expected):
     assert sharding.optimizer_spec(names, shape, mesh, DEFAULT_RULES, "w") == expected
     off = sharding.optimizer_spec(names, shape, mesh, DEFAULT_RULES | {"optimizer": ""}, "w")
-    assert off == sharding.spec(names, shape, mesh, DEFAULT_RULES, "w")
+    assert off == sharding.partition_spec(names, shape, mesh, DEFAULT_RULES, "w")
 
 
 @pytest.mark.parametrize("beta1, cut", [(0.0, True), (0.5, True), (0.0, False)])
 def test_moments_and_averages_are_placed_by_their_parameter(tiny, beta1, cut, monkeypatch):
     """As it, or cut further by data."""
-    monkeypatch.setattr(sharding, "LEAST_CUT", 64)
+    # The arrays of the tiny config are all below the real limit.
+    monkeypatch.setattr(sharding, "MIN_ELEMENTS_TO_SHARD", 64)
     config = dataclasses.replace(
         tiny,
         mesh=MeshConfig(shard_optimizer=cut),
@@ -409,14 +412,15 @@ def test_moments_and_averages_are_placed_by_their_parameter(tiny, beta1, cut, mo
     mesh = sharding.abstract_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)
     where, abstract = networks.shardings(mesh), networks.abstract()
     assert jax.tree.structure(where) == jax.tree.structure(abstract)
-    place = sharding.optimizer_spec if cut else sharding.spec
+    place = sharding.optimizer_spec if cut else sharding.partition_spec
     for module, net, like in ((networks.g, where.g, abstract.g), (networks.d, where.d, abstract.d)):
-        expected = leaves(module.shardings(mesh, config.rules, place))
-        differ = [k for k, s in leaves(net.params).items() if s.spec != expected[k].spec]
+        expected = named_leaves(module.shardings(mesh, config.rules, place))
+        differ = [k for k, s in named_leaves(net.params).items() if s.spec != expected[k].spec]
         assert len(differ) > 50 if cut else not differ
         moments = 0
-        shapes = leaves(like.opt)
-        for name, s in leaves(net.opt).items():
+        shapes = named_leaves(like.opt)
+        for name, s in named_leaves(net.opt).items():
+            # A moment's path ends with that of its parameter; the longest match is the parameter itself.
             of = [p for p in expected if name.endswith("/" + p)]
             if of:
                 assert s.spec == expected[max(of, key=len)].spec, name
@@ -424,6 +428,7 @@ def test_moments_and_averages_are_placed_by_their_parameter(tiny, beta1, cut, mo
             else:
                 assert s.spec == P(), name
                 assert shapes[name].shape == (), name
+        # Adam without beta1 stores no first moment.
         assert moments == (2 if beta1 else 1) * len(expected)
     assert where.g_ema == networks.g.shardings(mesh, config.rules, place)
     for s in (where.step, where.images, where.w_avg):
@@ -432,7 +437,7 @@ def test_moments_and_averages_are_placed_by_their_parameter(tiny, beta1, cut, mo
 
 def test_the_state_is_born_where_it_belongs(tiny, monkeypatch):
     """And with the same values on any mesh."""
-    monkeypatch.setattr(sharding, "LEAST_CUT", 64)
+    monkeypatch.setattr(sharding, "MIN_ELEMENTS_TO_SHARD", 64)
     networks = Networks(tiny)
     states = {}
     for shape in ((1, 1, 1), (2, 2, 2)):

@@ -2,19 +2,19 @@
 
 import pytest
 
-from gigagan_jax.planning.collectives import collectives, replica_groups, summary
-from gigagan_jax.planning.hlo import Module
+from gigagan_jax.planning.collectives import find_collectives, replica_groups, summarize_collectives
+from gigagan_jax.planning.hlo import HloModule
 
 
-def entry(*lines, before=""):
+def parse_entry(*lines, before=""):
     body = "\n".join(f"  {line}" for line in lines)
-    return Module(
+    return HloModule(
         f"{before}\nENTRY %main (x: f32[256]) -> f32[256] {{\n  %x = f32[256]{{0}} parameter(0)\n{body}\n}}\n"
     )
 
 
-def only(module, devices=4, slices=None):
-    (found,) = collectives(module, slices or [0] * devices)
+def find_only(module, devices=4, slices=None):
+    (found,) = find_collectives(module, slices or [0] * devices)
     return found
 
 
@@ -51,20 +51,20 @@ GROUPS = "channel_id=1, replica_groups={{0,1,2,3}}"
     ],
 )
 def test_bytes_that_a_chip_sends(line, kind, sent):
-    found = only(entry(f"{line}, {GROUPS}"))
-    assert (found.kind, found.sent, found.group, found.times) == (kind, pytest.approx(sent), 4, 1)
+    found = find_only(parse_entry(f"{line}, {GROUPS}"))
+    assert (found.kind, found.bytes_sent, found.group_size, found.times) == (kind, pytest.approx(sent), 4, 1)
     assert found.overlapped == ("-start" in line)
 
 
 def test_a_permutation_and_its_end_are_one():
-    found = only(
-        entry(
+    found = find_only(
+        parse_entry(
             "%s = (f32[256]{0}, f32[256]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=1, "
             "source_target_pairs={{0,1},{1,2},{2,3}}",
             "%d = f32[256]{0} collective-permute-done(%s)",
         )
     )
-    assert (found.kind, found.sent, found.overlapped) == ("collective-permute", 1024, True)
+    assert (found.kind, found.bytes_sent, found.overlapped) == ("collective-permute", 1024, True)
 
 
 def test_a_fused_sum_of_which_a_part_is_kept_is_a_reduce_scatter():
@@ -73,8 +73,10 @@ def test_a_fused_sum_of_which_a_part_is_kept_is_a_reduce_scatter():
         f"  %sum = f32[256]{{0}} all-reduce(%input), {GROUPS}\n"
         "  ROOT %part = f32[64]{0} dynamic-slice(%sum, %at), dynamic_slice_sizes={64}\n}\n"
     )
-    found = only(entry("%f = f32[64]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1", before=fused))
-    assert (found.kind, found.sent) == ("reduce-scatter", pytest.approx(3 / 4 * 1024))
+    found = find_only(
+        parse_entry("%f = f32[64]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1", before=fused)
+    )
+    assert (found.kind, found.bytes_sent) == ("reduce-scatter", pytest.approx(3 / 4 * 1024))
 
 
 def test_fusions_that_share_an_asynchronous_gather_count_once_and_in_loops_by_turns():
@@ -90,9 +92,9 @@ def test_fusions_that_share_an_asynchronous_gather_count_once_and_in_loops_by_tu
         + "}\n"
     )
     loop = '%w = f32[256]{0} while(%x), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}'
-    found = only(entry(loop, before=fused + body))
+    found = find_only(parse_entry(loop, before=fused + body))
     assert (found.kind, found.times, found.overlapped) == ("all-gather", 5, True)
-    assert summary([found]) == [
+    assert summarize_collectives([found]) == [
         {
             "kind": "all-gather",
             "network": "inside a slice",
@@ -106,12 +108,12 @@ def test_fusions_that_share_an_asynchronous_gather_count_once_and_in_loops_by_tu
 
 def test_what_goes_between_slices_is_apart():
     line = "%r = f32[256]{0} all-reduce(%x), replica_groups={{0,2},{1,3}}"
-    assert only(entry(line), slices=[0, 0, 1, 1]).outside
-    assert not only(entry(line), slices=[0, 1, 0, 1]).outside
+    assert find_only(parse_entry(line), slices=[0, 0, 1, 1]).crosses_slices
+    assert not find_only(parse_entry(line), slices=[0, 1, 0, 1]).crosses_slices
     by_hosts = (
         "%s = (f32[256]{0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, "
         'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
     )
-    found = only(entry(by_hosts, "%d = token[] send-done(%s)"), slices=[0, 0, 1, 1])
-    assert (found.kind, found.sent, found.outside, found.overlapped) == ("all-reduce", 1024, True, True)
-    assert collectives(entry("%s = (f32[4]{0}, u32[], token[]) send(%x, %t), channel_id=2"), [0, 0]) == []
+    found = find_only(parse_entry(by_hosts, "%d = token[] send-done(%s)"), slices=[0, 0, 1, 1])
+    assert (found.kind, found.bytes_sent, found.crosses_slices, found.overlapped) == ("all-reduce", 1024, True, True)
+    assert find_collectives(parse_entry("%s = (f32[4]{0}, u32[], token[]) send(%x, %t), channel_id=2"), [0, 0]) == []

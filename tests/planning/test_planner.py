@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.planning import collectives, compile, html_report, sweep, text_report, topology
-from gigagan_jax.planning.hlo import Module
+from gigagan_jax.planning.hlo import HloModule
 from tools import plan as verb
 
 DIGITS = "--config=configs/digits.py:tiny"
@@ -43,9 +43,9 @@ DIGITS = "--config=configs/digits.py:tiny"
     ],
 )
 def test_names_of_machines(text, name, chips):
-    found = topology.parse(text)
+    found = topology.parse_topology(text)
     assert (found.name, found.chips) == (name, chips)
-    assert found.tpu == text.lower().startswith("v")
+    assert found.is_tpu == text.lower().startswith("v")
 
 
 @pytest.mark.parametrize(
@@ -60,28 +60,28 @@ def test_names_of_machines(text, name, chips):
     ],
 )
 def test_names_that_are_none(refused, text, words):
-    refused(lambda: topology.parse(text), text, text_report)
+    refused(lambda: topology.parse_topology(text), text, words)
 
 
 def test_slices(refused):
-    assert topology.parse("v5p-128", 4).chips == 256
-    assert topology.parse("v5p-128", 4).title == "4 slices of v5p:4x4x4"
-    refused(lambda: topology.parse("v5p-128", 0), "--slices=0")
-    refused(lambda: topology.parse("h100:8", 2), "h100:8x2")
+    assert topology.parse_topology("v5p-128", 4).chips == 256
+    assert topology.parse_topology("v5p-128", 4).title == "4 slices of v5p:4x4x4"
+    refused(lambda: topology.parse_topology("v5p-128", 0), "--slices=0")
+    refused(lambda: topology.parse_topology("h100:8", 2), "h100:8x2")
 
 
 # ---------------------------------------------------------------- the real compiler
 
 
-def compiled(function, *args):
-    with compile._options(**compile.UNCACHED):
+def compile_program(function, *args):
+    with compile._jax_options(**compile.NO_CACHE_OPTIONS):
         return jax.jit(function).lower(*args).compile()
 
 
 @pytest.fixture(scope="module")
 def scanned():
     """A product of eight matrices, sharded as fsdp does, compiled for four v5e chips."""
-    where = topology.devices(topology.parse("v5e:2x2"))
+    where = topology.topology_devices(topology.parse_topology("v5e:2x2"))
     mesh = Mesh(np.array(where), ("fsdp",))
 
     def spec(shape, *axes):
@@ -90,20 +90,24 @@ def scanned():
     def products(x, stack):
         return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, stack)[0]
 
-    return compiled(products, spec((4096, 1024), "fsdp"), spec((8, 1024, 1024), None, "fsdp"))
+    return compile_program(products, spec((4096, 1024), "fsdp"), spec((8, 1024, 1024), None, "fsdp"))
 
 
 def test_loops_and_exchanges_of_a_real_program(scanned):
-    module = Module(scanned.as_text())
-    runs = list(module.runs())
+    module = HloModule(scanned.as_text())
+    runs = list(module.executed_instructions())
     assert module.unknown_loops == []
     (loop,) = (r for r in runs if r.instruction.opcode == "while")
-    assert module.turns(loop.computation, loop.instruction) == 8
-    (gather,) = collectives.collectives(module, [0] * 4)
-    assert (gather.kind, gather.group, gather.times) == ("all-gather", 4, 8)
-    assert gather.sent == 0.75 * 1024 * 1024 * 2
+    assert module.trip_count(loop.computation, loop.instruction) == 8
+    (gather,) = collectives.find_collectives(module, [0] * 4)
+    assert (gather.kind, gather.group_size, gather.times) == ("all-gather", 4, 8)
+    assert gather.bytes_sent == 0.75 * 1024 * 1024 * 2
     # The compiler's estimate is within what the matrix units can do, and not far from it.
-    products = sum(r.instruction.cycles * r.times for r in runs if r.instruction.matrix and r.instruction.cycles)
+    products = sum(
+        r.instruction.estimated_cycles * r.times
+        for r in runs
+        if r.instruction.uses_matrix_units and r.instruction.estimated_cycles
+    )
     at_peak = 8 * 2 * 1024**3 / 197e12
     assert 1.0 < products / 1.5e9 / at_peak < 2.0
 
@@ -114,35 +118,35 @@ def test_the_compiler_itself_counts_a_body_once(scanned):
 
 
 def test_the_compilers_answers_to_impossible_slices(refused):
-    refused(lambda: topology.devices(topology.parse("v5p:9x9x9")), "v5p:9x9x9", "knows no such slice")
+    refused(lambda: topology.topology_devices(topology.parse_topology("v5p:9x9x9")), "v5p:9x9x9", "knows no such slice")
 
 
 def test_a_program_that_does_not_fit():
     """The compiler's words for it are read; a release with other words should be noticed."""
-    device = topology.devices(topology.parse("v5e:2x2"))[0]
+    device = topology.topology_devices(topology.parse_topology("v5e:2x2"))[0]
     x = jax.ShapeDtypeStruct((65536, 65536), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as caught:
-        compiled(lambda x: x @ x.T, x)
-    assert compile._wanted(" ".join(str(caught.value).split()), {"parameters": 2**30}) == 33 * 2**30
+        compile_program(lambda x: x @ x.T, x)
+    assert compile._required_bytes(" ".join(str(caught.value).split()), {"parameters": 2**30}) == 33 * 2**30
     older = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.50G of 94.75G hbm. Exceeded"
-    assert compile._wanted(older, {"parameters": 1}) == int(120.5 * 2**30)
-    assert compile._wanted("something else", {}) is None
-    assert topology.parse("v5e-8").usable == int(15.75 * 2**30)
+    assert compile._required_bytes(older, {"parameters": 1}) == int(120.5 * 2**30)
+    assert compile._required_bytes("something else", {}) is None
+    assert topology.parse_topology("v5e-8").usable_bytes == int(15.75 * 2**30)
 
 
 # ---------------------------------------------------------------- sweeps
 
 
 def test_a_grid(refused):
-    assert sweep.grid("mesh.fsdp:1,8; config.batch_size:64") == [
+    assert sweep.parse_grid("mesh.fsdp:1,8; config.batch_size:64") == [
         {"mesh.fsdp": "1", "batch_size": "64"},
         {"mesh.fsdp": "8", "batch_size": "64"},
     ]
     for text in ("mesh.fsdp", "mesh.fsdp:", ":1", ";", "a:1;a:2"):
-        refused(lambda text=text: sweep.grid(text), "mesh.fsdp" if text != "a:1;a:2" else "a comes twice")
+        refused(lambda text=text: sweep.parse_grid(text), "mesh.fsdp" if text != "a:1;a:2" else "a comes twice")
 
 
-def row(speed, fits=True):
+def make_row(speed, fits=True):
     step = {"memory": {"total": 2**30}}
     return {
         "fits": fits,
@@ -164,36 +168,36 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
                 interrupted.append(n)
                 raise KeyboardInterrupt
             done.append(n)
-            return row(speed=[4.0, 9.0, 5.0, 1.0][n], fits=n != 1)
+            return make_row(speed=[4.0, 9.0, 5.0, 1.0][n], fits=n != 1)
 
         if n == 4:
             raise UserError("no such mesh")
         return f"key{n}", work
 
-    points = sweep.grid("n:0,1,2,3,4")
+    points = sweep.parse_grid("n:0,1,2,3,4")
     with pytest.raises(KeyboardInterrupt):
-        sweep.sweep(points, run, file)
+        sweep.run_sweep(points, run, file)
     assert done == [0, 1, 2]
-    rows = sweep.sweep(points, run, file)
+    rows = sweep.run_sweep(points, run, file)
     assert done == [0, 1, 2, 3]
-    text = sweep.text(rows)
+    text = sweep.format_sweep(rows)
     assert "best: --config.n=2 (5.00 images/s a chip" in text  # the fastest does not fit
     assert "no such mesh" in text
     assert [r["key"] for r in json.loads(file.read_text())["sweep"]] == ["key0", "key1", "key2", "key3"]
 
 
 def test_a_key_knows_what_a_plan_depends_on(tiny):
-    where, settings = topology.parse("v5e-16"), compile.Settings()
-    key = sweep.key(tiny, where, settings)
-    assert key == sweep.key(copy.deepcopy(tiny), where, settings)
-    assert key != sweep.key(dataclasses.replace(tiny, batch_size=32), where, settings)
-    assert key != sweep.key(tiny, topology.parse("v5e-16", 2), settings)
-    assert key != sweep.key(tiny, where, dataclasses.replace(settings, with_r1=True))
+    where, settings = topology.parse_topology("v5e-16"), compile.CompileSettings()
+    key = sweep.plan_key(tiny, where, settings)
+    assert key == sweep.plan_key(copy.deepcopy(tiny), where, settings)
+    assert key != sweep.plan_key(dataclasses.replace(tiny, batch_size=32), where, settings)
+    assert key != sweep.plan_key(tiny, topology.parse_topology("v5e-16", 2), settings)
+    assert key != sweep.plan_key(tiny, where, dataclasses.replace(settings, with_r1=True))
 
 
 def test_a_file_that_is_no_sweep(refused, tmp_path):
     (tmp_path / "x.json").write_text("[1]")
-    refused(lambda: sweep.read(tmp_path / "x.json"), "x.json", "not the result of a sweep")
+    refused(lambda: sweep.read_plans(tmp_path / "x.json"), "x.json", "not the result of a sweep")
 
 
 # ---------------------------------------------------------------- what people see
@@ -238,7 +242,7 @@ def made(tiny):
     for s in steps.values():
         for m in s["modules"]:
             m["backward"] = 0.0
-    where = topology.parse("v5p-8")
+    where = topology.parse_topology("v5p-8")
     about = {"config": "made", "topology": where.title, "asked": "v5p-8", "chip": "v5p", "chips": 4, "slices": 1}
     about |= {
         "mesh": {"data": 4, "fsdp": 1},
@@ -249,7 +253,7 @@ def made(tiny):
         "effort": -1.0,
     }
     about |= {"parameters": {"generator": 10**6}, "bytes_of_chip": 95 * 2**30, "compiled": True, "steps": steps}
-    return about | compile._together(tiny, where, steps)
+    return about | compile._combine_steps(tiny, where, steps)
 
 
 def test_steps_with_and_without_r1_in_their_proportion(made):
@@ -261,29 +265,37 @@ def test_steps_with_and_without_r1_in_their_proportion(made):
 
 
 def test_the_report(made):
-    text = text_report.report(made)
-    for part in ("8.000", "8.4 %", "all-reduce", "1,800.0", "33.3 %", "generator/<4px>", "fits: 8.00 GiB of 95.00 GiB"):
+    text = text_report.format_plan(made)
+    for part in (
+        "8.000",
+        "8.42 %",
+        "all-reduce",
+        "1,800.0",
+        "33.3 %",
+        "generator/<4px>",
+        "fits: 8.00 GiB of 95.00 GiB",
+    ):
         assert part in text
     assert "compiled in 90 s at effort -1" in text
     assert "other8" in text
     assert "other9" not in text  # ten in all
     del made["steps"]["with_r1"]
-    assert "--with-r1 adds it" in text_report.report(made)
+    assert "--with-r1 adds it" in text_report.format_plan(made)
 
 
 def test_a_step_that_found_no_room(made, tiny):
     lost = {"flops": 1e12, "seconds_at_peak": 0.1, "fits": False, "memory": {"total": 2**37}, "why": "Used 128G of 95G"}
     made["steps"] = {"without_r1": lost}
     made = {k: v for k, v in made.items() if k not in ("seconds", "share_of_peak", "seconds_to_compile")}
-    made |= compile._together(tiny, topology.parse("v5p-8"), made["steps"])
+    made |= compile._combine_steps(tiny, topology.parse_topology("v5p-8"), made["steps"])
     assert not made["fits"]
-    assert "DOES NOT FIT: 128.00 GiB of 95.00 GiB" in text_report.report(made)
-    assert "**does not fit**<br>128.0 of 95 GiB" in text_report.markdown([made])
-    assert "Used 128G of 95G" in html_report.page(made)
+    assert "DOES NOT FIT: 128.00 GiB of 95.00 GiB" in text_report.format_plan(made)
+    assert "**does not fit**<br>128.0 of 95 GiB" in text_report.markdown_table([made])
+    assert "Used 128G of 95G" in html_report.render_page(made)
 
 
 def test_the_page(made):
-    text = html_report.page(made)
+    text = html_report.render_page(made)
     assert "generator/&lt;4px&gt;" in text
     assert "<4px>" not in text
     assert "http" not in text
@@ -306,7 +318,7 @@ def test_the_table_is_made_from_files(made, tmp_path, capsys):
 
 def test_plans_of_one_place_share_a_cell(made):
     other = made | {"asked": "v5p:4x4x4" if made["asked"] != "v5p:4x4x4" else "v5p-128", "mesh": {"data": 2, "fsdp": 2}}
-    table = text_report.markdown([made, other]).splitlines()
+    table = text_report.markdown_table([made, other]).splitlines()
     assert len(table) == 3
     assert table[0].count("|") == 3
     assert "<br>or<br>" in table[2]
@@ -315,14 +327,23 @@ def test_plans_of_one_place_share_a_cell(made):
 
 def test_the_tables_of_the_readme_are_those_of_the_plans():
     root = Path(__file__).parents[2]
-    plan = lambda name: json.loads((root / "docs" / "plans" / f"{name}.json").read_text())
-    configs, topologies = ("laion", "scale-1b", "scale-3b", "scale-10b"), ("v5p-128", "v5p-512", "v5e-256", "v6e-256")
+    plans = lambda name: [json.loads(line) for line in (root / "docs" / name).read_text().splitlines()]
     readme = (root / "README.md").read_text()
-    assert text_report.markdown([plan(f"{c}_{t}") for c in configs for t in topologies]) in readme
-    assert (
-        text_report.scaling([plan(name) for name in ("laion_v5p-128", "scaling/laion_512", "scaling/laion_4096")])
-        in readme
-    )
+    assert text_report.markdown_table(plans("plans.jsonl")) in readme
+    assert text_report.scaling_table(plans("plans_scaling.jsonl")) in readme
+
+
+def test_compact_lines_give_the_same_tables(made, tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(made))
+    assert verb.verb(["compact", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 0
+    (tmp_path / "a.jsonl").write_text(capsys.readouterr().out)
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
+    assert "generator/<4px>" not in (tmp_path / "a.jsonl").read_text()
+    tables = []
+    for files in (["a.json", "a.json"], ["a.jsonl"]):
+        assert verb.verb(["table", *(str(tmp_path / name) for name in files)]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
 
 
 def test_the_table_of_more_and_more_chips(made, tmp_path, capsys):
@@ -366,7 +387,7 @@ def test_a_tpu_is_planned(planned):
     assert any(row["module"].startswith("generator/8px/SynthesisBlock") for row in step["modules"])
     assert sum(row["seconds"] for row in step["modules"]) == pytest.approx(step["seconds_of_operations"])
     assert any(row["backward"] > row["forward"] > 0 for row in step["modules"])
-    assert "of peak" in text_report.report(found)
+    assert "of peak" in text_report.format_plan(found)
     assert "generator/8px" in (folder / "plan.html").read_text()
 
 
@@ -398,7 +419,7 @@ def test_gpus_are_planned_as_far_as_is_possible(capsys, tmp_path):
     ],
 )
 def test_bad_input(refused, arguments, words):
-    refused(lambda: verb.verb(arguments), text_report)
+    refused(lambda: verb.verb(arguments), words)
 
 
 def test_a_sweep_says_which_points_are_none(capsys, tmp_path):
@@ -414,6 +435,6 @@ def test_a_sweep_says_which_points_are_none(capsys, tmp_path):
 def test_a_level_searches_for_windows_where_its_effort_does(monkeypatch, effort):
     """jax 0.11 has levels in the place of efforts; those from O2 on search."""
     monkeypatch.setattr(compile.jax, "config", type("Config", (), {"jax_optimization_level": "UNKNOWN"})())
-    (name, level), *_ = compile._efforts("exec_time_optimization", effort).items()
+    (name, level), *_ = compile._effort_option("exec_time_optimization", effort).items()
     assert name == "jax_optimization_level"
-    assert (level >= "O2") == compile.Settings(effort=effort).searched
+    assert (level >= "O2") == compile.CompileSettings(effort=effort).searches_windows

@@ -3,7 +3,7 @@
 import pytest
 
 from gigagan_jax.planning import op_profile, roofline
-from gigagan_jax.planning.hlo import Module, size
+from gigagan_jax.planning.hlo import HloModule, shape_bytes
 
 
 def timed(cycles, model="CLASSIC"):
@@ -49,11 +49,11 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 
 def program(condition=COMPARE, start=0, step=1, note="metadata={}"):
     entry = ENTRY.replace("START", str(start)).replace("STEP", str(step)).replace("NOTE", note)
-    return Module("HloModule jit__run, is_scheduled=true\n" + BODY + condition + entry)
+    return HloModule("HloModule jit__run, is_scheduled=true\n" + BODY + condition + entry)
 
 
 def cycles(module):
-    return sum((r.instruction.cycles or 0) * r.times for r in module.runs())
+    return sum((r.instruction.estimated_cycles or 0) * r.times for r in module.executed_instructions())
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,12 @@ ENTRY %main (x: f32[4], c: pred[]) -> f32[4] {{
   ROOT %none = f32[4]{{0}} fusion(%x), kind=kLoop, calls=%cheap, {timed(2**64 - 1)}
 }}
 """
-    module = Module(text)
+    module = HloModule(text)
     assert cycles(module) == 70 + 5 + 5 + 70
-    runs = {r.instruction.name: r.instruction for r in module.runs()}
-    assert runs["none"].cycles is None
-    assert runs["a"].matrix
-    assert not runs["b"].matrix
+    runs = {r.instruction.name: r.instruction for r in module.executed_instructions()}
+    assert runs["none"].estimated_cycles is None
+    assert runs["a"].uses_matrix_units
+    assert not runs["b"].uses_matrix_units
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ ENTRY %main (x: f32[4], c: pred[]) -> f32[4] {{
     ],
 )
 def test_sizes(shape, size_in_bytes):
-    assert size(shape) == size_in_bytes
+    assert shape_bytes(shape) == size_in_bytes
 
 
 TABLES = """HloModule jit__run
@@ -178,7 +178,7 @@ def operation(name, op_name, frame, count):
 
 def test_operations_get_the_names_of_their_modules():
     scan = "jit(_run)/transpose(jvp(64px))/while/body/closed_call/checkpoint"
-    module = Module(
+    module = HloModule(
         TABLES
         + "ENTRY %main (x: f32[4]) -> f32[4] {\n  %x = f32[4]{0} parameter(0)\n"
         + operation("a", "jit(_run)/jvp(64px)/while/body/closed_call/checkpoint/dot_general", 6, 100)
@@ -189,10 +189,14 @@ def test_operations_get_the_names_of_their_modules():
         + operation("f", "", 0, 200)
         + "}\n"
     )
-    assert module.stack(6)[0] == ("step", "TrainStep.g_loss")
-    assert module.stack(6)[-1] == ("adaptive_conv", "demodulation")
-    timed = [(r, r.instruction.cycles * r.times / 1000.0) for r in module.runs() if r.instruction.cycles]
-    rows = op_profile.by_module(module, timed)
+    assert module.call_stack(6)[0] == ("step", "TrainStep.g_loss")
+    assert module.call_stack(6)[-1] == ("adaptive_conv", "demodulation")
+    timed = [
+        (r, r.instruction.estimated_cycles * r.times / 1000.0)
+        for r in module.executed_instructions()
+        if r.instruction.estimated_cycles
+    ]
+    rows = op_profile.seconds_by_module(module, timed)
     assert rows[0] == {
         "module": "generator/64px/SynthesisBlock/AdaptiveConv/demodulation",
         "seconds": pytest.approx(0.6),
@@ -206,7 +210,7 @@ def test_operations_get_the_names_of_their_modules():
         "clip_loss/step/g_loss": pytest.approx(0.15),
         "step/update": pytest.approx(0.05),
     }
-    assert op_profile.by_part(timed) == {
+    assert op_profile.seconds_by_loss(timed) == {
         "G, D and the rest": pytest.approx(0.85),
         "clip_loss": pytest.approx(0.15),
     }
@@ -221,9 +225,9 @@ def convolution(left, right, out, window, labels):
         f"ENTRY %main (a: f32[1]) -> f32[1] {{\n  %a = {left} parameter(0)\n  %b = {right} parameter(1)\n"
         f"  ROOT %c = {out} convolution(%a, %b), {window}dim_labels={labels}\n}}\n"
     )
-    module = Module(text)
-    (run,) = [r for r in module.runs() if r.instruction.opcode == "convolution"]
-    return roofline.flops(module, "main", run.instruction)
+    module = HloModule(text)
+    (run,) = [r for r in module.executed_instructions() if r.instruction.opcode == "convolution"]
+    return roofline.instruction_flops(module, "main", run.instruction)
 
 
 @pytest.mark.parametrize(
@@ -272,9 +276,9 @@ def test_a_roof_is_only_for_matrix_operations_and_never_above_the_cycles():
             + line.replace("CYCLES", str(cycles)).replace("KIND", kind)
             + "}\n"
         )
-        module = Module(text)
-        (run,) = [r for r in module.runs() if r.instruction.cycles]
-        return roofline.seconds(module, run, 1000.0, peak, bandwidth)
+        module = HloModule(text)
+        (run,) = [r for r in module.executed_instructions() if r.instruction.estimated_cycles]
+        return roofline.expected_seconds(module, run, 1000.0, peak, bandwidth)
 
     matrix = "COST_MODEL_TYPE_CLASSIC"
     assert seconds(5000, matrix, work, 1e12) == pytest.approx(1.0)  # FLOPs at the peak

@@ -17,10 +17,10 @@ from PIL import Image
 from configs.digits import get_config
 from gigagan_jax.config import from_dict, to_dict
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.reporting.charts import POINTS, Curve, chart, smooth, thin
-from gigagan_jax.reporting.run_data import GRIDS, read_metrics, read_run
-from gigagan_jax.reporting.run_page import page
-from gigagan_jax.reporting.run_report import at_the_end, write
+from gigagan_jax.reporting.charts import MAX_POINTS, Curve, draw_chart, moving_average, thin_curve
+from gigagan_jax.reporting.run_data import MAX_GRIDS, read_metrics, read_run
+from gigagan_jax.reporting.run_page import render_page
+from gigagan_jax.reporting.run_report import write_report, write_report_at_end
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +115,7 @@ def test_a_whole_run(tmp_path):
     (workdir / "quarantine.1.jsonl").write_text(
         '{"name": "a", "cause": "image_empty"}\n{"name": "d", "cause": "late"}\n'
     )
-    out = write(workdir)
+    out = write_report(workdir)
     assert out == workdir / "report.html"
     text = out.read_text()
     found = parse(text)
@@ -149,13 +149,13 @@ def test_an_interrupted_write_leaves_the_old_page(tmp_path):
     workdir = lay_out(tmp_path, [metric(1, a=1.0)])
     (tmp_path / "report.html").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
-        write(workdir)
+        write_report(workdir)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
 
 
 def test_a_run_that_has_just_begun_and_damaged_files(tmp_path):
     lay_out(tmp_path / "a", config={})
-    assert "no line of metrics yet" in parse(page(read_run(tmp_path / "a"))).text
+    assert "no line of metrics yet" in parse(render_page(read_run(tmp_path / "a"))).text
     b = lay_out(tmp_path / "b", [metric(1, **{"loss/g": None, "loss/d": 1.0})], list(history())[:1], grids=[0.1])
     for name in ("metrics.jsonl", "goodput.jsonl", "quarantine.jsonl", "config.json", "health_report.json"):
         with open(b / name, "ab") as file:
@@ -164,16 +164,16 @@ def test_a_run_that_has_just_begun_and_damaged_files(tmp_path):
     (b / "snapshots" / "other.png").write_bytes(b"")
     found = read_run(b)
     assert len(found.grids) == 1
-    assert found.metrics.last("loss/d") == 1.0
-    assert found.metrics.last("loss/g") is None
-    assert "there is no config.json" in parse(page(found)).text
+    assert found.metrics.last_value("loss/d") == 1.0
+    assert found.metrics.last_value("loss/g") is None
+    assert "there is no config.json" in parse(render_page(found)).text
 
 
 def test_how_it_ended(tmp_path):
     def said(*events, **more):
         run = read_run(lay_out(tmp_path, goodput=events, config={}))
         run.now = more.get("now", run.now)
-        return parse(page(run)).text[:200]
+        return parse(render_page(run)).text[:200]
 
     start = {"event": "start", "time": 1000, "about": {}}
     assert "running" in said(start, now=1100)
@@ -220,13 +220,13 @@ def test_a_long_run_is_a_small_page(tmp_path):
         events += [{"event": "start", "time": i}, {"event": "resume", "time": i, "step": i}]
         events += [{"event": "time", "time": i + 0.5, "step": i + 1, "seconds": {"step": 0.5}}]
     lay_out(tmp_path, goodput=events, grids=[float(i) for i in range(60)], config={})
-    text = write(tmp_path).read_text()
+    text = write_report(tmp_path).read_text()
     found = parse(text)
     assert len(text) < 8e6
-    assert f"{GRIDS} of 60 grids" in found.text
+    assert f"{MAX_GRIDS} of 60 grids" in found.text
     for tag, attributes in found.tags:
         if tag == "path":
-            assert len(re.findall("[ML]", attributes["d"])) <= POINTS + 5
+            assert len(re.findall("[ML]", attributes["d"])) <= MAX_POINTS + 5
     assert "1 beyond the frame" in found.text
     assert "1 not finite" in found.text
 
@@ -235,21 +235,21 @@ def test_thinning_keeps_extremes_gaps_and_order():
     rng = np.random.default_rng(1)
     x, y = np.arange(50_000.0), rng.normal(size=50_000)
     y[31_234], y[17], y[40_000:40_200] = 99.0, -99.0, np.nan
-    a, b = thin(x, y)
-    assert len(a) <= POINTS
+    a, b = thin_curve(x, y)
+    assert len(a) <= MAX_POINTS
     assert np.all(np.diff(a) > 0)
     assert np.nanmax(b) == 99
     assert np.nanmin(b) == -99
     assert np.isnan(b).any()
     np.testing.assert_array_equal(b, y[a.astype(int)])
-    np.testing.assert_array_equal(thin(x[:10], y[:10])[1], y[:10])
+    np.testing.assert_array_equal(thin_curve(x[:10], y[:10])[1], y[:10])
 
 
 def test_the_mean_does_not_lean_at_the_ends_and_passes_over_gaps():
     y = np.arange(100.0)
-    np.testing.assert_allclose(smooth(y, 9), y)
+    np.testing.assert_allclose(moving_average(y, 9), y)
     y[50] = np.nan
-    out = smooth(y, 5)
+    out = moving_average(y, 5)
     assert np.isnan(out[50])
     assert out[51] == pytest.approx(np.mean([49, 51, 52, 53]))
 
@@ -261,7 +261,7 @@ def numbers(svg, name):
 @pytest.mark.parametrize("log", [False, True])
 def test_a_curve_is_where_its_values_are(log):
     values = np.array([1.0, 10.0, 100.0])
-    svg = chart([Curve("loss/x", np.array([0.0, 5.0, 10.0]), values)], log=log)
+    svg = draw_chart([Curve("loss/x", np.array([0.0, 5.0, 10.0]), values)], log=log)
     points = [tuple(map(float, p)) for p in re.findall(r"L([\d.]+),([\d.]+)", re.search(r'd="([^"]*)"', svg)[1])]
     top, bottom, y0, y1 = (numbers(svg, k) for k in ("top", "bottom", "y0", "y1"))
     read = [y0 + (bottom - y) / (bottom - top) * (y1 - y0) for _, y in points]
@@ -275,11 +275,11 @@ def test_a_curve_is_where_its_values_are(log):
 )
 @pytest.mark.parametrize("log", [None, True])
 def test_odd_values_have_a_frame(values, log):
-    svg = chart([Curve("a", np.arange(len(values)) * 1.0, np.array(values))], log=log)
+    svg = draw_chart([Curve("a", np.arange(len(values)) * 1.0, np.array(values))], log=log)
     parse(svg)
     assert "nan" not in svg
     assert "inf" not in svg
-    assert "no finite value" in chart([Curve("a", np.zeros(2), np.full(2, np.nan))])
+    assert "no finite value" in draw_chart([Curve("a", np.zeros(2), np.full(2, np.nan))])
 
 
 def test_metrics_by_columns(tmp_path):
@@ -287,19 +287,19 @@ def test_metrics_by_columns(tmp_path):
     m = read_metrics(tmp_path / "metrics.jsonl")
     np.testing.assert_array_equal(m.columns["a"][1], [1, np.nan, 2])
     np.testing.assert_allclose(m.columns["b"][0], [0.32])
-    assert m.kimg_of(25) == pytest.approx(0.4)
-    assert m.kimg_of(5) == pytest.approx(0.08)
+    assert m.kimg_at_step(25) == pytest.approx(0.4)
+    assert m.kimg_at_step(5) == pytest.approx(0.08)
     assert m.last_time == 1030
 
 
 def test_a_report_comes_at_the_end_and_never_in_the_way(tmp_path, caplog):
     workdir = lay_out(tmp_path / "run", [metric(1, a=1.0)])
-    with at_the_end(workdir):
+    with write_report_at_end(workdir):
         pass
     (workdir / "report.html").unlink()
 
     def fails(error, log):
-        with at_the_end(workdir):
+        with write_report_at_end(workdir):
             if log:
                 with open(workdir / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(metric(2, a=2.0)) + "\n")
@@ -313,6 +313,6 @@ def test_a_report_comes_at_the_end_and_never_in_the_way(tmp_path, caplog):
     with pytest.raises(UserError):
         fails(UserError("diverged"), True)
     assert (workdir / "report.html").exists()
-    with at_the_end(tmp_path / "none"):
+    with write_report_at_end(tmp_path / "none"):
         time.sleep(0)
     assert "no report was written" in caplog.text

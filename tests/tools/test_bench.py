@@ -17,7 +17,7 @@ import pytest
 from gigagan_jax.cli import load_config
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import abstract_batch, batch_shardings
-from gigagan_jax.training.mismatched_captions import wrong_captions
+from gigagan_jax.training.mismatched_captions import draw_wrong_captions
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))  # as for a script there
@@ -70,7 +70,7 @@ def test_every_caption_of_a_synthetic_batch_has_a_valid_wrong_one(toy, encoder):
     agrees(batch, config)
     t = jax.random.normal(jax.random.key(0), (config.batch_size, 5))
     group = config.loss.mismatch_group
-    wrong, valid = wrong_captions(jax.random.key(1), t, batch["tokens"], batch["label"], group)
+    wrong, valid = draw_wrong_captions(jax.random.key(1), t, batch["tokens"], batch["label"], group)
     assert valid.all()
     assert (jnp.abs(wrong - t).max(axis=1) > 0).all()
 
@@ -94,25 +94,25 @@ def test_a_class_conditional_batch_has_classes(toy):
 
 
 def test_random_frozen_networks_are_finite_and_placed(toy):
-    from gigagan_jax.models.pretrained.frozen import Frozen
+    from gigagan_jax.models.pretrained.frozen import FrozenNetworks
 
     config, mesh = toy
-    frozen = Frozen(config)
+    frozen = FrozenNetworks(config)
     params = bench_inputs.random_frozen(frozen, mesh)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(params) == shapes(frozen.abstract())
     assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, params, frozen.shardings(mesh))))
     batch = batch_of(config, mesh)
-    said = jax.jit(frozen.encode)(params, batch["tokens"])
+    said = jax.jit(frozen.encode_captions)(params, batch["tokens"])
     assert all(jnp.isfinite(x).all() and float(jnp.std(x.astype(jnp.float32))) > 0 for x in said.values())
 
 
 def test_laion_is_known_without_a_download(monkeypatch, tmp_path):
-    from gigagan_jax.models.pretrained.frozen import Frozen
+    from gigagan_jax.models.pretrained.frozen import FrozenNetworks
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    frozen = Frozen(load_config(str(ROOT / "configs/laion.py"), []))
+    frozen = FrozenNetworks(load_config(str(ROOT / "configs/laion.py"), []))
     assert bench_inputs.without_files(frozen) == ["openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"]
     counts = {role: tower.module.count() for role, tower in frozen.towers.items()}
     # Of the published weights: ViT-L/14's text and vision towers with their projections, ViT-B/32's vision tower.

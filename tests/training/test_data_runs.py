@@ -71,11 +71,11 @@ def test_a_run_on_a_bucket_whose_server_is_killed(folder, tmp_path):
 
     # Nothing lost, nothing twice: what was asked for, and what of it was bad, is what the local files give.
     checkpoints = Checkpoints(workdir)
-    config = checkpoints.config(STEPS)
+    config = checkpoints.read_config(STEPS)
     position = json.loads((workdir / "checkpoints" / str(STEPS) / "data" / "metadata").read_text())
     checkpoints.close()
     source = TarSource(str(folder / PATTERN), index=str(tmp_path / "index"))
-    with pipeline.build(
+    with pipeline.build_pipeline(
         source, resolution=8, batch_size=BATCH, seed=config.seed, tokenizer=ByteTokenizer(8), max_bad_fraction=0.5
     ) as data:
         for _ in range(STEPS):

@@ -14,7 +14,7 @@ from gigagan_jax.config import MeshConfig, from_dict
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.sources.digits import digit_captions
 from gigagan_jax.models.pretrained import clip
-from gigagan_jax.models.pretrained.frozen import Frozen
+from gigagan_jax.models.pretrained.frozen import FrozenNetworks
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training import losses
 from gigagan_jax.training.batch import abstract_batch, batch_shardings
@@ -60,7 +60,7 @@ def test_the_config_finds_the_clip(clip_folder):
     config = config_of(clip_folder)
     assert config.text.encoder == "clip"
     assert config.loss.clip == (0.2, 1.0)
-    frozen = Frozen(config)
+    frozen = FrozenNetworks(config)
     # Four roles, two towers: each exists once.
     assert frozen.users == {
         "text": "text",
@@ -95,7 +95,7 @@ def test_sharding_leaves_no_large_frozen_weight_whole(name, shape):
     values = laion.get_config()
     values.text.path = values.vision_aided.path = name
     values.vision_aided.backbone = "clip"
-    frozen = Frozen(from_dict(values))
+    frozen = FrozenNetworks(from_dict(values))
     where = frozen.shardings(sharding.abstract_mesh(MeshConfig(*shape), 64))
     for (path, x), s in zip(
         jax.tree_util.tree_leaves_with_path(frozen.abstract()), jax.tree.leaves(where), strict=True
@@ -110,7 +110,7 @@ class Towers:
 
     def __init__(self, folder):
         self.config = config_of(folder, batch_size=16)
-        self.frozen = Frozen(self.config)
+        self.frozen = FrozenNetworks(self.config)
         self.batch = batch_of(self.config)
         rng = np.random.default_rng(1)
         self.images = rng.uniform(-1, 1, self.batch["image"].shape).astype(np.float32)
@@ -121,9 +121,9 @@ class Towers:
         rows = NamedSharding(mesh, PartitionSpec(("fsdp", "data")))
 
         def loss(images, params, tokens):
-            with sharding.use(mesh, self.config.rules):
-                text = self.frozen.encode(params, tokens)["clip_text"]
-                embedding, scale = self.frozen.clip_image(params, images)
+            with sharding.use_mesh(mesh, self.config.rules):
+                text = self.frozen.encode_captions(params, tokens)["clip_text"]
+                embedding, scale = self.frozen.embed_images(params, images)
                 everyone = sharding.constrain(text, None, None)
                 return losses.clip_contrastive(sharding.constrain(embedding, "batch", None), text, everyone, scale)
 
@@ -189,11 +189,11 @@ class Gradients:
         params, _ = networks.frozen.load(mesh)
 
         def run(state, batch, key, frozen):
-            with sharding.use(mesh, config.rules):
-                batch = step.encode(batch, frozen)
-                critics, said = step.d_gradients(state, batch, key, frozen)
-                g, g_said = step.g_gradients(state, batch, key, frozen)
-                return {"g": g, **critics}, said | g_said
+            with sharding.use_mesh(mesh, config.rules):
+                batch = step.objective.encode_captions(batch, frozen)
+                critics, report = step.d_gradients(state, batch, key, frozen)
+                g, g_report = step.g_gradients(state, batch, key, frozen)
+                return {"g": g, **critics}, report.metrics | g_report.metrics
 
         everywhere = NamedSharding(mesh, PartitionSpec())
         inputs = (networks.shardings(mesh), batch_shardings(config, mesh), everywhere, networks.frozen.shardings(mesh))
@@ -235,13 +235,13 @@ def test_vision_aided_learns_and_is_no_part_of_the_frozen_tower(gradients, clip_
 def test_negatives_are_those_of_the_global_batch_in_micro_batches(clip_folder):
     """The contrastive loss in two micro-batches: the mean over the images of the same softmax."""
     config = config_of(clip_folder, batch_size=16)
-    frozen = Frozen(config)
+    frozen = FrozenNetworks(config)
     mesh = mesh_of(1, 1, 1)
     params, _ = frozen.load(mesh)
     batch = batch_of(config)
-    text = frozen.encode(params, jnp.asarray(batch["tokens"]))["clip_text"]
+    text = frozen.encode_captions(params, jnp.asarray(batch["tokens"]))["clip_text"]
     images = jnp.asarray(batch["image"] / np.float32(127.5) - 1)
-    embedding, scale = frozen.clip_image(params, images)
+    embedding, scale = frozen.embed_images(params, images)
     whole = losses.clip_contrastive(embedding, text, text, scale)
     parts = [losses.clip_contrastive(embedding[i::2], text[i::2], text, scale) for i in range(2)]
     alone = [losses.clip_contrastive(embedding[i::2], text[i::2], text[i::2], scale) for i in range(2)]
@@ -260,13 +260,15 @@ def test_the_step_in_micro_batches_has_the_negatives_of_the_global_batch(clip_fo
     batch, key = jax.tree.map(jnp.asarray, batch_of(config)), jax.random.key(7)
 
     def both(state, batch, frozen):
-        batch = step.encode(batch, frozen)
-        said = step.g_gradients(state, batch, key, frozen)[1]["loss/clip"]
+        batch = step.objective.encode_captions(batch, frozen)
+        said = step.g_gradients(state, batch, key, frozen)[1].metrics["loss/clip"]
         rebuilt = []
         for i in range(2):
             part = {k: x[i::2] for k, x in batch.items()}
             key_z, _ = jax.random.split(jax.random.fold_in(key, i))
-            embedding, scale = step.frozen.clip_image(frozen, step.fakes(state.g.params, part, key_z)[0][-1])
+            embedding, scale = networks.frozen.embed_images(
+                frozen, step.objective.generate(state.g.params, part, key_z)[0][-1]
+            )
             rebuilt.append(losses.clip_contrastive(embedding, part["clip_text"], batch["clip_text"], scale))
         return said, sum(rebuilt) / 2
 
@@ -297,18 +299,18 @@ def t5_folder(tmp_path, random_weights):
 def test_t5_with_a_contrastive_loss_that_has_tokens_of_its_own(t5_folder, clip_folder):
     config = config_of(t5_folder, clip__path=str(clip_folder))
     assert config.text.encoder == "t5"
-    frozen = Frozen(config)
+    frozen = FrozenNetworks(config)
     mesh = mesh_of(1, 1, 1)
     params, identities = frozen.load(mesh)
     assert identities.keys() == {"text", "clip_text", "clip_image", "vision_aided"}
     with make_pipeline(config, None) as data:
         batch = next(data)
-    said = frozen.encode(params, jnp.asarray(batch["tokens"]), jnp.asarray(batch["clip_tokens"]))
+    said = frozen.encode_captions(params, jnp.asarray(batch["tokens"]), jnp.asarray(batch["clip_tokens"]))
     n = config.batch_size
     assert said["features"].shape == (n, config.text.length, 24)
     # The CLIP reads its own tokens: as a run whose text encoder is this CLIP.
-    alone = Frozen(config_of(clip_folder))
-    expected = alone.encode(alone.load(mesh)[0], jnp.asarray(batch["clip_tokens"]))["clip_text"]
+    alone = FrozenNetworks(config_of(clip_folder))
+    expected = alone.encode_captions(alone.load(mesh)[0], jnp.asarray(batch["clip_tokens"]))["clip_text"]
     np.testing.assert_allclose(said["clip_text"], expected, rtol=1e-4, atol=1e-5)
     # And the whole step goes through.
     networks = Networks(config)
@@ -328,6 +330,6 @@ def test_missing_clip_for_one_role_names_what_does_without(clip_folder):
     with pytest.raises(UserError, match=r"text\.encoder=bytes needs none"):
         config_of("", text__encoder="clip")
     with pytest.raises(UserError, match=r"has 2 blocks"):
-        Frozen(config_of(clip_folder, vision_aided__layers=(1, 3)))
+        FrozenNetworks(config_of(clip_folder, vision_aided__layers=(1, 3)))
     with pytest.raises(UserError, match="takes at most 77 tokens"):
         Networks(config_of(clip_folder, text__length=78))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from gigagan_jax.checkpoint.manager import Checkpoints, same, with_shardings
+from gigagan_jax.checkpoint.manager import Checkpoints, states_equal, with_shardings
 from gigagan_jax.config import MeshConfig
 from gigagan_jax.data.sources.digits import DigitsSource
 from gigagan_jax.parallel import sharding
@@ -73,8 +73,8 @@ def train(workdir, pictures, clip, total, *extra):
 
 def state_of(workdir):
     config = Checkpoints(workdir)
-    step = config.latest()
-    networks = Networks(config.config(step))
+    step = config.latest_step()
+    networks = Networks(config.read_config(step))
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     state, _ = config.restore(step, with_shardings(networks.abstract(), networks.shardings(mesh)))
     config.close()
@@ -114,7 +114,7 @@ def test_resume_with_all_losses_is_bit_exact(whole, tmp_path, pictures, clip_fol
     assert "restoring checkpoint 2" in done.stdout + done.stderr
     a, b = state_of(whole[0]), state_of(workdir)
     assert int(a.step) == int(b.step) == 6
-    assert same(a, b)
+    assert states_equal(a, b)
 
 
 @pytest.mark.slow

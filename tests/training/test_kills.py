@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from gigagan_jax.checkpoint.manager import same
+from gigagan_jax.checkpoint.manager import states_equal
 from tests.runs import child, finished, log, read, saving, small
 
 KILLS = int(os.environ.get("GIGAGAN_KILLS", "5"))  # of the slow tier
@@ -74,7 +74,7 @@ def test_killed_at_random_times_is_bit_exact(tmp_path, capsys, kills):
     assert log(cut).count("resume: restoring") == kills
     (a, data_a), (b, data_b) = read(whole, small()), read(cut, small())
     assert int(a.step) == int(b.step) == steps
-    assert same(a, b)
+    assert states_equal(a, b)
     assert all(data_a[k] == data_b[k] for k in ("examples_seen", "seed", "source"))
     # The metrics file shows each step once, with the numbers of the uninterrupted run.
     losses = [

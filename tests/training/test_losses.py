@@ -7,7 +7,7 @@ import pytest
 
 from configs import digits, imagenet, laion
 from gigagan_jax.config import from_dict
-from gigagan_jax.models.discriminator import pairs
+from gigagan_jax.models.discriminator import prediction_pairs
 from gigagan_jax.training import losses
 
 RNG = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def test_who_wants_what():
 def test_pair_weights_of_the_default_config():
     config = from_dict(laion.get_config())
     gan, match = losses.pair_weights(config)
-    at = pairs(config)
+    at = prediction_pairs(config.discriminator)
     assert len(gan) == len(match) == len(at) == len(set(at)) == 15
     for pair, w_gan, w_match in zip(at, gan, match, strict=True):
         level = (2 if pair.level == 0 else 1) / 6
@@ -87,7 +87,7 @@ def test_pair_weights_take_the_configured_levels():
     assert config.loss.level_weights == (1.0, 0.5, 0.25)
     gan, _ = losses.pair_weights(config)
     expected = {(0, 0): 0.01, (0, 1): 0.01, (1, 1): 0.005, (0, 2): 1.0, (1, 2): 0.5, (2, 2): 0.25}
-    assert dict(zip(pairs(config), gan, strict=True)) == pytest.approx(expected)
+    assert dict(zip(prediction_pairs(config.discriminator), gan, strict=True)) == pytest.approx(expected)
 
 
 def test_one_scale_has_weight_one():
@@ -144,7 +144,9 @@ def test_r1_of_a_linear_critic_is_the_squared_norm_of_its_weights():
     reals = images(8, 4)
     a = [RNG.normal(size=x.shape[1:]).astype(np.float32) for x in reals]
     logit = lambda xs: sum((x * w).sum() for x, w in zip(xs, a, strict=True))
-    np.testing.assert_allclose(losses.r1(logit, reals), sum((w.astype(np.float64) ** 2).sum() for w in a), rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.r1_penalty(logit, reals), sum((w.astype(np.float64) ** 2).sum() for w in a), rtol=1e-6
+    )
 
 
 def test_r1_of_a_quadratic_critic():
@@ -152,18 +154,18 @@ def test_r1_of_a_quadratic_critic():
     c = np.array([0.5, -2.0, 3.0], np.float32)  # one factor an image: the mean is over images, squared before it
     logit = lambda xs: 0.5 * (c[:, None, None, None] * xs[0] ** 2).sum()
     expected = (c.astype(np.float64) ** 2 * (x.astype(np.float64) ** 2).sum((1, 2, 3))).mean()
-    np.testing.assert_allclose(losses.r1(logit, reals), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses.r1_penalty(logit, reals), expected, rtol=1e-6)
 
 
 def test_r1_does_not_ask_for_the_level_of_the_logit():
     reals = images(4)
     critic = lambda shift: lambda xs: jnp.sin(xs[0]).sum() + shift
-    assert losses.r1(critic(0.0), reals) == losses.r1(critic(1e4), reals)
+    assert losses.r1_penalty(critic(0.0), reals) == losses.r1_penalty(critic(1e4), reals)
 
 
 def test_gradient_of_r1_reaches_the_weights():
     """d/da |a|^2 = 2 a: the second derivative that the step takes."""
     reals = images(4)
     a = RNG.normal(size=(4, 4, 3)).astype(np.float32)
-    grad = jax.grad(lambda w: losses.r1(lambda xs: (xs[0] * w).sum(), reals))(a)
+    grad = jax.grad(lambda w: losses.r1_penalty(lambda xs: (xs[0] * w).sum(), reals))(a)
     np.testing.assert_allclose(grad, 2 * a, rtol=1e-6)

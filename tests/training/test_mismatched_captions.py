@@ -13,14 +13,15 @@ from gigagan_jax.config import DEFAULT_RULES, MeshConfig
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import batch_shardings
-from gigagan_jax.training.mismatched_captions import group_size, mismatch, same_wish, wrong_captions
+from gigagan_jax.training.mismatched_captions import draw_mismatch, draw_wrong_captions, group_size, same_caption
+from gigagan_jax.training.objectives import LossReport, TextToImageObjective
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep
 
 tokenize = ByteTokenizer(24)
-mismatch_all = jax.jit(jax.vmap(mismatch))
+mismatch_all = jax.jit(jax.vmap(draw_mismatch))
 # Many keys, one batch.
-mismatch_keys = jax.jit(jax.vmap(mismatch, (0, None, None)))
+mismatch_keys = jax.jit(jax.vmap(draw_mismatch, (0, None, None)))
 
 
 def same_by_hand(tokens, labels):
@@ -68,32 +69,32 @@ def test_same_wish_by_captions_labels_or_both():
     labels = np.array([-1, 7, -1, 7, -1, -1], np.int32)
     expected_tokens = np.eye(6, dtype=bool)
     expected_tokens[0, 2] = expected_tokens[2, 0] = True
-    np.testing.assert_array_equal(same_wish(tokens, None), expected_tokens)
+    np.testing.assert_array_equal(same_caption(tokens, None), expected_tokens)
     expected_labels = np.zeros((6, 6), bool)
     expected_labels[np.ix_([1, 3], [1, 3])] = True
-    np.testing.assert_array_equal(same_wish(None, labels), expected_labels)
-    np.testing.assert_array_equal(same_wish(tokens, labels), expected_tokens | expected_labels)
+    np.testing.assert_array_equal(same_caption(None, labels), expected_labels)
+    np.testing.assert_array_equal(same_caption(tokens, labels), expected_tokens | expected_labels)
     with pytest.raises(ValueError, match="nothing to mismatch"):
-        same_wish(None, None)
+        same_caption(None, None)
 
 
 def test_captions_that_differ_in_one_place_are_different():
     """A comparison by sums or by letters without their order would confuse these."""
     captions = ["ab cd", "cd ab", "ba cd", "ab cd ", " ab cd", "ab", "abab", "a" * 20, "a" * 21, ""]
-    same = np.asarray(same_wish(tokenize(captions), None))
+    same = np.asarray(same_caption(tokenize(captions), None))
     np.testing.assert_array_equal(same, np.eye(len(captions), dtype=bool))
 
 
 def test_a_label_of_zero_is_known():
     tokens = tokenize(["zero", "nought", "one"])
-    index, valid = mismatch(jax.random.key(0), tokens, np.array([0, 0, 1], np.int32))
+    index, valid = draw_mismatch(jax.random.key(0), tokens, np.array([0, 0, 1], np.int32))
     assert valid.all()
     assert index[:2].tolist() == [2, 2]
 
 
 def test_negative_labels_forbid_nothing():
     tokens = tokenize(["one", "two"])
-    index, valid = mismatch(jax.random.key(0), tokens, np.array([-1, -1], np.int32))
+    index, valid = draw_mismatch(jax.random.key(0), tokens, np.array([-1, -1], np.int32))
     assert valid.all()
     assert index.tolist() == [1, 0]
 
@@ -140,11 +141,13 @@ def test_a_sharded_batch_gets_the_captions_it_gets_on_one_device(shape):
     rng = np.random.default_rng(1)
     tokens, labels = random_batches(rng, 1, 16)
     key = jax.random.key(9)
-    plain = jax.device_get(jax.jit(mismatch)(key, tokens[0], labels[0]))
+    plain = jax.device_get(jax.jit(draw_mismatch)(key, tokens[0], labels[0]))
     mesh = sharding.make_mesh(MeshConfig(*shape))
-    rows = NamedSharding(mesh, sharding.spec(("batch",), (16,), mesh, DEFAULT_RULES, "batch"))
+    rows = NamedSharding(mesh, sharding.partition_spec(("batch",), (16,), mesh, DEFAULT_RULES, "batch"))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    spread = jax.jit(mismatch, in_shardings=(everywhere, rows, rows), out_shardings=rows)(key, tokens[0], labels[0])
+    spread = jax.jit(draw_mismatch, in_shardings=(everywhere, rows, rows), out_shardings=rows)(
+        key, tokens[0], labels[0]
+    )
     for one, eight in zip(plain, jax.device_get(spread), strict=True):
         np.testing.assert_array_equal(one, eight)
 
@@ -168,7 +171,7 @@ def encoded(n):
 def test_wrong_captions_come_from_the_group_and_differ():
     n, size = 48, 16
     tokens = tokenize([f"caption {i // 2}" for i in range(n)])  # pairs read the same
-    t, valid = jax.jit(wrong_captions, static_argnums=4)(jax.random.key(0), encoded(n), tokens, None, size)
+    t, valid = jax.jit(draw_wrong_captions, static_argnums=4)(jax.random.key(0), encoded(n), tokens, None, size)
     place = np.asarray(t[:, 0]).astype(int)
     np.testing.assert_array_equal(t, encoded(n)[place])
     assert valid.all()
@@ -180,14 +183,14 @@ def test_wrong_captions_come_from_the_group_and_differ():
 
 def test_a_group_of_one_caption_has_no_wrong_one_whatever_the_others_have():
     tokens = tokenize(["same"] * 16 + [f"caption {i}" for i in range(16)])
-    _, valid = wrong_captions(jax.random.key(0), encoded(32), tokens, None, 16)
+    _, valid = draw_wrong_captions(jax.random.key(0), encoded(32), tokens, None, 16)
     np.testing.assert_array_equal(valid, np.arange(32) >= 16)
 
 
 def test_one_group_is_the_whole_batch():
     tokens = tokenize([f"caption {i}" for i in range(16)])
-    index, _ = mismatch(jax.random.key(1), tokens, None)
-    t, _ = wrong_captions(jax.random.key(1), encoded(16), tokens, None, 16)
+    index, _ = draw_mismatch(jax.random.key(1), tokens, None)
+    t, _ = draw_wrong_captions(jax.random.key(1), encoded(16), tokens, None, 16)
     np.testing.assert_array_equal(t[:, 0], index)
 
 
@@ -198,7 +201,7 @@ def test_wrong_captions_of_a_sharded_batch_move_nothing_between_devices_on_a_mes
     everywhere = NamedSharding(mesh, PartitionSpec())
     tokens = tokenize([f"caption {i}" for i in range(n)])
     run = jax.jit(
-        lambda k, t, tokens: wrong_captions(k, t, tokens, None, 16),
+        lambda k, t, tokens: draw_wrong_captions(k, t, tokens, None, 16),
         in_shardings=(everywhere, rows, rows),
         out_shardings=rows,
     )
@@ -207,7 +210,7 @@ def test_wrong_captions_of_a_sharded_batch_move_nothing_between_devices_on_a_mes
     assert not [
         kind for kind in ("all-gather", "all-to-all", "collective-permute", "all-reduce") if f" {kind}(" in text
     ]
-    plain = wrong_captions(jax.random.key(0), encoded(n), tokens, None, 16)
+    plain = draw_wrong_captions(jax.random.key(0), encoded(n), tokens, None, 16)
     for a, b in zip(compiled(jax.random.key(0), encoded(n), tokens), plain, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -247,15 +250,16 @@ def test_every_micro_batch_on_every_shard_is_mismatched(step_parts, micro_batche
     def loss(params, batch, key):
         """No loss: notes what each image was given, at its own id."""
         disc = networks.d.bind(params)
-        t, valid = step.captions(disc, batch, key)
+        own, wrong, valid = step.objective.own_and_wrong_captions(disc, batch, key)
+        t = jnp.stack([own, wrong], axis=1)
         id_ = batch["image"][:, 0, 0, 0].astype(jnp.int32)
         part = jnp.full(len(id_), jax.random.uniform(key))
         note = lambda x: jnp.zeros((n, *x.shape[1:]), jnp.float32).at[id_].add(x.astype(jnp.float32))
-        return 0.0 * t.sum(), {"t": note(t), "valid": note(valid), "part": note(part)}
+        return 0.0 * t.sum(), LossReport({"t": note(t), "valid": note(valid), "part": note(part)}, {})
 
     def run(params, batch, key):
-        with sharding.use(mesh, config.rules):
-            return step.gradients(loss, params, batch, key)[1]
+        with sharding.use_mesh(mesh, config.rules):
+            return step.gradients(loss, params, batch, key)[1].metrics
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     where = (networks.d.shardings(mesh, config.rules), batch_shardings(config, mesh), everywhere)
@@ -280,7 +284,7 @@ def test_every_micro_batch_on_every_shard_is_mismatched(step_parts, micro_batche
 def d_loss(step_parts):
     """Metrics of D's loss for given tokens of one batch of images, z and key."""
     config, networks, params = step_parts
-    step = TrainStep(networks)
+    objective = TextToImageObjective(networks)
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     g_params = jax.device_get(networks.g.init(0, networks.g.shardings(mesh, config.rules)))
     n, r = config.batch_size, config.resolution
@@ -288,7 +292,7 @@ def d_loss(step_parts):
 
     def run(params, g_params, tokens):
         batch = {"image": image, "tokens": tokens, "label": jnp.full(n, -1)}
-        return step.d_loss(params, g_params, batch, jax.random.key(1))[1]
+        return objective.d_loss({"d": params}, g_params, batch, jax.random.key(1))[1].metrics
 
     compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
     return lambda tokens: jax.device_get(compiled(params, g_params, tokens))

@@ -11,23 +11,26 @@ import torch
 
 from configs import imagenet
 from gigagan_jax.config import OptimizerConfig, from_dict
-from gigagan_jax.models.network import path_name
-from gigagan_jax.training import step as stepping
+from gigagan_jax.models.network import Spec, is_spec, path_name
 from gigagan_jax.training.health import step_statistics
-from gigagan_jax.training.optimizer import decay_rates, is_attention, learning_rate, make_optimizer
+from gigagan_jax.training.optimizer import decay_rates, learning_rate, make_optimizer
 from gigagan_jax.training.state import Net, Networks
+from gigagan_jax.training.step import apply_update
 
-AXES = {
-    "conv": {"filters": ("bank", "kernel", "kernel", "conv_in", "conv_out"), "bias": ("conv_out",)},
-    "attention": [{"layer": {"to_query": {"weight": ("layers", "embed", "heads")}, "gain": ("layers", "channels")}}],
-    "linear": {"weight": ("style", None), "bias": (None,)},
-}
 SHAPES = {
     "conv": {"filters": (2, 3, 3, 4, 5), "bias": (5,)},
     "attention": [{"layer": {"to_query": {"weight": (2, 4, 6)}, "gain": (2, 4)}}],
     "linear": {"weight": (3, 4), "bias": (4,)},
 }
+AXES = {
+    "conv": {"filters": ("bank", "kernel", "kernel", "conv_in", "conv_out"), "bias": ("conv_out",)},
+    "attention": [{"layer": {"to_query": {"weight": ("layers", "embed", "heads")}, "gain": ("layers", "channels")}}],
+    "linear": {"weight": ("style", None), "bias": (None,)},
+}
 is_tuple = lambda x: isinstance(x, tuple)
+SPECS = jax.tree_util.tree_map_with_path(
+    lambda path, axes: Spec((), axes, 0.0, 1.0, attention=path[0].key == "attention"), AXES, is_leaf=is_tuple
+)
 # Large enough decays that mistaking one for the other, or decaying a bias, shows within 20 steps.
 CONFIG = OptimizerConfig(weight_decay=0.02, attention_weight_decay=0.3)
 
@@ -49,10 +52,10 @@ def test_twenty_steps_equal_adamw_of_torch(beta1, lazy_interval):
     grads = [draw(10.0 ** -(i % 10)) for i in range(20)]
     rate = 0.01
 
-    tx = make_optimizer(config, AXES, lazy_interval=lazy_interval)
+    tx = make_optimizer(config, SPECS, lazy_interval=lazy_interval)
     net = Net(params, tx.init(params))
     ok = jnp.asarray(True)
-    update = jax.jit(lambda net, grads: stepping._update(tx, net, grads, jnp.asarray(rate), ok)[0])
+    update = jax.jit(lambda net, grads: apply_update(tx, net, grads, jnp.asarray(rate), ok)[0])
 
     leaves, tree = jax.tree.flatten(params)
     theirs = [torch.nn.Parameter(torch.tensor(x)) for x in leaves]
@@ -68,7 +71,7 @@ def test_twenty_steps_equal_adamw_of_torch(beta1, lazy_interval):
         eps=1e-8,
     )
     for grad in grads:
-        net, norm = update(net, grad), np.sqrt(sum(step_statistics.squares(grad)))
+        net, norm = update(net, grad), np.sqrt(sum(step_statistics.squared_norms(grad)))
         for p, g in zip(theirs, jax.tree.leaves(grad), strict=True):
             p.grad = torch.tensor(g)
         adamw.step()
@@ -81,7 +84,7 @@ def test_twenty_steps_equal_adamw_of_torch(beta1, lazy_interval):
 @pytest.mark.parametrize("beta1, moments", [(0.0, 1), (0.5, 2)])
 def test_without_beta1_only_the_second_moment_is_stored(beta1, moments):
     params = jax.tree.map(np.zeros, SHAPES, is_leaf=is_tuple)
-    tx = make_optimizer(dataclasses.replace(CONFIG, beta1=beta1), AXES)
+    tx = make_optimizer(dataclasses.replace(CONFIG, beta1=beta1), SPECS)
     stored = sum(x.size for x in jax.tree.leaves(tx.init(params)) if x.ndim)
     assert stored == moments * sum(x.size for x in jax.tree.leaves(params))
 
@@ -89,7 +92,7 @@ def test_without_beta1_only_the_second_moment_is_stored(beta1, moments):
 def test_moments_are_found_as_parameters_of_the_optimizer():
     """What `Networks.shardings` rests on: every array of the optimizer's state that follows a parameter."""
     params = jax.tree.map(np.zeros, SHAPES, is_leaf=is_tuple)
-    tx = make_optimizer(CONFIG, AXES)
+    tx = make_optimizer(CONFIG, SPECS)
     marked = optax.tree_map_params(tx, lambda *_: "moment", tx.init(params), transform_non_params=lambda _: "other")
     assert sorted(jax.tree.leaves(marked)) == ["moment"] * 6 + ["other"]
 
@@ -103,31 +106,31 @@ def named(tree, is_leaf=None):
 
 @pytest.fixture(scope="module")
 def parameters(tiny):
-    """{name: (path, logical axes)} of all parameters of both networks, three configs."""
+    """{name: Spec} of all parameters of both networks, three configs."""
     every = dataclasses.replace(tiny, generator=dataclasses.replace(tiny.generator, attention_every_block=True))
     classes = from_dict(imagenet.get_config("tiny"))
     out = {}
     for title, config in (("text", tiny), ("every", every), ("class", classes)):
         networks = Networks(config)
         for net, module in (("g", networks.g), ("d", networks.d)):
-            out |= {f"{title}/{net}/{k}": v for k, v in named(module.axes(), is_tuple).items()}
+            out |= {f"{title}/{net}/{k}": v for k, (_, v) in named(module.specs, is_spec).items()}
     return out
 
 
 def test_all_of_an_attention_layer_is_attention(parameters):
     parts = ("to_query", "to_key", "to_value", "out", "self_mlp", "cross_mlp", "cross", "to_extra")
     found = dict.fromkeys(parts, 0)
-    for name, (path, _) in parameters.items():
+    for name, spec in parameters.items():
         for part in found.keys() & set(name.split("/")):
-            assert is_attention(path), name
+            assert spec.attention, name
             found[part] += 1
     assert min(found.values()) > 0, found
-    in_d = [k for k in parameters if k.startswith("class/d/stages") and "/feed_forward/" in k]
+    in_d = [k for k in parameters if k.startswith("class/d/levels") and "/feed_forward/" in k]
     assert in_d
-    assert all(is_attention(parameters[k][0]) for k in in_d)
+    assert all(parameters[k].attention for k in in_d)
     in_t = [k for k in parameters if "/transformer/blocks/" in k and "/attention/" in k]
     assert {k.split("/")[0] for k in in_t} == {"text", "every"}
-    assert all(is_attention(parameters[k][0]) for k in in_t)
+    assert all(parameters[k].attention for k in in_t)
 
 
 def test_convolutions_and_what_surrounds_them_are_not(parameters):
@@ -138,16 +141,16 @@ def test_convolutions_and_what_surrounds_them_are_not(parameters):
         "style",
         "mapping",
         "constant",
-        "entries",
+        "conv1",
         "encoder",
-        "heads",
+        "unconditional",
         "to_rgb",
         "dense",
     )
     found = dict.fromkeys(parts, 0)
-    for name, (path, _) in parameters.items():
+    for name, spec in parameters.items():
         for part in found.keys() & set(name.split("/")):
-            assert not is_attention(path), name
+            assert not spec.attention, name
             found[part] += 1
     assert min(found.values()) > 0, found
 
@@ -157,7 +160,8 @@ def test_decay_of_the_real_networks(parameters, tiny):
     config = OptimizerConfig(weight_decay=1.0, attention_weight_decay=2.0)
     networks = Networks(tiny)
     for net, module in (("g", networks.g), ("d", networks.d)):
-        for name, (path, rate) in named(decay_rates(config, module.axes())).items():
+        specs = named(module.specs, is_spec)
+        for name, (_, rate) in named(decay_rates(config, module.specs)).items():
             leaf = name.split("/")[-1]
             shape = named(module.abstract())[name][1].shape
             if leaf in ("bias", "gain"):
@@ -165,7 +169,7 @@ def test_decay_of_the_real_networks(parameters, tiny):
                 assert len(shape) <= 2
             else:
                 assert leaf in ("weight", "filters", "constant", "embedding", "position", "mix"), name
-                assert rate == (2.0 if is_attention(path) else 1.0), name
+                assert rate == (2.0 if specs[name][1].attention else 1.0), name
             assert f"text/{net}/{name}" in parameters
 
 

@@ -10,13 +10,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import digits
-from gigagan_jax.checkpoint.manager import Checkpoints, same, with_shardings
+from gigagan_jax.checkpoint.manager import Checkpoints, states_equal, with_shardings
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
-from gigagan_jax.inference.text_to_image import TextToImage
+from gigagan_jax.inference.sampler import Sampler
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.health import step_statistics
 from gigagan_jax.training.state import Net, Networks
-from gigagan_jax.training.step import TrainStep, _update
+from gigagan_jax.training.step import TrainStep, apply_update
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,10 @@ def updated(step, shape):
     rate = np.float32(0.01)
 
     def run(net, grads):
-        with sharding.use(mesh, step.config.rules):
-            grads = step.cut("g", grads)
-            net, _ = _update(step.networks.g_tx, net, grads, rate, jnp.asarray(True))
-            return step.whole("g", net), jnp.sqrt(sum(step_statistics.squares(grads)))
+        with sharding.use_mesh(mesh, step.config.rules):
+            grads = step.reduce_scatter("g", grads)
+            net, _ = apply_update(step.networks.g_tx, net, grads, rate, jnp.asarray(True))
+            return step.all_gather("g", net), jnp.sqrt(sum(step_statistics.squared_norms(grads)))
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     compiled = jax.jit(run, in_shardings=(where.g, where.g.params), out_shardings=(where.g, everywhere))
@@ -53,7 +53,7 @@ def updated(step, shape):
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 1, 2)], ids=str)
 def test_an_update_does_not_depend_on_the_mesh(step, shape, monkeypatch):
-    monkeypatch.setattr(sharding, "LEAST_CUT", 64)
+    monkeypatch.setattr(sharding, "MIN_ELEMENTS_TO_SHARD", 64)
     expected, norm, _ = updated(step, (1, 1, 1))
     net, found, where = updated(step, shape)
     assert isinstance(net, Net)
@@ -70,19 +70,19 @@ def cut_over_data(tree):
 
 
 def test_a_cut_average_is_stored_and_sampled_from_on_any_mesh(step, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding, "LEAST_CUT", 64)
+    monkeypatch.setattr(sharding, "MIN_ELEMENTS_TO_SHARD", 64)
     networks, config = step.networks, step.config
     meshes = [sharding.make_mesh(MeshConfig(*shape)) for shape in ((8, 1, 1), (2, 2, 2))]
     state = networks.init(meshes[0])
     assert len(cut_over_data(state.g_ema)) > 20
     checkpoints = Checkpoints(tmp_path, config)
     checkpoints.save(1, state, {}, config)
-    checkpoints.wait()
+    checkpoints.wait_until_finished()
     restored, _ = checkpoints.restore(1, with_shardings(networks.abstract(), networks.shardings(meshes[1])))
     checkpoints.close()
-    assert same(restored, state)
+    assert states_equal(restored, state)
     assert len(cut_over_data(restored.g.opt)) > 20
-    sampler = TextToImage(config, meshes[0], device_batch=1)
+    sampler = Sampler(config, meshes[0], device_batch=1)
     images = [sampler(params, state.w_avg, ["a seven", "a three"], [0, 1]) for params in (state.g_ema, state.g.params)]
     np.testing.assert_array_equal(*images)
 
@@ -102,10 +102,10 @@ def test_only_parameters_are_gathered(dtype):
             y = jnp.tanh(x.astype(dtype) @ w)
             return jnp.mean(jnp.square(y @ w.T).astype(jnp.float32))
 
-        with sharding.use(mesh, DEFAULT_RULES):
-            grad = sharding.to_optimizer(jax.grad(forward)(w), names)
+        with sharding.use_mesh(mesh, DEFAULT_RULES):
+            grad = sharding.scatter_gradient(jax.grad(forward)(w), names)
             moment = 0.9 * moment + jnp.square(grad)
-            w = sharding.from_optimizer(w - grad * jax.lax.rsqrt(moment), names)
+            w = sharding.gather_update(w - grad * jax.lax.rsqrt(moment), names)
             return w, moment, forward(w)
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((128, 256), (128, 256), (64, 128))]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from gigagan_jax.checkpoint.manager import same
+from gigagan_jax.checkpoint.manager import states_equal
 from gigagan_jax.checkpoint.workdir import open_workdir
 from gigagan_jax.config import MeshConfig
 from gigagan_jax.core.errors import UserError
@@ -60,7 +60,7 @@ def test_mesh_change_on_resume(eight, devices, tmp_path):
     """Written on 8 devices, restored on fewer: the same numbers, and training goes on."""
     workdir, config, state, _ = eight
     restored, _ = read(workdir, config, devices)
-    assert same(state, restored)
+    assert states_equal(state, restored)
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", workdir, copy], check=True)
     more = small(total_kimg=0.192)
@@ -68,7 +68,7 @@ def test_mesh_change_on_resume(eight, devices, tmp_path):
     after = jax.device_get(Run(more, copy, mesh=mesh).train())
     assert int(after.step) == 12
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.g_ema))
-    assert not same(after.g.params, state.g.params)
+    assert not states_equal(after.g.params, state.g.params)
 
 
 def test_workdir_of_another_config(eight):

@@ -115,11 +115,11 @@ class Gradients:
         everywhere = NamedSharding(mesh, PartitionSpec())
 
         def run(state, batch, key):
-            with sharding.use(mesh, self.config.rules):
+            with sharding.use_mesh(mesh, self.config.rules):
                 key_d, key_g = jax.random.split(key)
                 critics = step.add_r1(state, step.critic_gradients(state, batch, key_d), batch, key_d)
-                g, g_metrics = step.g_gradients(state, batch, key_g)
-                return {"d": critics.grads, "g": g}, critics.metrics | g_metrics
+                g, report = step.g_gradients(state, batch, key_g)
+                return critics.grads | {"g": g}, critics.report.metrics | report.metrics
 
         compiled = jax.jit(
             run,
@@ -190,7 +190,7 @@ def product_error(kernel, shape):
     rng = np.random.default_rng(0)
     size = (32, 32) if kernel == 0 else (kernel, kernel, 32, 32)
     x, w = (rng.normal(size=s).astype(np.float32) for s in ((16, 4, 4, 32), size))
-    place = lambda names, shape: NamedSharding(mesh, sharding.spec(names, shape, mesh, DEFAULT_RULES, "x"))
+    place = lambda names, shape: NamedSharding(mesh, sharding.partition_spec(names, shape, mesh, DEFAULT_RULES, "x"))
     weights = place((None,) * (w.ndim - 2) + ("conv_in", "conv_out"), size)
 
     def back(y, w):

@@ -17,6 +17,7 @@ from gigagan_jax.models.network import path_name
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import abstract_batch, batch_shardings
 from gigagan_jax.training.compiled_step import CompiledStep
+from gigagan_jax.training.objectives import LossReport
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep, ema_decay
 from tests.quick import OPTIONS
@@ -100,12 +101,12 @@ def test_metrics(run, config):
     common |= {"loss/g", "loss/g_gan", "loss/g_match", "image/spread", "grad_norm/g"}
     for with_r1, metrics in zip(WITH_R1, run.metrics, strict=True):
         assert metrics.keys() == common | {"health"} | ({"loss/r1"} if with_r1 else set())
-        reading = run.compiled.step.probe.read(metrics["health"])
+        reading = run.compiled.step.health_vector.read(metrics["health"])
         assert reading.applied
         assert reading.bad_inputs() == reading.bad_modules() == {}
         assert all(map(math.isfinite, reading.measures().values()))
         assert math.isfinite(reading.values["loss/r1"]) == with_r1
-        for net, modules in run.compiled.step.probe.modules.items():
+        for net, modules in run.compiled.step.health_vector.modules.items():
             norm = math.sqrt(sum(reading.values[name] for name in modules))
             assert norm == pytest.approx(float(metrics[f"grad_norm/{net}"]), rel=1e-5)
         for name, value in metrics.items():
@@ -122,7 +123,7 @@ def test_metrics(run, config):
 def test_each_half_of_a_step_draws_its_own_z(run):
     """The measure of what z does compares an image of D's half with one of G's: of one z they would be the same image."""
     for metrics in run.metrics:
-        assert run.compiled.step.probe.read(metrics["health"]).values["health/diversity_z"] > 1e-3
+        assert run.compiled.step.health_vector.read(metrics["health"]).values["health/diversity_z"] > 1e-3
 
 
 def test_losses_add_up_with_r1_weighted_by_its_interval_and_the_images_seen(run, config):
@@ -235,11 +236,12 @@ def accumulate(config, micro_batches, shape, loss, params, batch):
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def run(params, batch, key):
-        with sharding.use(mesh, config.rules):
+        with sharding.use_mesh(mesh, config.rules):
             return step.gradients(loss, params, batch, key)
 
     where = (everywhere, batch_shardings(config, mesh), everywhere)
-    return jax.device_get(jax.jit(run, in_shardings=where)(params, batch, jax.random.key(0)))
+    grads, report = jax.device_get(jax.jit(run, in_shardings=where)(params, batch, jax.random.key(0)))
+    return grads, report.metrics
 
 
 @pytest.mark.parametrize("micro_batches, shape", [(2, (1, 1, 1)), (8, (1, 1, 1)), (2, (2, 2, 1))])
@@ -248,7 +250,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(config, micro_batches, 
         x = batch["image"].reshape(len(batch["image"]), -1).astype(jnp.float32) / 127.5 - 1
         y = jnp.tanh(x @ params["a"]) @ params["b"]
         value = jnp.square(y - batch["tokens"][:, 3].astype(jnp.float32)).mean()
-        return value, {"loss": value}
+        return value, LossReport({"loss": value}, {})
 
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(0, 0.1, (16 * 16 * 3, 8)), "b": rng.normal(0, 1, 8)}
@@ -279,7 +281,8 @@ def test_every_example_is_used_once_with_all_that_is_its_own(config, micro_batch
         here = jnp.zeros(n).at[label].add(1.0)
         agree = (batch["image"] == label[:, None, None, None]).all() & (batch["tokens"] == label[:, None]).all()
         draw = jnp.zeros(n).at[label].add(jax.random.uniform(key))
-        return 0.0 * params.sum(), {"here": here, "agree": agree.astype(jnp.float32), "draw": draw}
+        notes = {"here": here, "agree": agree.astype(jnp.float32), "draw": draw}
+        return 0.0 * params.sum(), LossReport(notes, {})
 
     _, notes = accumulate(config, micro_batches, shape, loss, np.ones(3, np.float32), batch)
     np.testing.assert_allclose(notes["here"] * micro_batches, 1.0)

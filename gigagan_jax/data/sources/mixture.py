@@ -7,63 +7,69 @@ import numpy as np
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.example import Record
-from gigagan_jax.data.sampling import Mixed
+from gigagan_jax.data.sampling import MixedOrder
 from gigagan_jax.data.source import Source
 
 
-class MixedSource(Source):
-    """The examples of several sources, one source after the other; `shuffled` mixes them by weight.
+class MixtureSource(Source):
+    """Concatenates several sources; `shuffled_order` mixes them by weight.
 
     Args:
-      parts: (weight, source); each source is gone through in epochs of its own.
+      parts: pairs (weight, source). Each source has epochs of its own.
 
     Raises:
-      UserError: no part, or a weight that is not positive.
+      UserError: there is no part, or a weight is not positive.
     """
 
     def __init__(self, parts: Sequence[tuple[float, Source]]):
+        # `0 < weight < inf` is also False for NaN.
         if not parts or any(not 0 < weight < float("inf") for weight, _ in parts):
             raise UserError("a mixture needs parts with positive weights, each written WEIGHT:PATH")
         self.weights = tuple(weight for weight, _ in parts)
         self.parts = tuple(source for _, source in parts)
+        # starts[k] is the index of the first example of part k; the last entry is the length.
         self.starts = np.concatenate([[0], np.cumsum([len(s) for s in self.parts])])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _find(self, i: int) -> tuple[int, int]:
+    def _locate_example(self, i: int) -> tuple[int, int]:
         part = int(np.searchsorted(self.starts, i, side="right")) - 1
         return part, i - int(self.starts[part])
 
     def read(self, i: int) -> Record:
-        part, place = self._find(i)
+        part, place = self._locate_example(i)
         record = self.parts[part].read(place)
+        # The name is prefixed: two parts may hold examples of the same name.
         return Record(record.image, record.captions, record.label, self.name(i))
 
     def captions(self, i: int) -> tuple[str, ...]:
-        part, place = self._find(i)
+        part, place = self._locate_example(i)
         return self.parts[part].captions(place)
 
-    def neighbours(self, i: int) -> range:
-        """Those of its own part: a part keeps its share of the stream whatever is bad in it."""
-        part, place = self._find(i)
-        start, own = int(self.starts[part]), self.parts[part].neighbours(place)
-        return range(start + own.start, start + own.stop)
+    def replacement_range(self, i: int) -> range:
+        """Returns the range within the part of example i."""
+        # A replacement from another part would change the proportions of the mixture.
+        part, place = self._locate_example(i)
+        start, local_range = int(self.starts[part]), self.parts[part].replacement_range(place)
+        return range(start + local_range.start, start + local_range.stop)
 
     def name(self, i: int) -> str:
         """Number of the part and the name there: "1:00000.tar/000000012"."""
-        part, place = self._find(i)
+        part, place = self._locate_example(i)
         return f"{part}:{self.parts[part].name(place)}"
 
     def identity(self) -> str:
+        # Another weight is another data set: a resumed run would otherwise read another order.
         parts = " ".join(f"{w:g}:{s.identity()}" for w, s in zip(self.weights, self.parts, strict=True))
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
-    def shuffled(self, seed: int) -> Sequence[int]:
-        """Weights are kept in every block of 1,000 positions."""
+    def shuffled_order(self, seed: int) -> Sequence[int]:
+        """Returns an order that keeps the weights in every block of 1,000 positions."""
+        # Independent seeds for the parts and for the mixing itself, so that equal sources differ in order.
         seeds = np.random.SeedSequence((seed, len(self.parts))).generate_state(len(self.parts) + 1, np.uint64)
         orders = [
-            (source.shuffled(int(s) >> 1), int(start))
+            (source.shuffled_order(int(s) >> 1), int(start))
             for source, s, start in zip(self.parts, seeds, self.starts, strict=False)
         ]
-        return Mixed(orders, self.weights, int(seeds[-1]) >> 1)
+        return MixedOrder(orders, self.weights, int(seeds[-1]) >> 1)

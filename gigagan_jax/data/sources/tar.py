@@ -1,4 +1,4 @@
-"""Webdataset tars as img2dataset writes them (`.jpg`, `.txt`, `.json` for each key), read by random access."""
+"""Source of webdataset tars as img2dataset writes them (`.jpg`, `.txt`, `.json` for each key), with random access."""
 
 import json
 import logging
@@ -14,34 +14,42 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.decoding import decode_captions
 from gigagan_jax.data.example import UNKNOWN_LABEL, BadExample, Record
 from gigagan_jax.data.source import Source
-from gigagan_jax.data.sources import filters as filtering
-from gigagan_jax.data.sources import tar_index
+from gigagan_jax.data.sources import filter_tars, tar_index
+from gigagan_jax.data.sources.filters import format_report
 from gigagan_jax.data.sources.tar_headers import BLOCK, is_header_of
-from gigagan_jax.data.sources.tar_index import FAULTS, NOTHING
-from gigagan_jax.data.storage import Storage, is_local, local
+from gigagan_jax.data.sources.tar_index import FAULTS, NO_MEMBER
+from gigagan_jax.data.storage import Storage, is_local, local_path
 
 _log = logging.getLogger(__name__)
-_NEAR = 64 << 10  # bytes between image and caption that are cheaper to read than to leave out
+# A gap of up to 64 KiB between image and caption is read along: one longer read costs less than two reads.
+_NEAR = 64 << 10
 INDEX_NAME = "gigagan_index"
 
 
 class TarSource(Source):
-    """Tars by pattern. The first use indexes them (`tools/prepare_data.py index` does it ahead of time).
+    """Tars by pattern. The first use indexes them; `tools/prepare_data.py index` does so ahead of time.
 
     Args:
-      path: tars: a file, a folder, or a pattern for `Storage.expand`.
-      index: folder of the index; empty: `gigagan_index` beside the tars, or where that cannot be written in `workdir`.
-      workdir: see `index`.
-      storage: to read with.
-      caption_required: whether an example without a caption is bad; otherwise it has none.
-      caption_keys: keys of the `.json` member that hold captions; empty: lines of the `.txt` member.
-      filters: which examples to keep.
-      workers: processes to index with; 0: one for each core.
-      refresh: look at every tar whether it changed since it was indexed; otherwise at local ones.
+      path: a tar, a folder of tars, or a pattern for `Storage.expand_pattern`.
+      index: folder of the index. Empty: `gigagan_index` beside the tars, or in `workdir` if that cannot be written.
+      workdir: folder of the run; see `index`.
+      storage: reads the tars.
+      caption_required: if True, an example without a caption is a bad example.
+      caption_keys: keys of the `.json` member that hold captions. Empty: the lines of the `.txt` member.
+      filters: conditions that examples must meet.
+      workers: processes for indexing; 0: one for each core.
+      refresh: compares every tar with its index; otherwise only local tars.
+
+    Attributes:
+      paths: the tars, in their order.
+      index: the TarIndex.
+      report: one line with the number of examples and of bad ones.
+      filter_report: {"identity", "steps"} of the filters; None if there are none.
+      has_labels: whether any tar has `.cls` members.
 
     Raises:
-      UserError: no tar there, a compressed one, an index that cannot be written, metadata without a column that a filter
-        needs, or nothing left after the filters.
+      UserError: there is no tar, one is compressed, the index cannot be written, metadata lacks a column that a filter
+        reads, or no example is left.
     """
 
     def __init__(
@@ -58,51 +66,58 @@ class TarSource(Source):
         refresh: bool = False,
     ):
         self._storage = storage or Storage()
-        self.paths = self._storage.expand(path, tar_index.SHARD_SUFFIXES)
+        self.paths = self._storage.expand_pattern(path, tar_index.SHARD_SUFFIXES)
         self._caption_required, self._caption_keys = caption_required, tuple(caption_keys)
-        folder = index_folder(self.paths, index, workdir)
+        folder = choose_index_folder(self.paths, index, workdir)
+        # The index stores the place of one caption member, so text and JSON have separate indexes.
         kind = "json" if caption_keys else "text"
-        self.index = tar_index.opened(folder, self._storage, self.paths, kind, workers, refresh)
-        self.report = self._account()
+        self.index = tar_index.open_index(folder, self._storage, self.paths, kind, workers, refresh)
+        self.report = self._summarize_index()
         damaged = self.index.about["damaged"]
+        # Their number is unknown, because the headers behind the damage could not be read.
         if damaged:
             _log.warning(
                 "%d tars are damaged or end too early: examples behind the damage are lost, and not counted: %s",
                 len(damaged),
                 ", ".join(damaged[:10]) + (" ..." if len(damaged) > 10 else ""),
             )
-        selected = filtering.select_tars(
+        # None if no filter is enabled: then rows are indices and no array of them is needed.
+        selected = filter_tars.select_tar_examples(
             self.index, folder, self.paths, self._storage, filters or FilterConfig(), workers
         )
         self._rows: Any = selected[0] if selected else None
-        self.funnel: dict[str, Any] | None = selected[1] if selected else None
+        self.filter_report: dict[str, Any] | None = selected[1] if selected else None
+        # Filters change the data set, so a resumed run must see another identity.
         self._identity = self.index.about["identity"]
-        if self.funnel is not None:
-            self._identity = self.funnel["identity"]
+        if self.filter_report is not None:
+            self._identity = self.filter_report["identity"]
         if not len(self):
-            why = self.funnel_table() if self.funnel else "the tars hold no example"
+            why = self.format_filter_report() if self.filter_report else "the tars hold no example"
             raise UserError(f"{path}: no example is left; {why}")
         self.has_labels = "label" in self.index.columns
 
-    def _account(self) -> str:
+    def _summarize_index(self) -> str:
+        # Counts come from indexing, so this line costs no read.
         a = self.index.about
         faults = ", ".join(f"{n} {cause}" for cause, n in a["faults"].items())
         bad = f"; without a caption: {a['without_caption']}" if a["without_caption"] else ""
         return f"{a['examples']} examples in {len(self.paths)} tars{bad}{'; bad: ' + faults if faults else ''}"
 
-    def funnel_table(self) -> str:
-        """What the filters left, step by step; one line each."""
-        return filtering.table(self.funnel) if self.funnel else self.report
+    def format_filter_report(self) -> str:
+        """Formats the filter report, one line a step; without filters, the report of the index."""
+        return format_report(self.filter_report) if self.filter_report else self.report
 
     def __len__(self) -> int:
         return len(self.index) if self._rows is None else len(self._rows)
 
-    def _row(self, i: int) -> int:
+    def _index_row(self, i: int) -> int:
+        # `i` counts the examples left by the filters; rows of the index count all.
         return i if self._rows is None else int(self._rows[i])
 
     def __getstate__(self):
         state = self.__dict__.copy()
-        if isinstance(self._rows, np.memmap):  # mapped again, not copied
+        # A worker process maps the file again. Pickling would copy all rows into every worker.
+        if isinstance(self._rows, np.memmap):
             state["_rows"] = Path(str(self._rows.filename))
         return state
 
@@ -113,51 +128,57 @@ class TarSource(Source):
 
     def name(self, i: int) -> str:
         """Tar and key: "00000.tar/000000012"."""
-        row = self._row(i)
-        return f"{self.index.shards[self.index.shard_of(row)]}/{self.index.key(row)}"
+        row = self._index_row(i)
+        return f"{self.index.shards[self.index.shard_of(row)]}/{self.index.key_of(row)}"
 
     def identity(self) -> str:
         return self._identity
 
     def read(self, i: int) -> Record:
-        """Image and captions in one read where they lie near each other.
+        """Reads image and captions, in one read if they lie near each other.
 
         Raises BadExample with a cause of FAULTS, of `decode_captions`, or `caption_missing`, `caption_empty`,
         `tar_missing`, `tar_changed` (the tar is not the one that was indexed).
         """
-        row = self._row(i)
-        image, caption = self._places(row)
-        data = self._fetch(row, [image, caption] if caption else [image])
+        row = self._index_row(i)
+        # Raises before any read if indexing found the example bad.
+        image, caption = self._locate_members(row)
+        data = self._read_members(row, [image, caption] if caption else [image])
         label = int(self.index.columns["label"][row]) if self.has_labels else UNKNOWN_LABEL
-        return Record(data[0], self._captions(data[1] if caption else None), label, self.name(i))
+        return Record(data[0], self._decode_captions(data[1] if caption else None), label, self.name(i))
 
     def captions(self, i: int) -> tuple[str, ...]:
-        row = self._row(i)
-        _, caption = self._places(row)
-        return self._captions(self._fetch(row, [caption])[0] if caption else None)
+        row = self._index_row(i)
+        _, caption = self._locate_members(row)
+        return self._decode_captions(self._read_members(row, [caption])[0] if caption else None)
 
-    def _places(self, row: int) -> tuple[tuple[int, int], tuple[int, int] | None]:
-        """(offset, size) of image and caption."""
+    def _locate_members(self, row: int) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        """Returns (offset, size) of image and caption; None for no caption. Raises BadExample."""
         columns = self.index.columns
+        # min: a damaged index may hold numbers beyond the list.
         fault = FAULTS[min(columns["fault"][row], len(FAULTS) - 1)]
         if fault:
             raise BadExample(fault, "found by indexing")
+        # Offsets are stored in blocks of 512 bytes: 32 bits then reach 2 TiB.
         place = lambda what: (int(columns[f"{what}_block"][row]) * BLOCK, int(columns[f"{what}_size"][row]))
+        # A size of NO_MEMBER means that the tar has no such member for this key.
         caption = place("caption")
-        if caption[1] != NOTHING:
+        if caption[1] != NO_MEMBER:
             return place("image"), caption
         if self._caption_required:
             kind = ".json" if self._caption_keys else ".txt"
             raise BadExample("caption_missing", f"no {kind} member of this key in the tar")
         return place("image"), None
 
-    def _fetch(self, row: int, places: list[tuple[int, int]]) -> list[bytes]:
-        """Data of members of one example, their headers compared with the index."""
-        path, key = self.paths[self.index.shard_of(row)], self.index.key(row)
+    def _read_members(self, row: int, places: list[tuple[int, int]]) -> list[bytes]:
+        """Reads members of one example and compares their headers with the index."""
+        path, key = self.paths[self.index.shard_of(row)], self.index.key_of(row)
+        # The header block precedes the data. It is read to detect tars that changed after indexing.
         first = min(offset for offset, _ in places) - BLOCK
         last = max(offset + size for offset, size in places)
+        # Far apart: one read a member, as the gap is longer than _NEAR.
         if last - first > sum(size + BLOCK for _, size in places) + _NEAR:
-            return [data for place in places for data in self._fetch(row, [place])]
+            return [data for place in places for data in self._read_members(row, [place])]
         try:
             data = self._storage.read(path, first, last - first)
         except (OSError, FileNotFoundError) as e:
@@ -165,6 +186,7 @@ class TarSource(Source):
         out = []
         for offset, size in places:
             start = offset - first
+            # Short data means a truncated tar, which gives the same advice.
             if not is_header_of(data[start - BLOCK : start], size, key) or len(data) < start + size:
                 raise BadExample(
                     "tar_changed",
@@ -173,48 +195,60 @@ class TarSource(Source):
             out.append(data[start : start + size])
         return out
 
-    def _captions(self, data: bytes | None) -> tuple[str, ...]:
+    def _decode_captions(self, data: bytes | None) -> tuple[str, ...]:
+        # With optional captions, a missing and a blank caption both give no caption.
         captions: tuple[str, ...] = ()
         if data is not None:
-            captions = _from_json(data, self._caption_keys) if self._caption_keys else decode_captions(data)
+            captions = _captions_from_json(data, self._caption_keys) if self._caption_keys else decode_captions(data)
         if self._caption_required and not captions:
             raise BadExample("caption_empty", "no text in it")
         return captions
 
 
-def _from_json(data: bytes, keys: Sequence[str]) -> tuple[str, ...]:
-    """Texts, or lists of them, under some keys of a JSON object."""
+def _captions_from_json(data: bytes, keys: Sequence[str]) -> tuple[str, ...]:
+    """Reads captions from some keys of a JSON object; values are texts or lists of texts."""
     try:
         values = json.loads(data)
+    # Deeply nested JSON raises RecursionError.
     except (ValueError, RecursionError) as e:
         raise BadExample("caption_undecodable", f"not JSON: {e}") from None
-    out: list[str] = []
+    captions: list[str] = []
     for key in keys:
+        # Other JSON values, such as numbers and null, are no captions.
         value = values.get(key) if isinstance(values, dict) else None
-        out += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v.strip()]
-    return tuple(v.strip() for v in out)
+        captions += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v.strip()]
+    return tuple(v.strip() for v in captions)
 
 
-def index_folder(paths: Sequence[str], index: str, workdir: Path | None) -> Path:
-    """Where the index of some tars belongs.
+def choose_index_folder(paths: Sequence[str], index: str, workdir: Path | None) -> Path:
+    """Chooses the folder for the index of some tars: `index`, else beside the tars, else the workdir.
 
     Raises:
-      UserError: neither beside the tars nor in a workdir.
+      UserError: `index` is an address, a folder of the tars is missing, or no place can be written.
     """
     if index:
-        return Path(local(index)) if is_local(index) else _refuse(f"config.data.index={index}: must be a local folder")
+        return (
+            Path(local_path(index))
+            if is_local(index)
+            else _raise_user_error(f"config.data.index={index}: must be a local folder")
+        )
     if all(map(is_local, paths)):
-        missing = next((p for p in paths if not os.path.isdir(os.path.dirname(os.path.abspath(local(p))))), None)
+        # Reported here, because the index would otherwise go to the workdir before the tars are found missing.
+        missing = next((p for p in paths if not os.path.isdir(os.path.dirname(os.path.abspath(local_path(p))))), None)
         if missing:
-            return _refuse(f"{missing}: there is no such folder; check config.data.path")
-        beside = Path(os.path.commonpath([os.path.dirname(os.path.abspath(local(p))) for p in paths])) / INDEX_NAME
+            return _raise_user_error(f"{missing}: there is no such folder; check config.data.path")
+        # Tars of several folders share an index in their common folder.
+        beside = Path(os.path.commonpath([os.path.dirname(os.path.abspath(local_path(p))) for p in paths])) / INDEX_NAME
         writable = lambda p: os.access(p, os.W_OK | os.X_OK)
+        # An existing index folder must be writable itself; a new one needs a writable parent.
         if writable(beside) or (not beside.exists() and writable(beside.parent)):
             return beside
     if workdir is not None:
         return workdir / INDEX_NAME
-    return _refuse(f"the tars lie where nothing can be written ({paths[0]}): set config.data.index to a local folder")
+    return _raise_user_error(
+        f"the tars lie where nothing can be written ({paths[0]}): set config.data.index to a local folder"
+    )
 
 
-def _refuse(message: str) -> Path:
+def _raise_user_error(message: str) -> Path:
     raise UserError(message)

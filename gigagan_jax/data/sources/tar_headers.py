@@ -1,19 +1,24 @@
-"""The members of a tar file and where their bytes lie, read from its headers alone; damaged files included.
+"""Lists the members of a tar file and the places of their bytes from the headers alone.
 
-Python's tarfile stops at the first broken header and reads ahead of what is asked for. Here a broken header costs the
-members up to the next sound one. Formats: POSIX ustar and pax, GNU (long names, base-256 sizes), and old V7.
+Python's tarfile stops at the first broken header. Here a broken header costs only the members up to the next sound one.
+Formats: POSIX ustar and pax, GNU (long names, base-256 sizes), and old V7.
 """
 
 import re
 import typing
 from collections.abc import Callable, Iterator
 
+# Tar consists of blocks: a header is one, and data is padded to whole ones.
 BLOCK = 512
-_EXTENDED, _REGULAR, _WITHOUT_DATA = b"LKxgX", b"\0" + b"07", b"123456"  # type flags
-_LONGEST_NAME = 1 << 20  # of an extended header; more is damage
+# Type flags. L, K: GNU long name and link; x, g, X: pax. 7: contiguous file. 1 to 6: links, devices, folders, pipes.
+_EXTENDED, _REGULAR, _WITHOUT_DATA = b"LKxgX", b"\0" + b"07", b"123456"
+# Bytes of an extended header. A longer one is damage, and reading it would fill the memory.
+_LONGEST_NAME = 1 << 20
+# 18 digits stay below 2**63. Python's int() would also accept signs, underscores and other scripts' digits.
 _SIZE, _OCTAL = re.compile("[0-9]{1,18}"), re.compile(rb"[0-7]{1,12}")
 _PAX = re.compile(rb"(\d{1,20}) ([^=]+)=")
-_SHORT = 80  # characters of a key that is in its header with any suffix
+# A key of up to 80 characters fits into the 100 bytes of the name field together with its suffix.
+_SHORT = 80
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -33,106 +38,118 @@ class Member(typing.NamedTuple):
     fault: str = ""
 
 
-def compression(start: bytes) -> str | None:
-    """The kind of compression by a file's first bytes; None where it is not compressed."""
+def detect_compression(start: bytes) -> str | None:
+    """Detects the kind of compression from a file's first bytes; None if it is not compressed."""
     return next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
 
 
-def members(read: Callable[[int, int], bytes], length: int) -> Iterator[Member]:
-    """Regular files of a tar in their order, hard and symbolic links and special files left out.
+def iter_members(read: Callable[[int, int], bytes], length: int) -> Iterator[Member]:
+    """Yields the regular files of a tar in their order, without links and special files.
 
     Args:
-      read: (offset, size) to bytes; fewer at the end of the file.
-      length: of the tar in bytes.
+      read: maps (offset, size) to bytes; fewer at the end of the file.
+      length: size of the tar in bytes.
     """
-    at, last = 0, ""
+    offset, last_name = 0, ""
     extended: dict[str, str] = {}
-    while at + BLOCK <= length:
-        header = read(at, BLOCK)
-        parsed = _parse(header)
+    while offset + BLOCK <= length:
+        header = read(offset, BLOCK)
+        parsed = _parse_header(header)
         if parsed is None:
             if not header.strip(b"\0"):
-                # The end is two blocks of zeros; one alone, or padding before more members, is passed over.
-                ahead = _next_header(read, at + BLOCK, length)
-                if ahead is None:
+                # Two blocks of zeros end a tar. Concatenated tars have members after them, so the search goes on.
+                next_offset = _find_next_header(read, offset + BLOCK, length)
+                if next_offset is None:
                     return
-                at = ahead
+                offset = next_offset
                 continue
-            yield Member(last, at, 0, "tar_corrupt")
-            ahead = _next_header(read, at + BLOCK, length)
-            if ahead is None:
+            yield Member(last_name, offset, 0, "tar_corrupt")
+            next_offset = _find_next_header(read, offset + BLOCK, length)
+            if next_offset is None:
                 return
-            at, extended = ahead, {}
+            # Extended headers before the damage belong to a member that is lost.
+            offset, extended = next_offset, {}
             continue
         name, size, kind = parsed
-        start = at + BLOCK
+        start = offset + BLOCK
         if kind in _EXTENDED:
             if size > _LONGEST_NAME or start + size > length:
-                yield Member(last, at, 0, "tar_truncated" if start + size > length else "tar_corrupt")
-                ahead = _next_header(read, start, length)
-                if ahead is None:
+                yield Member(last_name, offset, 0, "tar_truncated" if start + size > length else "tar_corrupt")
+                next_offset = _find_next_header(read, start, length)
+                if next_offset is None:
                     return
-                at, extended = ahead, {}
+                offset, extended = next_offset, {}
                 continue
             data = read(start, size)
+            # L, x and X describe the next member. K (link target) and g (global) change nothing that is read here.
             if kind in b"L":
                 extended["path"] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif kind in b"xX":
-                extended |= _pax(data)
-            at = start + _padded(size)
+                extended |= _parse_pax(data)
+            offset = start + _round_up_to_block(size)
             continue
         if _SIZE.fullmatch(extended.get("size", "")):
             size = int(extended["size"])
         name = extended.get("path", name)
         extended = {}
+        # V7 tars mark folders by a slash at the end of the name of a regular file.
         if kind in _REGULAR and not name.endswith("/"):
-            last = name
+            last_name = name
             yield Member(name, start, size, "tar_truncated" if start + size > length else "")
-        at = start + (_padded(size) if kind not in _WITHOUT_DATA else 0)
-    if at < length and read(at, length - at).strip(b"\0"):
-        yield Member(last, at, 0, "tar_truncated")
+        # Links and devices may state a size, but no data follows.
+        offset = start + (_round_up_to_block(size) if kind not in _WITHOUT_DATA else 0)
+    # Less than a block is left: anything but zeros is a member cut short.
+    if offset < length and read(offset, length - offset).strip(b"\0"):
+        yield Member(last_name, offset, 0, "tar_truncated")
 
 
 def is_header_of(header: bytes, size: int, key: str) -> bool:
-    """Whether 512 bytes are the header of a regular file of so many bytes (its size may stand in a pax header instead) whose
-    name begins with `key` and a dot. Long names and those beyond ASCII, which stand elsewhere, are not compared."""
-    parsed = _parse(header)
+    """Returns whether 512 bytes are the header of a regular file of `size` bytes, named `key` with a suffix."""
+    # Size 0: the size may stand in a pax header, which is not read here.
+    parsed = _parse_header(header)
     if parsed is None or parsed[2] not in _REGULAR or parsed[1] not in (size, 0):
         return False
+    # Long names and names beyond ASCII stand in an extended header, so they are not compared.
     return len(key) > _SHORT or not key.isascii() or parsed[0].startswith(f"{key}.") or parsed[0] == key
 
 
-def _padded(size: int) -> int:
+def _round_up_to_block(size: int) -> int:
+    # Negated floor division rounds up.
     return -(-size // BLOCK) * BLOCK
 
 
-def _next_header(read: Callable[[int, int], bytes], at: int, length: int) -> int | None:
-    """Offset of the next sound header from `at` on, in steps of a block."""
+def _find_next_header(read: Callable[[int, int], bytes], at: int, length: int) -> int | None:
+    """Finds the offset of the next sound header from `at` on; None if there is none."""
+    # Windows of 1 MiB: after damage, the search may cross a large member.
     step = 1 << 20
     while at + BLOCK <= length:
         window = read(at, min(step, length - at))
         for place in range(0, len(window) - BLOCK + 1, BLOCK):
-            # Data can look like an old header by chance, hardly ever like one with a magic number.
-            if window[place + 257 : place + 262] == b"ustar" and _parse(window[place : place + BLOCK]) is not None:
+            # Image data may pass for a V7 header by chance. The magic number excludes that.
+            if (
+                window[place + 257 : place + 262] == b"ustar"
+                and _parse_header(window[place : place + BLOCK]) is not None
+            ):
                 return at + place
         at += max(BLOCK, len(window) // BLOCK * BLOCK)
     return None
 
 
-def _parse(header: bytes) -> tuple[str, int, int] | None:
-    """(name, size, type flag) of a header, None if it is none."""
+def _parse_header(header: bytes) -> tuple[str, int, int] | None:
+    """Parses a header into (name, size, type flag); None if it is not sound."""
     if len(header) < BLOCK:
         return None
-    stored = _number(header[148:156])
+    stored = _parse_number(header[148:156])
     if stored is None or not header[0]:
         return None
-    # The checksum counts its own field as blanks.
+    # The checksum counts its own 8 bytes as blanks.
     if sum(header) - sum(header[148:156]) + 8 * 32 != stored:
         return None
-    size = _number(header[124:136])
+    size = _parse_number(header[124:136])
     if size is None:
         return None
     name = header[:100].split(b"\0", 1)[0]
+    # GNU's magic is "ustar  ": it uses the prefix field for times.
     if header[257:263] == b"ustar\0":
         prefix = header[345:500].split(b"\0", 1)[0]
         if prefix:
@@ -140,8 +157,9 @@ def _parse(header: bytes) -> tuple[str, int, int] | None:
     return name.decode("utf-8", "surrogateescape"), size, header[156]
 
 
-def _number(field: bytes) -> int | None:
-    if field[0] == 0x80:  # GNU: base 256
+def _parse_number(field: bytes) -> int | None:
+    # GNU stores sizes of 8 GiB and more in base 256.
+    if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
     if not digits:
@@ -149,15 +167,16 @@ def _number(field: bytes) -> int | None:
     return int(digits, 8) if _OCTAL.fullmatch(digits) else None
 
 
-def _pax(data: bytes) -> dict[str, str]:
-    """Records `LENGTH KEY=VALUE\\n` of a pax header; what cannot be read is left out."""
-    out: dict[str, str] = {}
-    at = 0
-    while match := _PAX.match(data, at):
+def _parse_pax(data: bytes) -> dict[str, str]:
+    """Parses the records `LENGTH KEY=VALUE\\n` of a pax header; parsing stops at a damaged record."""
+    records: dict[str, str] = {}
+    position = 0
+    while match := _PAX.match(data, position):
         length = int(match[1])
-        if length < match.end() - at or at + length > len(data):
+        # A length of zero or past the end would loop for ever or read the next record's bytes.
+        if length < match.end() - position or position + length > len(data):
             break
-        value = data[match.end() : at + length - 1]
-        out[match[2].decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        at += length
-    return out
+        value = data[match.end() : position + length - 1]
+        records[match[2].decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        position += length
+    return records

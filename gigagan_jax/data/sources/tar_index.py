@@ -1,12 +1,12 @@
-"""Where each example lies in a set of webdataset tars, so that they can be read by random access.
+"""An index of the examples in a set of webdataset tars, for random access.
 
-A folder: `parts/` holds what was found in each tar (made in parallel, kept, and valid for any set of shards that the tar is
-in); `sets/DIGEST/` holds one list of shards as columns that are mapped into memory, and `index.json`:
+The folder of an index has two parts. `parts/` holds the scan of each tar; any set with that tar uses it. `sets/DIGEST/`
+holds one list of shards as `index.json` and columns that are mapped into memory:
 
     image_block, image_size      uint32 [N], of the data, in blocks of 512 bytes and in bytes
-    caption_block, caption_size  uint32 [N], size 2**32 - 1: there is none
-    label                        int32 [N], only where there are `.cls` members
-    fault                        uint8 [N], a place in FAULTS
+    caption_block, caption_size  uint32 [N], size 2**32 - 1: no caption
+    label                        int32 [N], only if there are `.cls` members
+    fault                        uint8 [N], an index into FAULTS
     key_end                      uint32 [N], end of the key, counted from the first key of its shard
     keys                         uint8, all keys one after the other
 """
@@ -29,29 +29,34 @@ from typing import Any
 import numpy as np
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.core.processes import locked, parallel
+from gigagan_jax.core.processes import hold_file_lock, map_parallel
 from gigagan_jax.data.source import short_names
-from gigagan_jax.data.sources.tar_headers import BLOCK, compression, members
+from gigagan_jax.data.sources.tar_headers import BLOCK, detect_compression, iter_members
 from gigagan_jax.data.storage import Storage, is_local
 
 _log = logging.getLogger(__name__)
+# Part of the digest of a set: another version makes another folder, so old indexes are not misread.
 VERSION = 2
-NOTHING = 2**32 - 1
+# The largest uint32, as a size: no such member. Members from this size on cannot be indexed.
+NO_MEMBER = 2**32 - 1
+# Indices into this tuple are stored: new faults go to the end.
 FAULTS = ("", "tar_truncated", "tar_corrupt", "unsafe_name", "image_missing", "member_too_large")
 _DAMAGE = [FAULTS.index("tar_truncated"), FAULTS.index("tar_corrupt")]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+# Compressed tars are listed too, so that they are refused with a reason instead of not found.
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 COLUMNS = {
     **{f"{what}_{place}": np.uint32 for what in ("image", "caption") for place in ("block", "size")},
     "fault": np.uint8,
     "key_end": np.uint32,
 }
-# Between two members of an example lie a header and, with img2dataset, the other text member.
+# Bytes of a read while scanning. Between two members of an example lie a header and the other text member, so
+# 8 KiB cover both on disk. In buckets a request costs more than bytes: 8 MiB read through the images.
 _LOCAL_WINDOW, _REMOTE_WINDOW = 8 << 10, 8 << 20
 
 
-class _Window:
-    """Reads a file forwards in windows, so that neighbouring headers cost one read."""
+class _WindowedReader:
+    """Reads a file forwards in windows, so that adjacent headers cost one read."""
 
     def __init__(self, storage: Storage, path: str, length: int):
         self._storage, self._path, self._length = storage, path, length
@@ -67,8 +72,8 @@ class _Window:
 
 
 @dataclasses.dataclass
-class _Found:
-    """One example while its members are gathered."""
+class _TarExample:
+    """One example while its members are collected. Places are (offset, size)."""
 
     key: str
     image: tuple[int, int] | None = None
@@ -79,43 +84,48 @@ class _Found:
     suffixes: set[str] = dataclasses.field(default_factory=set)
 
 
-def examples_of(storage: Storage, path: str, length: int) -> Iterator[_Found]:
-    """The examples of a tar, in their order: members that follow each other and share their name up to the first dot.
+def iter_examples(storage: Storage, path: str, length: int) -> Iterator[_TarExample]:
+    """Yields the examples of a tar: consecutive members that share their name up to the first dot.
 
     Raises:
       UserError: the tar is compressed.
     """
-    window = _Window(storage, path, length)
-    kind = compression(window.read(0, min(length, BLOCK)))
+    window = _WindowedReader(storage, path, length)
+    kind = detect_compression(window.read(0, min(length, BLOCK)))
     if kind:
         raise UserError(
             f"{path} is compressed ({kind}): examples in it cannot be read one by one; decompress the tars (images are "
             "compressed already: nothing is lost by it)"
         )
-    current: _Found | None = None
-    for member in members(window.read, length):
+    current: _TarExample | None = None
+    for member in iter_members(window.read, length):
         folder, slash, base = member.name.rpartition("/")
         stem, dot, suffix = base.partition(".")
+        # The key keeps the folder: equal names in two folders are two examples.
         key, suffix = folder + slash + stem, (dot + suffix).lower()
+        # The damage is one bad example of its own, so that it is counted; the example before it stays.
         if member.fault == "tar_corrupt" or not member.name:
             if current:
                 yield current
             current = None
-            yield _Found(f"{key or '?'}@{member.offset}", fault=member.fault or "tar_corrupt")
+            yield _TarExample(f"{key or '?'}@{member.offset}", fault=member.fault or "tar_corrupt")
             continue
-        if base.startswith("."):  # hidden files that archivers add
+        # Archivers add hidden files, such as macOS's ._name.
+        if base.startswith("."):
             continue
+        # A repeated suffix starts a new example: two examples of one key follow each other.
         if current is None or key != current.key or suffix in current.suffixes:
             if current:
                 yield current
-            current = _Found(key)
+            current = _TarExample(key)
         current.suffixes.add(suffix)
         place = (member.offset, member.size)
         if member.fault:
             current.fault = member.fault
+        # A conversion to files would write such a name outside its folder.
         if key.startswith("/") or "/../" in f"/{key}/":
             current.fault = "unsafe_name"
-        if member.size >= NOTHING or member.offset // BLOCK >= NOTHING:
+        if member.size >= NO_MEMBER or member.offset // BLOCK >= NO_MEMBER:
             current.fault = "member_too_large"
         elif suffix in IMAGE_SUFFIXES and current.image is None:
             current.image = place
@@ -123,6 +133,7 @@ def examples_of(storage: Storage, path: str, length: int) -> Iterator[_Found]:
             current.text = place
         elif suffix == ".json":
             current.json = place
+        # A class number has at most 10 digits; 16 bytes leave room for a line end.
         elif suffix == ".cls" and member.size <= 16:
             digits = window.read(*place).strip()
             current.label = int(digits) if digits.isdigit() and int(digits) < 2**31 else None
@@ -130,87 +141,93 @@ def examples_of(storage: Storage, path: str, length: int) -> Iterator[_Found]:
         yield current
 
 
-def scan(storage: Storage, path: str) -> dict[str, np.ndarray]:
-    """Columns of one tar, those of the module's docstring with `text` and `json` for `caption`.
+def scan_tar(storage: Storage, path: str) -> dict[str, np.ndarray]:
+    """Scans one tar into columns: those of the module's docstring, with `text` and `json` instead of `caption`.
 
     Raises:
-      UserError: a tar that is missing or compressed.
+      UserError: the tar is missing or compressed.
     """
     try:
-        length, changed = storage.stamp(path)
-        found = list(examples_of(storage, path, length))
+        length, changed = storage.version_stamp(path)
+        examples = list(iter_examples(storage, path, length))
     except (OSError, FileNotFoundError) as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}): check config.data.path") from None
+    # Even an empty tar has two blocks, so a file of 0 bytes is a failed download.
     if not length:
-        found = [_Found("?@0", fault="tar_truncated")]  # even an empty tar has two blocks
-    elif not found and storage.read(path, 0, length).strip(b"\0"):
-        found = [_Found("?@0", fault="tar_corrupt")]
-    out: dict[str, np.ndarray] = {}
+        examples = [_TarExample("?@0", fault="tar_truncated")]
+    elif not examples and storage.read(path, 0, length).strip(b"\0"):
+        examples = [_TarExample("?@0", fault="tar_corrupt")]
+    columns: dict[str, np.ndarray] = {}
     for name, places in (
-        ("image", [f.image for f in found]),
-        ("text", [f.text for f in found]),
-        ("json", [f.json for f in found]),
+        ("image", [f.image for f in examples]),
+        ("text", [f.text for f in examples]),
+        ("json", [f.json for f in examples]),
     ):
-        out[f"{name}_block"] = np.array([p[0] // BLOCK if p else 0 for p in places], np.uint32)
-        out[f"{name}_size"] = np.array([p[1] if p else NOTHING for p in places], np.uint32)
-    faults = [f.fault or ("" if f.image else "image_missing") for f in found]
-    out["fault"] = np.array([FAULTS.index(f) for f in faults], np.uint8)
-    keys = [f.key.encode("utf-8", "surrogateescape") for f in found]
-    out["key_end"] = np.cumsum([len(k) for k in keys], dtype=np.uint32)
-    out["keys"] = np.frombuffer(b"".join(keys), np.uint8)
-    if any(f.label is not None for f in found):
-        out["label"] = np.array([-1 if f.label is None else f.label for f in found], np.int32)
-    out["stamp"] = np.array([length, changed], np.int64)
-    return out
+        columns[f"{name}_block"] = np.array([p[0] // BLOCK if p else 0 for p in places], np.uint32)
+        columns[f"{name}_size"] = np.array([p[1] if p else NO_MEMBER for p in places], np.uint32)
+    faults = [f.fault or ("" if f.image else "image_missing") for f in examples]
+    columns["fault"] = np.array([FAULTS.index(f) for f in faults], np.uint8)
+    keys = [f.key.encode("utf-8", "surrogateescape") for f in examples]
+    columns["key_end"] = np.cumsum([len(k) for k in keys], dtype=np.uint32)
+    columns["keys"] = np.frombuffer(b"".join(keys), np.uint8)
+    # The column is optional: most tars have no labels.
+    if any(f.label is not None for f in examples):
+        columns["label"] = np.array([-1 if f.label is None else f.label for f in examples], np.int32)
+    # Size and time of change: `scan_to_part` compares them to find out whether the tar changed.
+    columns["stamp"] = np.array([length, changed], np.int64)
+    return columns
 
 
 def part_file(folder: Path, path: str) -> Path:
-    """Where the columns of a tar are kept."""
+    """Returns the file that keeps the columns of a tar."""
+    # The whole path is hashed: tars of different folders often share their names.
     return folder / "parts" / f"{hashlib.sha256(path.encode()).hexdigest()[:20]}.bin"
 
 
-def scan_to(folder: Path, storage: Storage, path: str) -> int:
-    """Scans one tar into its part file, unless that is there and of this very tar; returns how many examples."""
+def scan_to_part(folder: Path, storage: Storage, path: str) -> int:
+    """Scans one tar into its part file unless that is up to date. Returns the number of examples."""
     file = part_file(folder, path)
     known = load_part(file)
     try:
-        fresh = known is not None and "stamp" in known and tuple(known["stamp"].tolist()) == storage.stamp(path)
+        fresh = known is not None and "stamp" in known and tuple(known["stamp"].tolist()) == storage.version_stamp(path)
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}): check config.data.path") from None
     if known is None or not fresh:
-        known = scan(storage, path)
+        known = scan_tar(storage, path)
         save_part(file, known)
     return len(known["fault"])
 
 
 def save_part(file: Path, columns: dict[str, np.ndarray]) -> None:
-    """Writes columns as a line of JSON, {name: [type, shape]}, and their bytes; ten times as fast as NumPy's archives."""
-    temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")  # hosts may share the folder
+    """Writes columns as a line of JSON, {name: [type, shape]}, followed by their bytes."""
+    # Ten times as fast as NumPy's archives. The name is random because hosts may share the folder.
+    temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
     about = {name: [x.dtype.str, x.shape] for name, x in columns.items()}
     temporary.write_bytes(b"".join([json.dumps(about).encode(), b"\n", *(x.tobytes() for x in columns.values())]))
     os.replace(temporary, file)
 
 
 def load_part(file: Path) -> dict[str, np.ndarray] | None:
-    """Reads what `save_part` wrote; None where it is missing or damaged, for it to be made again."""
+    """Reads what `save_part` wrote; None if it is missing or damaged."""
     try:
         data = file.read_bytes()
-        at = data.index(b"\n") + 1
-        out = {}
-        for name, (kind, shape) in json.loads(data[:at]).items():
-            out[name] = np.frombuffer(data, kind, math.prod(shape), at).reshape(shape)
-            at += out[name].nbytes
-        return out if at == len(data) else None
+        offset = data.index(b"\n") + 1
+        columns = {}
+        for name, (kind, shape) in json.loads(data[:offset]).items():
+            columns[name] = np.frombuffer(data, kind, math.prod(shape), offset).reshape(shape)
+            offset += columns[name].nbytes
+        # Another length means a file that was cut short or overwritten.
+        return columns if offset == len(data) else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
-def digest_of(paths: Sequence[str], captions: str) -> str:
-    """Name of a set of shards with its kind of captions."""
+def shard_set_digest(paths: Sequence[str], captions: str) -> str:
+    """Returns the folder name of a set of shards and its kind of captions."""
     return hashlib.sha256(json.dumps([VERSION, captions, *paths]).encode()).hexdigest()[:16]
 
 
-def build(
+def build_index(
     folder: Path,
     storage: Storage,
     paths: Sequence[str],
@@ -219,36 +236,37 @@ def build(
     workers: int = 0,
     quiet: bool = False,
 ) -> Path:
-    """Indexes tars; what was done before is not done again.
+    """Indexes tars. Scans of earlier calls are reused.
 
     Args:
-      folder: of the index.
-      storage: to read the tars.
-      paths: of the tars.
-      captions: "text" or "json": the member that holds them.
-      workers: processes; 0 uses one for each core, 1 this one.
-      quiet: without progress.
+      folder: folder of the index.
+      storage: reads the tars.
+      paths: the tars, in their order.
+      captions: "text" or "json", the member that holds the captions.
+      workers: processes; 0 uses one for each core, 1 uses this one.
+      quiet: shows no progress.
 
     Returns:
       the folder of this set of shards, for TarIndex
 
     Raises:
-      UserError: a tar that is missing or compressed, or a folder that cannot be written.
+      UserError: a tar is missing or compressed, or the folder cannot be written.
     """
     try:
         (folder / "parts").mkdir(parents=True, exist_ok=True)
-        task = functools.partial(scan_to, folder, storage)
+        task = functools.partial(scan_to_part, folder, storage)
         total = 0
-        for done in parallel(task, paths, workers, "indexing tars", quiet):
+        for done in map_parallel(task, paths, workers, "indexing tars", quiet):
             total += done
-        return _merge(folder, paths, captions)
+        return _merge_parts(folder, paths, captions)
     except OSError as e:
         raise UserError(f"the index {folder} cannot be written: {e.strerror or e}; choose config.data.index") from None
 
 
-def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:
-    """Parts to columns, shard by shard, so that memory does not grow with the data set."""
-    target = folder / "sets" / digest_of(paths, captions)
+def _merge_parts(folder: Path, paths: Sequence[str], captions: str) -> Path:
+    """Merges parts into columns and returns the folder of the set."""
+    # Shard by shard, so that memory does not grow with the data set.
+    target = folder / "sets" / shard_set_digest(paths, captions)
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
     counts, key_bytes, stamps, damaged = [], [], [], []
@@ -264,28 +282,33 @@ def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:
             if part is None:
                 raise UserError(f"{part_file(folder, path)} is damaged: remove it and index again")
             for place in ("block", "size"):
+                # A part holds places of both caption members; a set keeps one of them.
                 part[f"caption_{place}"] = part[f"{captions}_{place}"]
             n = len(part["fault"])
+            # Labels are written for every tar and removed at the end if no tar has any.
             labels = part.get("label")
             labelled |= labels is not None
             for column in (*COLUMNS, "keys"):
                 files[column].write(part[column].astype(COLUMNS.get(column, np.uint8)).tobytes())
             files["label"].write((np.full(n, -1, np.int32) if labels is None else labels).tobytes())
+            # Everything kept here is one number a tar; columns go to the disk.
             counts.append(n)
             key_bytes.append(len(part["keys"]))
-            stamps.append(part["stamp"].tolist())  # not the view: it would keep the whole part
-            found = np.bincount(part["fault"], minlength=len(FAULTS))
-            faults += found
-            if found[_DAMAGE].any():
+            # A list, not the view, which would keep the whole part in memory.
+            stamps.append(part["stamp"].tolist())
+            fault_counts = np.bincount(part["fault"], minlength=len(FAULTS))
+            faults += fault_counts
+            if fault_counts[_DAMAGE].any():
                 damaged.append(name)
-            without_caption += int(((part["caption_size"] == NOTHING) & (part["fault"] == 0)).sum())
+            without_caption += int(((part["caption_size"] == NO_MEMBER) & (part["fault"] == 0)).sum())
+            # The identity depends on names and keys, not on places: repacked tars remain the same data set.
             identity.update(f"\0{name}\0{n}\0".encode() + part["keys"].tobytes())
     finally:
         for file in files.values():
             file.close()
     if not labelled:
         (temporary / "label.bin").unlink()
-    about = {
+    metadata = {
         "version": VERSION,
         "captions": captions,
         "identity": identity.hexdigest()[:16],
@@ -297,27 +320,30 @@ def _merge(folder: Path, paths: Sequence[str], captions: str) -> Path:
     }
     np.savez(temporary / "shards.npz", counts=counts, key_bytes=key_bytes, stamps=np.array(stamps, np.int64))
     (temporary / "shards.txt").write_text("\n".join(names), encoding="utf-8")
-    (temporary / "index.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (temporary / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
     names = [p.name for p in temporary.iterdir()]
+    # shallow=False compares contents: damage may keep size and time of a file.
     if len(filecmp.cmpfiles(target, temporary, names, shallow=False)[0]) == len(names):
-        shutil.rmtree(temporary)  # runs may be using what is there, and what filters left lies in it
+        # An equal set stays in place: runs may use it, and it holds the selections of filters.
+        shutil.rmtree(temporary)
         return target
-    old = target.with_name(f"{target.name}.{uuid.uuid4().hex}.old")
+    replaced = target.with_name(f"{target.name}.{uuid.uuid4().hex}.old")
     with contextlib.suppress(FileNotFoundError):
-        os.rename(target, old)
+        os.rename(target, replaced)
     os.rename(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)  # who has it mapped into memory keeps it
+    # Processes that have mapped the replaced files keep them until they unmap them.
+    shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
 class TarIndex:
-    """An index that was built, mapped into memory. Opening does not depend on its length; may be pickled.
+    """A built index, mapped into memory and picklable. The time to open it does not depend on its length.
 
     Args:
-      folder: what `build` returned.
+      folder: the result of `build_index`.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: the index is missing or damaged.
     """
 
     def __init__(self, folder: Path):
@@ -329,16 +355,20 @@ class TarIndex:
             self.shards = (folder / "shards.txt").read_text(encoding="utf-8").split("\n")
             self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
             self.key_starts = np.concatenate([[0], np.cumsum(key_bytes)]).astype(np.int64)
-            self.columns = {c: np.memmap(folder / f"{c}.bin", t, "r") for c, t in self._types() if self.starts[-1]}
+            self.columns = {
+                c: np.memmap(folder / f"{c}.bin", t, "r") for c, t in self._column_types() if self.starts[-1]
+            }
+            # A length check finds files that were cut short without reading them.
             short = [c for c, x in self.columns.items() if c != "keys" and len(x) != self.starts[-1]]
             if short or (self.columns and len(self.columns["keys"]) != self.key_starts[-1]):
                 raise ValueError(f"{short or 'keys'} of another length")
             if len(self.shards) != len(counts) or self.about["version"] != VERSION:
                 raise ValueError("another number of tars, or another version")
-        except Exception as e:  # whatever NumPy and zipfile make of damaged files
+        # NumPy and zipfile raise many kinds of exceptions on damaged files.
+        except Exception as e:
             raise UserError(f"the index {folder} cannot be read ({e}): remove it and index again") from None
 
-    def _types(self) -> Iterable[tuple[str, Any]]:
+    def _column_types(self) -> Iterable[tuple[str, Any]]:
         yield from COLUMNS.items()
         yield "keys", np.uint8
         if self.about["labelled"]:
@@ -350,6 +380,7 @@ class TarIndex:
     def __setstate__(self, state):
         folder, about = state
         self.__init__(folder)  # type: ignore[misc]
+        # A worker process must not read a newer index with the old order of examples.
         if self.about != about:
             raise UserError(f"the index {folder} was made anew while it was in use: start again")
 
@@ -357,46 +388,51 @@ class TarIndex:
         return int(self.starts[-1])
 
     def shard_of(self, i: int) -> int:
-        """Place in `shards` of the tar that holds example i."""
+        """Returns the index in `shards` of the tar that holds example i."""
         return int(np.searchsorted(self.starts, i, side="right")) - 1
 
-    def key(self, i: int) -> str:
-        """Key of example i: its members' common name."""
+    def key_of(self, i: int) -> str:
+        """Returns the key of example i, the common name of its members."""
         shard = self.shard_of(i)
         ends, base = self.columns["key_end"], int(self.key_starts[shard])
         first = int(ends[i - 1]) if i > self.starts[shard] else 0
         return self.columns["keys"][base + first : base + int(ends[i])].tobytes().decode("utf-8", "surrogateescape")
 
 
-def opened(
+def open_index(
     folder: Path, storage: Storage, paths: Sequence[str], captions: str, workers: int = 0, refresh: bool = False
 ) -> TarIndex:
-    """The index of some tars, made first where there is none that fits; by one process where several ask at once.
+    """Opens the index of some tars, and builds it first if it is missing or stale.
 
     Raises:
-      UserError: as `build` does.
+      UserError: as `build_index`.
     """
-    made = folder / "sets" / digest_of(paths, captions)
+    set_folder = folder / "sets" / shard_set_digest(paths, captions)
     try:
-        if not refresh and not stale(made, storage, paths):
-            return TarIndex(made)
+        if not refresh and not is_stale(set_folder, storage, paths):
+            return TarIndex(set_folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock", lambda: _log.info("another process indexes into %s: waiting for it", folder)):
-            if refresh or stale(made, storage, paths):  # another process may have made it meanwhile
+        # One process builds while the others wait: several builders would read all tars several times.
+        with hold_file_lock(
+            folder / "lock", lambda: _log.info("another process indexes into %s: waiting for it", folder)
+        ):
+            # Checked again, because another process may have built the index meanwhile.
+            if refresh or is_stale(set_folder, storage, paths):
                 _log.info("indexing %d tars into %s", len(paths), folder)
-                made = build(folder, storage, paths, captions=captions, workers=workers)
-            return TarIndex(made)
+                set_folder = build_index(folder, storage, paths, captions=captions, workers=workers)
+            return TarIndex(set_folder)
     except OSError as e:
         raise UserError(f"the index {folder} cannot be written: {e.strerror or e}; choose config.data.index") from None
 
 
-def stale(folder: Path, storage: Storage, paths: Sequence[str]) -> bool:
-    """Whether a set must be indexed: there is none, or local tars changed since. Tars in buckets are not asked, but compared
-    with the index when they are read."""
+def is_stale(folder: Path, storage: Storage, paths: Sequence[str]) -> bool:
+    """Returns whether a set must be indexed: it is missing or damaged, or local tars changed."""
+    # Stamps of tars in buckets cost a request each. Those tars are compared with the index when they are read.
     try:
         index = TarIndex(folder)
         return len(index.stamps) != len(paths) or any(
-            is_local(p) and storage.stamp(p) != tuple(s) for p, s in zip(paths, index.stamps.tolist(), strict=True)
+            is_local(p) and storage.version_stamp(p) != tuple(s)
+            for p, s in zip(paths, index.stamps.tolist(), strict=True)
         )
     except (UserError, OSError):
         return True

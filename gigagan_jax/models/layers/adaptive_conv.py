@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gigagan_jax.models.layers.equalized import Linear, conv, leaky_relu, param, value
+from gigagan_jax.models.layers.equalized import Linear, conv, declare_parameter, leaky_relu, materialize
 from gigagan_jax.models.layers.resample import upsample
-from gigagan_jax.parallel.sharding import gather
+from gigagan_jax.parallel.sharding import gather_parameter
 
 
 def demodulation(
@@ -44,6 +44,7 @@ def demodulation(
     Returns:
       [N, out]
     """
+    # Float32: the norm is a sum over k^2 x in products, and its inverse scales the whole output.
     bank, style, mix = (v.astype(jnp.float32) for v in (bank, style, mix))
     n, c_out = bank.shape[0], bank.shape[-1]
     squares = jnp.square(style)
@@ -51,9 +52,10 @@ def demodulation(
     # Pairs of filters by their distance in the bank. The Gram matrices are elementwise products summed over the kernel: as
     # one einsum over all pairs the compiler makes them matrix products of size N x N (on a v5p, estimated, 100 times slower).
     for d in range(n // 2 + 1):
-        gram = gather(jnp.sum(bank * jnp.roll(bank, -d, axis=0), axis=(1, 2)), (axes[0], *axes[3:]))
+        gram = gather_parameter(jnp.sum(bank * jnp.roll(bank, -d, axis=0), axis=(1, 2)), (axes[0], *axes[3:]))
         times = 1.0 if d == 0 or 2 * d == n else 2.0  # a pair met in one order only counts for both
         pair = times * mix * jnp.roll(mix, -d, axis=1)
+        # The energy is sum_nm a_n a_m sum_i s_i^2 G_nm[i, o]: linear in the squared style for each pair.
         weights = pair[:, :, None] * squares[:, None, :]
         energy += jnp.einsum("bni,nio->bo", weights, gram, precision=jax.lax.Precision.HIGHEST)
     return jax.lax.rsqrt(energy + eps)
@@ -74,19 +76,24 @@ def mixed_conv(x: jax.Array, bank: jax.Array, mix: jax.Array, form: str = "auto"
     count, k, _, c_in, c_out = bank.shape
     mix = mix.astype(x.dtype)
     if form == "auto":
+        # By measurements on a CPU (docs/performance.md, "Adaptive convolution").
         form = "bank" if count <= 2 else "shift"
     if count == 1:
+        # A bank of one has no choice to make; the weight is 1, or a mixture's remainder in tests.
         return conv(x, bank[0]) * mix[:, :, None, None]
     n, h, w, _ = x.shape
     if form == "bank":
+        # Copies of the input, each weighted for its filter, make one dense convolution of N times the channels.
         stacked = (x[:, :, :, None, :] * mix[:, None, None, :, None]).reshape(n, h, w, count * c_in)
         return conv(stacked, bank.transpose(1, 2, 0, 3, 4).reshape(k, k, count * c_in, c_out))
+    # One kernel a sample: what the next three forms apply.
     kernels = jnp.einsum("bn,nhwio->bhwio", mix, bank)
     if k == 1:
         return jnp.einsum("bhwi,bio->bhwo", x, kernels[:, 0, 0])
     if form == "vmap":
         return jax.vmap(lambda xi, ki: conv(xi[None], ki)[0])(x, kernels)
     pad = (k - 1) // 2
+    # 'Same' padding by hand: the shifts below slice it.
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     patches = [padded[:, i : i + h, j : j + w] for i in range(k) for j in range(k)]
     if form == "im2col":
@@ -94,6 +101,7 @@ def mixed_conv(x: jax.Array, bank: jax.Array, mix: jax.Array, form: str = "auto"
         return (unfolded @ kernels.reshape(n, k * k * c_in, c_out)).reshape(n, h, w, c_out)
     if form == "shift":
         kernels = kernels.reshape(n, k * k, c_in, c_out)
+        # k^2 batched products that accumulate: no copy of the input k^2 times as large is made.
         out = sum(p.reshape(n, h * w, c_in) @ kernels[:, i] for i, p in enumerate(patches))
         return jnp.asarray(out).reshape(n, h, w, c_out)
     raise ValueError(f"unknown form {form!r}")
@@ -135,9 +143,12 @@ class AdaptiveConv(nnx.Module):
         self.up, self.demodulate, self.activation, self.form, self.dtype = up, demodulate, activation, form, dtype
         self.scale = gain / math.sqrt(kernel * kernel * in_channels)
         axes = ("bank", "kernel", "kernel", "conv_in", out_axis)
-        self.filters = param(rngs, (bank, kernel, kernel, in_channels, out_channels), axes, std=1.0)
-        self.bias = param(rngs, (out_channels,), (out_axis,))
+        self.filters = declare_parameter(rngs, (bank, kernel, kernel, in_channels, out_channels), axes, std=1.0)
+        # Added after demodulation, so that its size does not depend on the style.
+        self.bias = declare_parameter(rngs, (out_channels,), (out_axis,))
+        # A style starts around one: the first images depend on the filters, not on w.
         self.style = Linear(w_dim, in_channels, axes=("style", None), bias=1.0, rngs=rngs)
+        # No bias towards any filter: the softmax starts near even.
         self.select = Linear(w_dim, bank, axes=("style", None), rngs=rngs) if bank > 1 else None
 
     def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -148,14 +159,17 @@ class AdaptiveConv(nnx.Module):
         else:
             mix = jax.nn.softmax(self.select(w.astype(jnp.float32)), axis=-1)
         axes = self.filters.get_metadata()["logical_axes"][-5:]
+        # In float32: demodulation needs the exact filters, the convolution a cast and gathered copy.
         filters = self.filters[...] * self.scale
+        # Scaling the input instead of the kernel: the same product, and no kernel a sample.
         x = x.astype(self.dtype) * style[:, None, None, :].astype(self.dtype)
         if self.up:
             x = upsample(x)
-        y = mixed_conv(x, gather(filters.astype(self.dtype), axes), mix, self.form)
+        y = mixed_conv(x, gather_parameter(filters.astype(self.dtype), axes), mix, self.form)
         if self.demodulate:
+            # On the output, for the same reason.
             y *= demodulation(filters, style, mix, axes=axes)[:, None, None, :].astype(self.dtype)
-        y += value(self.bias, self.dtype)
+        y += materialize(self.bias, self.dtype)
         return leaky_relu(y) if self.activation else y
 
 

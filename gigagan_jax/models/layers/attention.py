@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.config import AttentionConfig
-from gigagan_jax.models.layers.equalized import Linear, RmsNorm, leaky_relu
+from gigagan_jax.models.layers.equalized import Linear, RmsNorm, leaky_relu, mark_as_attention
 
 
 def attend(
@@ -36,16 +36,22 @@ def attend(
       [N, T, heads, d]
     """
     d = q.shape[-1]
+    # Float32 sums: softmax takes differences of logits, which bfloat16 rounds to steps of 1/2 near 100.
     logits = jnp.einsum("nthd,nshd->nhts", q, k, preferred_element_type=jnp.float32)
     if kind == "dot":
         logits *= 1.0 / math.sqrt(d)
     else:
+        # |k|^2 alone: |q|^2 is the same for all keys of a query, and softmax ignores it.
         squared = jnp.sum(jnp.square(k.astype(jnp.float32)), axis=-1).swapaxes(1, 2)[:, :, None, :]
+        # 8 d is the variance of |q - k|^2 for standard normal q and k of d dimensions.
         logits = (2.0 * logits - squared) * (1.0 / math.sqrt(8.0 * d))
     if mask is not None:
+        # -1e30 and not -inf: a row without any key gives a mean instead of NaN.
         logits = jnp.where(mask[:, None, None, :], logits, -1e30)
     if mask_self:
+        # With tied query and key a token is nearest to itself: its weight would hide the others'.
         logits = jnp.where(jnp.eye(q.shape[1], k.shape[1], dtype=bool), -1e30, logits)
+    # Back to the computation's type only after the softmax.
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("nhts,nshd->nthd", weights, v)
 
@@ -83,15 +89,18 @@ class SelfAttention(nnx.Module):
         inner = config.heads * self.head_dim
         self.norm = _Norm(features, config.norm, dtype=dtype, rngs=rngs)
         self.to_query = Linear(features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
+        # One projection for query and key: the squared distance is Lipschitz only then (Kim et al., 2021).
         tied = config.kind == "l2"
         self.to_key = (
             None if tied else Linear(features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
         )
+        # Values keep a projection of their own; only the logits need the tie.
         self.to_value = Linear(features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
         self.out = Linear(inner, features, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
         self.to_extra = (
             Linear(extra_features, features, axes=("style", None), dtype=dtype, rngs=rngs) if extra_features else None
         )
+        mark_as_attention(self)
 
     def __call__(self, x: jax.Array, extra: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
         """x [N, T, C], extra [N, E], mask [N, T] -> [N, T, C] (without the residual)"""
@@ -100,9 +109,11 @@ class SelfAttention(nnx.Module):
         if self.to_extra is not None:
             if extra is None or mask is not None:
                 raise ValueError("the extra token is missing, or given together with a mask")
+            # w is a key and a value, never a query: it is looked at, and has no output.
             tokens = jnp.concatenate([h, self.to_extra(extra)[:, None]], axis=1)
         split = lambda y: y.reshape(*y.shape[:2], self.config.heads, self.head_dim)
         key = split((self.to_query if self.to_key is None else self.to_key)(tokens))
+        # The tied projection was computed for all tokens; queries are those of the feature map.
         query = key[:, : h.shape[1]] if self.to_key is None else split(self.to_query(h))
         c = self.config
         y = attend(query, key, split(self.to_value(tokens)), kind=c.kind, mask=mask, mask_self=c.mask_self)
@@ -128,10 +139,12 @@ class CrossAttention(nnx.Module):
         self.to_key = Linear(context_features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
         self.to_value = Linear(context_features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
         self.out = Linear(inner, features, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        mark_as_attention(self)
 
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
         """x [N, T, C], context [N, S, D], mask [N, S] -> [N, T, C] (without the residual)"""
         split = lambda y: y.reshape(*y.shape[:2], self.heads, self.head_dim)
+        # Text features and feature maps differ in size: each has a norm of its own.
         context = self.context_norm(context)
         y = attend(
             split(self.to_query(self.norm(x))),
@@ -148,6 +161,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, features: int, ratio: float, norm: str, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         hidden = round(features * ratio)
+        # Before the branch: the residual stream itself stays unnormalised.
         self.norm = _Norm(features, norm, dtype=dtype, rngs=rngs)
         self.up = Linear(features, hidden, axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, features, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)

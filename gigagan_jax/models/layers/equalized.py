@@ -14,29 +14,40 @@ from flax import nnx
 
 from gigagan_jax.models.layers.resample import blur, downsample
 from gigagan_jax.models.layers.scan import scan
-from gigagan_jax.parallel.sharding import gather
+from gigagan_jax.parallel.sharding import gather_parameter
 
 SQRT2 = math.sqrt(2.0)
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def param(
+def declare_parameter(
     rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], *, std: float = 0.0, mean: float = 0.0
 ) -> nnx.Param:
     """float32 parameter drawn from N(mean, std^2); `axes` names its dimensions."""
     if len(axes) != len(shape):
         raise ValueError(f"{len(axes)} axis names for shape {tuple(shape)}")
-    value = jnp.full(shape, mean, jnp.float32)
+    # The value is only drawn where a module is built outside of `Network`, which draws by name instead.
+    initial = jnp.full(shape, mean, jnp.float32)
     if std:
-        value += std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, logical_axes=tuple(axes), init_mean=mean, init_std=std)
+        initial += std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(initial, logical_axes=tuple(axes), init_mean=mean, init_std=std, attention=False)
 
 
-def value(variable: Any, dtype: Any, scale: float = 1.0) -> jax.Array:
-    """A parameter times `scale`, in the precision of the computation and then gathered (see sharding.gather)."""
+def mark_as_attention(module: nnx.Module) -> None:
+    """Marks all parameters of a module as those of an attention layer, which have a weight decay of their own (A2)."""
+    for _, variable in nnx.iter_graph(module):
+        if isinstance(variable, nnx.Param):
+            variable.set_metadata("attention", True)
+
+
+def materialize(variable: Any, dtype: Any, scale: float = 1.0) -> jax.Array:
+    """A parameter times `scale`, in the precision of the computation and then gathered (see sharding.gather_parameter)."""
+    # Cast before the gather: bfloat16 halves what devices send each other.
     x = variable[...]
-    names = variable.get_metadata()["logical_axes"][-x.ndim :] if x.ndim else ()  # within a Stack without "layers"
-    return gather((x if scale == 1.0 else x * scale).astype(dtype), names)
+    names = (
+        variable.get_metadata()["logical_axes"][-x.ndim :] if x.ndim else ()
+    )  # within ScannedLayers without "layers"
+    return gather_parameter((x if scale == 1.0 else x * scale).astype(dtype), names)
 
 
 def leaky_relu(x: jax.Array) -> jax.Array:
@@ -47,6 +58,7 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 
 def normalize(x: jax.Array, axis: int = -1, eps: float = 1e-8) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) along `axis`, in float32."""
+    # Squares of bfloat16 have 8 bits: a mean over hundreds of channels would be off by percents.
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axis, keepdims=True) + eps)
 
@@ -73,15 +85,17 @@ class Linear(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        # lr_mul divides the drawn values and multiplies the used ones: the output is the same, an update is lr_mul
+        # times smaller.
         self.scale, self.lr_mul, self.dtype = lr_mul / math.sqrt(in_features), lr_mul, dtype
-        self.weight = param(rngs, (in_features, out_features), axes, std=1.0 / lr_mul)
-        self.bias = None if bias is None else param(rngs, (out_features,), (axes[1],), mean=bias / lr_mul)
+        self.weight = declare_parameter(rngs, (in_features, out_features), axes, std=1.0 / lr_mul)
+        self.bias = None if bias is None else declare_parameter(rngs, (out_features,), (axes[1],), mean=bias / lr_mul)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]"""
-        y = x.astype(self.dtype) @ value(self.weight, self.dtype, self.scale)
+        y = x.astype(self.dtype) @ materialize(self.weight, self.dtype, self.scale)
         if self.bias is not None:
-            y += value(self.bias, self.dtype, self.lr_mul)
+            y += materialize(self.bias, self.dtype, self.lr_mul)
         return y
 
 
@@ -107,25 +121,31 @@ class Conv(nnx.Module):
     ):
         self.kernel, self.down, self.dtype = kernel, down, dtype
         self.scale = 1.0 / math.sqrt(kernel * kernel * in_channels)
-        self.weight = param(rngs, (kernel, kernel, in_channels, out_channels), ("kernel", "kernel", *axes), std=1.0)
-        self.bias = param(rngs, (out_channels,), (axes[1],)) if bias else None
+        self.weight = declare_parameter(
+            rngs, (kernel, kernel, in_channels, out_channels), ("kernel", "kernel", *axes), std=1.0
+        )
+        self.bias = declare_parameter(rngs, (out_channels,), (axes[1],)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, in] -> [N, H, W, out], half the sides when `down`"""
-        w = value(self.weight, self.dtype, self.scale)
+        w = materialize(self.weight, self.dtype, self.scale)
         x = x.astype(self.dtype)
         if not self.down:
             y = conv(x, w)
         elif self.kernel == 1:
+            # A 1x1 convolution commutes with downsampling: afterwards it costs a quarter.
             y = conv(downsample(x), w)
         else:
+            # Filter and stride in one: the blur leaves one pixel more on each side, so that no padding is needed
+            # here.
             y = jax.lax.conv_general_dilated(blur(x), w, (2, 2), "VALID", dimension_numbers=LAYOUT)
-        return y if self.bias is None else y + value(self.bias, self.dtype)
+        return y if self.bias is None else y + materialize(self.bias, self.dtype)
 
 
 def conv(x: jax.Array, w: jax.Array) -> jax.Array:
     """[N, H, W, in] * [k, k, in, out], 'same' zero padding; a 1 x 1 kernel is a matrix product."""
     return (
+        # A matrix product is compiled faster than a 1x1 convolution, and partitioned better.
         x @ w[0, 0] if w.shape[0] == 1 else jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT)
     )
 
@@ -135,13 +155,13 @@ class RmsNorm(nnx.Module):
 
     def __init__(self, features: int, *, axis: str = "channels", dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.gain = param(rngs, (features,), (axis,), mean=1.0)
+        self.gain = declare_parameter(rngs, (features,), (axis,), mean=1.0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (normalize(x, eps=1e-6) * value(self.gain, jnp.float32)).astype(self.dtype)
+        return (normalize(x, eps=1e-6) * materialize(self.gain, jnp.float32)).astype(self.dtype)
 
 
-class Stack(nnx.Module):
+class ScannedLayers(nnx.Module):
     """`count` modules of one shape with their parameters stacked on a leading axis "layers" and applied by `scan`.
 
     On TPUs and GPUs compiled once instead of `count` times; each parameter keeps its own value and gradient.
@@ -153,13 +173,16 @@ class Stack(nnx.Module):
 
     def __init__(self, make: Callable[[], nnx.Module], count: int, *, remat: bool = False, rngs: nnx.Rngs):
         self.count, self.remat = count, remat
+        # One layer is built as a pattern; its parameters are then declared `count` times on a leading axis.
         self.layer = make()
 
         def stack(variable: Any) -> Any:
             m = variable.get_metadata()
-            return param(
-                rngs, (count, *variable.shape), ("layers", *m["logical_axes"]), std=m["init_std"], mean=m["init_mean"]
-            )
+            axes = ("layers", *m["logical_axes"])
+            stacked = declare_parameter(rngs, (count, *variable.shape), axes, std=m["init_std"], mean=m["init_mean"])
+            # `param` knows nothing of attention layers: the mark is carried over from the pattern.
+            stacked.set_metadata("attention", m["attention"])
+            return stacked
 
         is_variable = lambda v: isinstance(v, nnx.Variable)
         graph, state = nnx.split(self.layer)
@@ -167,16 +190,20 @@ class Stack(nnx.Module):
 
     def __call__(self, x: Any, *args: Any) -> Any:
         """x -> layer_count(... layer_1(x, *args) ..., *args)"""
+        # The graph is the same for all layers: what changes from trip to trip are the parameters.
         graph, params = nnx.split(self.layer)
         body = lambda p, h, *a: nnx.merge(graph, p)(h, *a)
         if self.remat:
+            # Inside the scan: one layer's activations exist at a time in the backward pass.
             body = jax.checkpoint(body)
         return scan(lambda h, p: (body(p, h, *args), None), x, nnx.to_pure_dict(params), self.count)[0]
 
 
-def run(block: nnx.Module, remat: bool, x: Any, *args: Any) -> Any:
+def call_with_remat(block: nnx.Module, remat: bool, x: Any, *args: Any) -> Any:
     """block(x, *args), recomputed in the backward pass when `remat`."""
     if not remat:
+        # nnx.Module declares no __call__.
         return block(x, *args)  # type: ignore[operator]
+    # jax.checkpoint takes functions of arrays: the module goes in as its parameters and is rebuilt inside.
     graph, params = nnx.split(block)
     return jax.checkpoint(lambda p, h, *a: nnx.merge(graph, p)(h, *a))(nnx.to_pure_dict(params), x, *args)

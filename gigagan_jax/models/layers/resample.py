@@ -1,7 +1,7 @@
 """Resampling by two: the [1, 3, 3, 1] filter of StyleGAN2, and area averaging for the pyramid of a real image.
 
-Each axis is a product with a small constant matrix. That is a matrix-unit operation on an accelerator, a handful of
-operations to trace and compile, and its own transpose in the backward pass; up to 64 px it costs a few percent of the
+Each axis is a product with a small constant matrix. It runs on the matrix units, traces and compiles to few
+operations, and its backward pass is the product with the transpose. Up to 64 px it costs a few percent of the
 convolution beside it.
 """
 
@@ -13,57 +13,60 @@ import numpy as np
 
 
 @functools.cache
-def _matrix(kind: str, n: int) -> np.ndarray:
+def _filter_matrix(kind: str, n: int) -> np.ndarray:
     """[out, n] weights of the filter along one axis of n samples, zeros outside."""
     taps = np.array([1.0, 3.0, 3.0, 1.0], np.float32) / 8
-    out, stride, gain = {"up": (2 * n, 1, 2.0), "down": (n // 2, 2, 1.0), "blur": (n + 1, 1, 1.0)}[kind]
-    m = np.zeros((out, n), np.float32)
-    for o in range(out):
+    # Upsampling doubles the gain on each axis, because every other sample is zero.
+    length, stride, gain = {"up": (2 * n, 1, 2.0), "down": (n // 2, 2, 1.0), "blur": (n + 1, 1, 1.0)}[kind]
+    m = np.zeros((length, n), np.float32)
+    for o in range(length):
         for k, tap in enumerate(taps):
             if kind == "up":
-                # Zeros between the samples: only every other tap meets one.
+                # Zeros lie between the samples, so only every other tap reads a sample.
                 i, rest = divmod(o + k - 2, 2)
                 if rest:
                     continue
             else:
+                # One zero of padding before the samples, or two for a blur that widens the map by one.
                 i = o * stride + k - (1 if kind == "down" else 2)
             if 0 <= i < n:
                 m[o, i] += gain * tap
     return m
 
 
-def _apply(x: jax.Array, kind: str) -> jax.Array:
+def _apply_filter(x: jax.Array, kind: str) -> jax.Array:
     """The filter along both axes of [..., H, W, C]."""
     *lead, h, w, c = x.shape
     x = x.reshape(-1, h, w, c)
+    # A TPU multiplies float32 in bfloat16 by default; in bfloat16 the taps n / 8 are exact anyway.
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    x = jnp.einsum("oh,nhwc->nowc", jnp.asarray(_matrix(kind, h), x.dtype), x, precision=exact)
-    x = jnp.einsum("ow,nhwc->nhoc", jnp.asarray(_matrix(kind, w), x.dtype), x, precision=exact)
+    x = jnp.einsum("oh,nhwc->nowc", jnp.asarray(_filter_matrix(kind, h), x.dtype), x, precision=exact)
+    x = jnp.einsum("ow,nhwc->nhoc", jnp.asarray(_filter_matrix(kind, w), x.dtype), x, precision=exact)
     return x.reshape(*lead, *x.shape[1:])
 
 
 def upsample(x: jax.Array) -> jax.Array:
     """[..., H, W, C] -> [..., 2H, 2W, C], filter [1, 3, 3, 1] x [1, 3, 3, 1] / 16, zeros outside."""
-    return _apply(x, "up")
+    return _apply_filter(x, "up")
 
 
 def downsample(x: jax.Array) -> jax.Array:
     """[..., H, W, C] -> [..., H/2, W/2, C], filter [1, 3, 3, 1] x [1, 3, 3, 1] / 64, zeros outside."""
-    return _apply(x, "down")
+    return _apply_filter(x, "down")
 
 
 def blur(x: jax.Array) -> jax.Array:
     """[..., H, W, C] -> [..., H + 1, W + 1, C], filter [1, 3, 3, 1] x [1, 3, 3, 1] / 64.
 
-    For a 3 x 3 convolution of stride two without padding.
+    The extra row and column serve a 3 x 3 convolution of stride two without padding.
     """
-    return _apply(x, "blur")
+    return _apply_filter(x, "blur")
 
 
-def pyramid(x: jax.Array, levels: int) -> list[jax.Array]:
-    """[N, R, R, C] -> [x_0 .. x_(levels - 1)], each half the side of the one before, by area averaging."""
-    out = [x]
+def image_pyramid(x: jax.Array, levels: int) -> list[jax.Array]:
+    """[N, R, R, C] -> [x_0 .. x_(levels - 1)], by area averaging; each has half the side of the previous one."""
+    images = [x]
     for _ in range(levels - 1):
-        n, h, w, c = out[-1].shape
-        out.append(out[-1].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4)))
-    return out
+        n, h, w, c = images[-1].shape
+        images.append(images[-1].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4)))
+    return images

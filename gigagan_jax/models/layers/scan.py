@@ -28,8 +28,9 @@ def scan(body: Body, carry: Any, stacked: Any, count: int) -> tuple[Any, Any]:
     Returns:
       (last carry, outputs stacked on a leading axis of `count`)
     """
-    if count > 1 and sharding.platform() != "cpu":
+    if count > 1 and sharding.mesh_platform() != "cpu":
         return jax.lax.scan(body, carry, stacked, length=count)
+    # Straight-line code: XLA's CPU compiler has its fast convolutions in the entry computation only.
     leaves, structure = jax.tree.flatten(stacked)
     # A split's gradient is one concatenation; that of `count` slices would be as many padded copies of the whole.
     parts = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
@@ -37,4 +38,5 @@ def scan(body: Body, carry: Any, stacked: Any, count: int) -> tuple[Any, Any]:
     for i in range(count):
         carry, out = body(carry, jax.tree.unflatten(structure, [jnp.squeeze(part[i], 0) for part in parts]))
         outputs.append(out)
+    # Outputs of None are no leaves: nothing is stacked where the body returns none.
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)

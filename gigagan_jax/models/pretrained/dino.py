@@ -1,7 +1,7 @@
 """DINO (Caron et al., 2021): self-supervised vision transformers, in the layout of transformers' ViTModel.
 
-StyleGAN-T (Sauer et al., 2023) puts its discriminator on the ViT-S/16. Proved equal to transformers' torch class in
-tests/models/pretrained/test_dino.py.
+StyleGAN-T (Sauer et al., 2023) puts its discriminator on the ViT-S/16. Equal to the torch class of transformers,
+by tests/models/pretrained/test_dino.py.
 """
 
 from collections.abc import Collection, Sequence
@@ -26,20 +26,20 @@ from gigagan_jax.models.pretrained.vit import (
 )
 from gigagan_jax.models.pretrained.weights import Row
 
-# What a config.json leaves out.
+# Defaults of transformers' ViTConfig, for fields that a config.json leaves out.
 _DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "patch_size": 16}
 
 
-def _known(width: int, heads: int, patch: int) -> VisionConfig:
+def _known_config(width: int, heads: int, patch: int) -> VisionConfig:
     return VisionConfig(width, 4 * width, 12, heads, **_DEFAULTS | {"patch_size": patch})  # type: ignore[arg-type]
 
 
-# Architectures by hub id, so that a run can be planned where the weights are not.
+# Architectures by hub id, so that a run can be planned without its weights.
 KNOWN = {
-    "facebook/dino-vits16": _known(384, 6, 16),
-    "facebook/dino-vits8": _known(384, 6, 8),
-    "facebook/dino-vitb16": _known(768, 12, 16),
-    "facebook/dino-vitb8": _known(768, 12, 8),
+    "facebook/dino-vits16": _known_config(384, 6, 16),
+    "facebook/dino-vits8": _known_config(384, 6, 8),
+    "facebook/dino-vitb16": _known_config(768, 12, 16),
+    "facebook/dino-vitb8": _known_config(768, 12, 8),
 }
 
 
@@ -47,12 +47,13 @@ def read_config(folder: Path) -> VisionConfig:
     """The architecture in a folder's config.json.
 
     Raises:
-      UserError: another kind of network, or sizes that make none.
+      UserError: the network is of another kind, or its sizes are invalid.
     """
     file = folder / CONFIG
     values = read_json(file)
     if values.get("model_type") != "vit":
         raise UserError(f"{file}: model_type={values.get('model_type')!r} is no DINO (vit); give the folder of one")
+    # These fields change the network without changing a size that the key table would notice.
     for name, only in (("qkv_bias", True), ("num_channels", 3)):
         if values.get(name, only) != only:
             raise UserError(f"{file}: {name}={values[name]!r}: a DINO has {name}={only}; is it another network?")
@@ -60,10 +61,10 @@ def read_config(folder: Path) -> VisionConfig:
 
 
 class DinoOutput(NamedTuple):
-    """What the tower says; token 0 is the class token.
+    """Outputs of the tower; token 0 is the class token.
 
-    hidden: [N, 1 + patches, D] after each asked-for number of blocks (0: what the first block sees)
-    last: [N, 1 + patches, D] after all blocks and the final norm; None unless asked for
+    hidden: [N, 1 + patches, D] after each number of blocks in `taps` (0: the input of the first block)
+    last: [N, 1 + patches, D] after all blocks and the final norm; None without `pool`
     """
 
     hidden: list[jax.Array]
@@ -71,11 +72,11 @@ class DinoOutput(NamedTuple):
 
 
 class Dino(nnx.Module):
-    """The tower.
+    """The vision transformer.
 
     Args:
       config: sizes.
-      dtype: of the computation.
+      dtype: precision of the computation.
       remat: recompute each block in the backward pass.
     """
 
@@ -89,22 +90,23 @@ class Dino(nnx.Module):
         self.norm = LayerNorm(c.hidden_size, c.layer_norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, taps: Sequence[int] = (), pool: bool = True) -> DinoOutput:
-        """images [N, R, R, 3], normalised as `preprocess` does -> DinoOutput; `taps` are numbers of blocks, `pool` runs all"""
+        """images [N, R, R, 3] from `preprocess` -> DinoOutput; `taps` are numbers of blocks, `pool` runs all blocks"""
         c = self.config
-        asked = (*taps, c.num_hidden_layers) if pool else tuple(taps)
-        hidden = self.encoder(self.embedding(images), None, taps=asked)
+        # Without `pool`, blocks after the last tap do not run.
+        all_taps = (*taps, c.num_hidden_layers) if pool else tuple(taps)
+        hidden = self.encoder(self.embedding(images), None, taps=all_taps)
         return DinoOutput(hidden, self.norm(hidden.pop()) if pool else None)
 
 
 def preprocess(images: jax.Array, size: int) -> jax.Array:
-    """float [N, R, R, 3] in [-1, 1] -> float32 [N, size, size, 3], as a DINO expects them; see vit.preprocess"""
+    """float [N, R, R, 3] in [-1, 1] -> float32 [N, size, size, 3], normalised as for DINO; see vit.preprocess"""
     return vit.preprocess(images, size, vit.IMAGENET)
 
 
 # ---------------------------------------------------------------- the key table
 
-# Parameters of a block as files name them, and as transformers 5 does in memory (and in files where it is told to).
-_FILE = {
+# Names of a block's parameters. Files use the first; transformers 5 uses the second in memory, and in files on request.
+_FILE_KEYS = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attention/query": "attention.attention.query",
@@ -114,7 +116,7 @@ _FILE = {
     "up": "intermediate.dense",
     "down": "output.dense",
 }
-_INSIDE = {
+_MEMORY_KEYS = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attention/query": "attention.q_proj",
@@ -124,21 +126,25 @@ _INSIDE = {
     "up": "mlp.fc1",
     "down": "mlp.fc2",
 }
+# Models with a classification head put this before the names of the tower.
 _PREFIX = "vit."
 
 
-def rows(keys: Collection[str], config: VisionConfig) -> list[Row]:
-    """The tower's table.
+def dino_rows(keys: Collection[str], config: VisionConfig) -> list[Row]:
+    """Key table of the tower.
 
     Args:
-      keys: of all tensors in the file: names differ between writers, and models with a head put "vit." before them.
+      keys: names of all tensors in the file; they differ between writers.
       config: sizes; the names do not depend on them.
     """
+    # The names of the file decide, since nothing in config.json tells the writers apart.
     prefix = _PREFIX if any(k.startswith(_PREFIX) for k in keys) else ""
+    # Only the names of transformers 5 begin with "layers.".
     inside = any(k.startswith(f"{prefix}layers.") for k in keys)
-    blocks, names = ("layers", _INSIDE) if inside else ("encoder.layer", _FILE)
+    blocks, names = ("layers", _MEMORY_KEYS) if inside else ("encoder.layer", _FILE_KEYS)
     embeddings = f"{prefix}embeddings"
     return [
+        # Files hold the class token as [1, 1, C] and the positions as [1, 1 + patches, C].
         Row("embedding/class_token", f"{embeddings}.cls_token", lambda x: x.reshape(-1)),
         Row("embedding/position", f"{embeddings}.position_embeddings", lambda x: x.reshape(x.shape[-2:])),
         Row("embedding/patch/weight", f"{embeddings}.patch_embeddings.projection.weight", patch_matrix),
@@ -148,6 +154,6 @@ def rows(keys: Collection[str], config: VisionConfig) -> list[Row]:
     ]
 
 
-def ignored(key: str) -> bool:
-    """The pooler, which DINO was not trained with: transformers adds it, drawn at random, where nobody asks it not to."""
+def is_ignored(key: str) -> bool:
+    """Whether a tensor is of the pooler: transformers adds it with random weights, and DINO was trained without it."""
     return key.removeprefix(_PREFIX).startswith("pooler.")

@@ -1,9 +1,9 @@
-"""The frozen networks that a config asks for: which, what they look like, how they are loaded, and what they are asked.
+"""The frozen networks of a config: their selection, sizes, loading and evaluation.
 
-Roles: `text` is E_txt before T; `clip_text` and `clip_image` are the CLIP of the contrastive loss; `vision_aided` is the
-image tower under the vision-aided discriminator. Where two roles are the same tower of the same weights it exists once.
-Their parameters are an argument of every function that uses them: sharded, in the computation's precision, never
-donated, never in a checkpoint. A checkpoint holds their identities instead.
+Roles: `text` is E_txt before T. `clip_text` and `clip_image` are the CLIP of the contrastive loss. `vision_aided` is
+the image tower under the vision-aided discriminator. Two roles with the same tower and weights share one copy.
+Functions take the parameters as an argument. Parameters are sharded, in the precision of the computation, never
+donated and never in a checkpoint. A checkpoint holds their identities instead.
 """
 
 import dataclasses
@@ -16,27 +16,32 @@ import jax.numpy as jnp
 
 from gigagan_jax.config import Config, TextConfig
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.models.network import Module, Params, is_spec
+from gigagan_jax.models.network import Network, Params, is_spec
 from gigagan_jax.models.pretrained import clip, dino, hub, t5
-from gigagan_jax.models.pretrained import weights as weights_module
-from gigagan_jax.models.pretrained.text_encoder import NEEDS, WITHOUT_CLIP, architecture, check_architecture, text_spec
-from gigagan_jax.models.pretrained.weights import Row, Weights
+from gigagan_jax.models.pretrained.text_encoder import (
+    REQUIREMENTS,
+    WITHOUT_CLIP,
+    check_architecture,
+    read_architecture,
+    text_spec,
+)
+from gigagan_jax.models.pretrained.weights import Row, Weights, load_params
 from gigagan_jax.models.vision_aided import RandomProjection
 
 
 def clip_width(config: Config) -> int:
-    """Width P of the space in which the contrastive loss compares."""
-    return architecture("clip", config.clip_path, NEEDS["clip_text"]).projection_dim
+    """Width P of the shared space of the contrastive loss."""
+    return read_architecture("clip", config.clip_path, REQUIREMENTS["clip_text"]).projection_dim
 
 
 def clip_length(config: Config) -> int:
-    """Tokens a row of the CLIP of the contrastive loss."""
-    sizes = architecture("clip", config.clip_path, NEEDS["clip_text"]).text
+    """Tokens in a row for the CLIP of the contrastive loss."""
+    sizes = read_architecture("clip", config.clip_path, REQUIREMENTS["clip_text"]).text
     return sizes.max_position_embeddings if sizes is not None else 0
 
 
 def own_clip_tokens(config: Config) -> bool:
-    """Does the contrastive loss need tokens of its own (E_txt is not a CLIP)?"""
+    """Whether the contrastive loss needs tokens of its own, because E_txt is no CLIP."""
     return config.uses_clip_loss and config.text.encoder != "clip"
 
 
@@ -48,35 +53,42 @@ class Tower:
     """One frozen network."""
 
     role: str
-    kind: str  # clip_text, clip_vision, t5 or dino
+    # clip_text, clip_vision, t5 or dino
+    kind: str
     path: str
     sizes: Any
-    module: Module
+    module: Network
 
 
-def _tower(role: str, kind: str, path: str, config: Config) -> Tower:
+def _make_tower(role: str, kind: str, path: str, config: Config) -> Tower:
     family = kind.partition("_")[0]
-    sizes = architecture(family, path, NEEDS[role])
+    sizes = read_architecture(family, path, REQUIREMENTS[role])
     dtype = jnp.dtype(config.dtype)
     options: dict[str, Any] = {"dtype": dtype, "remat": config.remat}
     if kind == "clip_text":
         if sizes.text is None:
-            raise UserError(f"{NEEDS[role].field}={path} is a CLIP without a text tower; {NEEDS[role].instead}")
+            raise UserError(
+                f"{REQUIREMENTS[role].field}={path} is a CLIP without a text tower; {REQUIREMENTS[role].instead}"
+            )
         make: Any = lambda rngs: clip.ClipText(sizes.text, sizes.projection_dim, rngs=rngs, **options)
     elif kind == "clip_vision":
         if sizes.vision is None:
-            raise UserError(f"{NEEDS[role].field}={path} is a CLIP without a vision tower; {NEEDS[role].instead}")
+            raise UserError(
+                f"{REQUIREMENTS[role].field}={path} is a CLIP without a vision tower; {REQUIREMENTS[role].instead}"
+            )
+        # The logit scale belongs to the whole CLIP: files of a vision tower alone lack it.
         full = sizes.text is not None
         make = lambda rngs: clip.ClipVision(sizes.vision, sizes.projection_dim, scaled=full, rngs=rngs, **options)
     elif kind == "t5":
         make = lambda rngs: t5.T5Encoder(sizes, rngs=rngs, **options)
     else:
         make = lambda rngs: dino.Dino(sizes, rngs=rngs, **options)
-    return Tower(role, kind, path, sizes, Module(f"{role} ({path})", make))
+    return Tower(role, kind, path, sizes, Network(f"{role} ({path})", make))
 
 
-def _table(tower: Tower, keys: set[str]) -> tuple[list[Row], Any, Any]:
-    """(key table, is a tensor part of this tower, does a tensor hold nothing learned)"""
+def _key_table(tower: Tower, keys: set[str]) -> tuple[list[Row], Any, Any]:
+    """(key table, predicate of the tower's tensors, predicate of tensors without learned values)"""
+    # A file of a whole CLIP holds both towers: tensors of the other one are neither read nor reported.
     if tower.kind == "clip_text":
         prefix = "text_model." if any(k.startswith("text_model.") for k in keys) else ""
         rows = clip.text_rows(prefix, projection=tower.sizes.projection_dim > 0)
@@ -89,49 +101,52 @@ def _table(tower: Tower, keys: set[str]) -> tuple[list[Row], Any, Any]:
         other = ("text_model.", "text_projection.")
         return rows, lambda k: not k.startswith(other), clip.is_position_number
     if tower.kind == "t5":
-        return t5.rows(keys, tower.sizes), t5.is_encoder, t5.is_copy(keys)
-    return dino.rows(keys, tower.sizes), lambda k: True, dino.ignored
+        return t5.t5_rows(keys, tower.sizes), t5.is_encoder, t5.duplicate_embedding_filter(keys)
+    return dino.dino_rows(keys, tower.sizes), lambda k: True, dino.is_ignored
 
 
-class Frozen:
+class FrozenNetworks:
     """The frozen networks of a config; holds no arrays.
 
     Args:
-      config: of the run.
-      roles: only these; None for all that a training step needs (with embeddings stored with the data, no text tower).
+      config: config of the run.
+      roles: roles to keep; None for all roles of a training step. Stored embeddings replace the text towers.
     """
 
     def __init__(self, config: Config, roles: Sequence[str] | None = None):
         self.config = config
-        self.users: dict[str, str] = {}  # role -> name of its tower
+        # {role: name of its tower}; the name is the first role with that tower.
+        self.users: dict[str, str] = {}
         self.towers: dict[str, Tower] = {}
-        wanted: dict[str, tuple[str, str]] = {}
+        towers_by_role: dict[str, tuple[str, str]] = {}
         if config.condition == "text" and config.text.encoder != "bytes":
             kind = "clip_text" if config.text.encoder == "clip" else "t5"
-            wanted["text"] = (kind, config.text.path)
+            towers_by_role["text"] = (kind, config.text.path)
         if config.uses_clip_loss:
-            wanted["clip_text"] = ("clip_text", config.clip_path)
-            wanted["clip_image"] = ("clip_vision", config.clip_path)
+            towers_by_role["clip_text"] = ("clip_text", config.clip_path)
+            towers_by_role["clip_image"] = ("clip_vision", config.clip_path)
         if config.loss.vision_aided > 0:
             kind = "clip_vision" if config.vision_aided.backbone == "clip" else "dino"
-            wanted["vision_aided"] = (kind, config.vision_path)
-        seen: dict[tuple[str, str], str] = {}
-        for role, (tower_kind, path) in wanted.items():
-            what = (tower_kind, path)
+            towers_by_role["vision_aided"] = (kind, config.vision_path)
+        first_role: dict[tuple[str, str], str] = {}
+        for role, (tower_kind, path) in towers_by_role.items():
+            identity = (tower_kind, path)
+            # Embeddings of captions that are stored with the data make the text towers unnecessary.
             stored = roles is None and bool(config.data.embeddings) and role in ("text", "clip_text")
             if stored or (roles is not None and role not in roles):
                 continue
-            if what not in seen:
-                seen[what] = role
-                self.towers[role] = _tower(role, tower_kind, path, config)
-            self.users[role] = seen[what]
+            if identity not in first_role:
+                first_role[identity] = role
+                self.towers[role] = _make_tower(role, tower_kind, path, config)
+            self.users[role] = first_role[identity]
         self.projection = None
         if "vision_aided" in self.users:
             tower = self.towers[self.users["vision_aided"]]
             self._check_layers(tower)
+            # The projection is random and fixed, so it is part of the frozen networks and is drawn from the seed.
             width, out = self.vision_width, config.vision_aided.projection
             count = len(config.vision_aided.layers)
-            self.projection = Module(
+            self.projection = Network(
                 "vision_aided_projection", lambda rngs: RandomProjection(width, out, count, rngs=rngs)
             )
         if "clip_image" in self.users:
@@ -151,6 +166,7 @@ class Frozen:
             raise UserError(f"config.clip.path={tower.path}: the contrastive loss needs a whole CLIP; {WITHOUT_CLIP}")
         if c.text.encoder == "clip":
             spec = text_spec(c.text)
+            # Both CLIPs read one row of tokens, so their ids must mean the same.
             if (spec.vocab_size, spec.end_id) != (sizes.text.vocab_size, sizes.text.eos_token_id):
                 raise UserError(
                     f"config.clip.path={tower.path} has other tokens than config.text.path={c.text.path}: "
@@ -163,36 +179,39 @@ class Frozen:
 
     def abstract(self) -> Params:
         """ShapeDtypeStructs of all parameters, by tower."""
-        one = lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(_dtype(s, self.config)))
-        return {name: jax.tree.map(one, module.specs, is_leaf=is_spec) for name, module in self._modules().items()}
+        one = lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(_param_dtype(s, self.config)))
+        return {
+            name: jax.tree.map(one, module.specs, is_leaf=is_spec) for name, module in self._networks_by_name().items()
+        }
 
     def shardings(self, mesh: Any) -> Params:
         """NamedShardings of all parameters."""
-        return {name: module.shardings(mesh, self.config.rules) for name, module in self._modules().items()}
+        return {name: module.shardings(mesh, self.config.rules) for name, module in self._networks_by_name().items()}
 
-    def _modules(self) -> dict[str, Module]:
+    def _networks_by_name(self) -> dict[str, Network]:
         modules = {name: tower.module for name, tower in self.towers.items()}
         return modules if self.projection is None else modules | {"projection": self.projection}
 
     def load(self, mesh: Any) -> tuple[Params, dict[str, str]]:
-        """Reads all parameters from their files, each born sharded.
+        """Reads all parameters from their files, each directly into its shards.
 
         Returns:
-          (parameters by tower, identity by role: SHA-256 of the weights as stored)
+          (parameters by tower, identities by role); an identity is the SHA-256 of the stored weights
 
         Raises:
-          UserError: files missing, damaged, of another architecture, or pickles.
+          UserError: files are missing, damaged, pickles, or of another architecture.
         """
         params: Params = {}
         identities = {}
         where = self.shardings(mesh)
-        dtype_of = functools.partial(_dtype, config=self.config)
+        dtype_of = functools.partial(_param_dtype, config=self.config)
         for name, tower in self.towers.items():
-            folder = hub.find(tower.path, NEEDS[tower.role])
-            check_architecture(tower.kind.partition("_")[0], tower.sizes, folder, NEEDS[tower.role])
+            folder = hub.find_folder(tower.path, REQUIREMENTS[tower.role])
+            # The plan may have used the table of known sizes; the files decide.
+            check_architecture(tower.kind.partition("_")[0], tower.sizes, folder, REQUIREMENTS[tower.role])
             weights = Weights(folder)
-            rows, ours, ignore = _table(tower, weights.keys())
-            params[name], identities[name] = weights_module.load(
+            rows, ours, ignore = _key_table(tower, weights.keys())
+            params[name], identities[name] = load_params(
                 tower.module, rows, weights, shardings=where[name], dtype_of=dtype_of, ours=ours, ignore=ignore
             )
         if self.projection is not None:
@@ -202,40 +221,44 @@ class Frozen:
         return params, {role: identities[name] for role, name in self.users.items()}
 
     def bind(self, role: str, params: Params) -> Any:
-        """The module of a role with its parameters, or None where the config has no such role."""
+        """The module of a role with its parameters; None if the config has no such role."""
         name = self.users.get(role)
         return None if name is None else self.towers[name].module.bind(params[name])
 
-    # -- what they are asked
+    # -- evaluation
 
-    def encode(self, params: Params, tokens: jax.Array, clip_tokens: jax.Array | None = None) -> dict[str, jax.Array]:
-        """What training needs of captions.
+    def encode_captions(
+        self, params: Params, tokens: jax.Array, clip_tokens: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """Features and embeddings of captions.
 
         Args:
           tokens: int32 [N, C] of E_txt
-          clip_tokens: int32 [N, C'] of the CLIP of the contrastive loss, where that has others
+          clip_tokens: int32 [N, C'] of the CLIP of the contrastive loss, if it has other tokens
 
         Returns:
-          `features` [N, C, D] of E_txt, where it is frozen; `clip_text` float32 [N, P], normalised, where the loss is on
+          `features` [N, C, D] if E_txt is frozen; `clip_text` float32 [N, P], normalised, with the contrastive loss
         """
-        out: dict[str, jax.Array] = {}
+        encoded: dict[str, jax.Array] = {}
+        # One pass of a shared tower gives both the features and the embedding.
         shared = "text" in self.users and self.users.get("clip_text") == self.users["text"]
         text = self.bind("text", params)
         if text is not None:
             features, projected = text_features(text, self.config.text, tokens, pool=shared)
-            out["features"] = features
+            encoded["features"] = features
             if shared and projected is not None:
-                out["clip_text"] = unit(projected)
+                encoded["clip_text"] = l2_normalize(projected)
         if "clip_text" in self.users and not shared:
-            said = self.bind("clip_text", params)(tokens if clip_tokens is None else clip_tokens)
-            out["clip_text"] = unit(said.projected)
-        return {k: jax.lax.stop_gradient(x) for k, x in out.items()}
+            output = self.bind("clip_text", params)(tokens if clip_tokens is None else clip_tokens)
+            encoded["clip_text"] = l2_normalize(output.projected)
+        return {k: jax.lax.stop_gradient(x) for k, x in encoded.items()}
 
-    def clip_image(self, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def embed_images(self, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """images [N, R, R, 3] in [-1, 1] -> (float32 [N, P] normalised embeddings, logit scale)"""
         tower = self.bind("clip_image", params)
         projected = tower(clip.preprocess(images, tower.config.image_size)).projected
-        return unit(projected), jax.lax.stop_gradient(jnp.exp(tower.logit_scale[...].astype(jnp.float32)))
+        # Gradients reach the image, but not the scale, which is part of the frozen CLIP.
+        return l2_normalize(projected), jax.lax.stop_gradient(jnp.exp(tower.logit_scale[...].astype(jnp.float32)))
 
     @property
     def vision_width(self) -> int:
@@ -250,35 +273,40 @@ class Frozen:
         x = prepare(images, tower.config.image_size)
         hidden = tower(x, taps=self.config.vision_aided.layers, pool=False).hidden
         assert self.projection is not None
+        # Token 0 is the class token; the others are the patches, row by row.
         project = self.projection.bind(params["projection"])
         side = tower.config.image_size // tower.config.patch_size
         return project([h[:, 1:].reshape(h.shape[0], side, side, h.shape[2]) for h in hidden])
 
 
-def _dtype(spec: Any, config: Config) -> Any:
-    # Norms, biases and the logit scale stay float32: they are small and their rounding shows.
+def _param_dtype(spec: Any, config: Config) -> Any:
+    # Norms, biases and the logit scale stay float32: they are small, and rounding them is visible in the outputs.
+    # The axis "layers" of stacked blocks does not make a vector a matrix.
     return config.dtype if len([a for a in spec.axes if a != "layers"]) > 1 else "float32"
 
 
-def unit(x: jax.Array) -> jax.Array:
+def l2_normalize(x: jax.Array) -> jax.Array:
     """x / |x| along the last axis, in float32."""
     x = x.astype(jnp.float32)
+    # The constant keeps the gradient finite at zero.
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
 
 
 def text_features(
     encoder: Any, config: TextConfig, tokens: jax.Array, *, pool: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """E_txt(c), and the embedding in CLIP's shared space when `pool`.
+    """E_txt(c), and with `pool` the embedding in CLIP's shared space.
 
     tokens int32 [N, C] -> (features [N, C, D], [N, P] or None)
     """
     if config.encoder == "t5":
         spec = text_spec(config)
-        mask = jnp.arange(tokens.shape[1]) <= spec.end(tokens)[:, None]
+        # T5 is bidirectional: without a mask, padding would change the features.
+        mask = jnp.arange(tokens.shape[1]) <= spec.end_position(tokens)[:, None]
         return encoder(tokens, mask), None
     depth = encoder.config.num_hidden_layers
+    # `text.layer` selects the last or the penultimate block.
     last = config.layer == "last"
-    said = encoder(tokens, taps=(depth if last else depth - 1,), pool=pool)
-    features = said.hidden[0]
-    return (encoder.norm(features) if config.final_norm else features), said.projected
+    output = encoder(tokens, taps=(depth if last else depth - 1,), pool=pool)
+    features = output.hidden[0]
+    return (encoder.norm(features) if config.final_norm else features), output.projected

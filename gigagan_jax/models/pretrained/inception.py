@@ -1,11 +1,11 @@
-"""Inception-v3 (Szegedy et al., 2016), whose pooled features the Frechet Inception distance compares (Heusel et al., 2017).
+"""Inception-v3 (Szegedy et al., 2016), for the Frechet Inception distance of its features (Heusel et al., 2017).
 
-One network in the layout of torchvision's Inception3, in the two variants that are in use:
+One network in the layout of torchvision's Inception3, in two variants:
 
-- "fid": the TensorFlow graph of 2015-12-05, as pytorch-fid's `pt_inception-2015-12-05` ports its weights;
+- "fid": the TensorFlow graph of 2015-12-05, with the weights of pytorch-fid's `pt_inception-2015-12-05`;
 - "torchvision": torchvision's inception_v3 with its pretrained weights.
 
-Both read the same names of tensors. Proved equal to a torch definition in tests/models/pretrained/test_inception.py.
+Both read the same names of tensors. Equal to a torch definition, by tests/models/pretrained/test_inception.py.
 """
 
 import dataclasses
@@ -18,27 +18,29 @@ import numpy as np
 from flax import nnx
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.models.layers.equalized import LAYOUT, param
+from gigagan_jax.models.layers.equalized import LAYOUT, declare_parameter
 from gigagan_jax.models.pretrained.transformer import Dense
 from gigagan_jax.models.pretrained.vit import IMAGENET
-from gigagan_jax.models.pretrained.weights import Row, hwio, transposed
+from gigagan_jax.models.pretrained.weights import Row, conv_to_hwio, transpose_linear
 
+# Side of the input in pixels, and channels of the pooled features.
 SIZE = 299
 FEATURES = 2048
-EPS = 1e-3  # of every batch norm
-# Of the RGB values in 0..1, for "torchvision".
+# Of every batch norm; torch's default would be 1e-5.
+EPS = 1e-3
+# Mean and standard deviation of RGB values in 0..1, for "torchvision".
 MEAN, STD = (np.array(v, np.float32) for v in IMAGENET)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Where the two networks differ.
+    """Differences between the two networks.
 
     classes: number of logits
-    count_padding: do the average pools count the zeros around the map?
-    last_pool: of the pool branch of Mixed_7c
-    imagenet: are images given normalised by MEAN and STD? They are brought back to [-1, 1] first, torchvision's
-      `transform_input`, which its pretrained weights come with
+    count_padding: whether average pools count the zeros around the map
+    last_pool: kind of the pool branch of Mixed_7c
+    imagenet: whether images come normalised by MEAN and STD. Then they are mapped back to [-1, 1] first, which is
+      `transform_input` of torchvision's pretrained weights
     """
 
     classes: int
@@ -47,13 +49,14 @@ class Variant:
     imagenet: bool
 
 
+# The TensorFlow graph has 1008 classes, averages without padding, and a max pool in the last block.
 VARIANTS = {
     "fid": Variant(classes=1008, count_padding=False, last_pool="max", imagenet=False),
     "torchvision": Variant(classes=1000, count_padding=True, last_pool="average", imagenet=True),
 }
 
 
-def _variant(name: str) -> Variant:
+def _find_variant(name: str) -> Variant:
     if name not in VARIANTS:
         raise UserError(f"Inception variant {name!r} is unknown; known: {', '.join(VARIANTS)}")
     return VARIANTS[name]
@@ -64,7 +67,7 @@ def _variant(name: str) -> Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """One convolution: its name in the file, output channels, kernel (height, width), stride, zero padding to keep the size."""
+    """One convolution: name in the file, output channels, kernel (height, width), stride, size-keeping padding."""
 
     name: str
     out: int
@@ -73,12 +76,14 @@ class Unit:
     padded: bool = True
 
 
-# A branch is a chain of units, pools by name ("shrink" halves, "last" is the variant's), and forks: units side by side.
+# A branch is a chain of units, pools by name, and forks (units side by side).
+# The pool "shrink" halves the map; "last" is the variant's `last_pool`.
 Step = Unit | str | tuple[Unit, ...]
 Branches = tuple[tuple[Step, ...], ...]
 
 
-def _a(pool: int) -> Branches:
+# The letters are those of torchvision's classes InceptionA, InceptionC and InceptionE.
+def _inception_a(pool: int) -> Branches:
     return (
         (Unit("branch1x1", 64),),
         (Unit("branch5x5_1", 48), Unit("branch5x5_2", 64, (5, 5))),
@@ -87,7 +92,7 @@ def _a(pool: int) -> Branches:
     )
 
 
-def _c(width: int) -> Branches:
+def _inception_c(width: int) -> Branches:
     return (
         (Unit("branch1x1", 192),),
         (Unit("branch7x7_1", width), Unit("branch7x7_2", width, (1, 7)), Unit("branch7x7_3", 192, (7, 1))),
@@ -102,7 +107,7 @@ def _c(width: int) -> Branches:
     )
 
 
-def _e(pool: str) -> Branches:
+def _inception_e(pool: str) -> Branches:
     fork = lambda name, a, b: (Unit(f"{name}{a}", 384, (1, 3)), Unit(f"{name}{b}", 384, (3, 1)))
     return (
         (Unit("branch1x1", 320),),
@@ -124,9 +129,9 @@ BLOCKS: dict[str, Branches] = {
             "shrink",
         ),
     ),
-    "Mixed_5b": _a(32),
-    "Mixed_5c": _a(64),
-    "Mixed_5d": _a(64),
+    "Mixed_5b": _inception_a(32),
+    "Mixed_5c": _inception_a(64),
+    "Mixed_5d": _inception_a(64),
     "Mixed_6a": (
         (Unit("branch3x3", 384, (3, 3), stride=2, padded=False),),
         (
@@ -136,10 +141,10 @@ BLOCKS: dict[str, Branches] = {
         ),
         ("shrink",),
     ),
-    "Mixed_6b": _c(128),
-    "Mixed_6c": _c(160),
-    "Mixed_6d": _c(160),
-    "Mixed_6e": _c(192),
+    "Mixed_6b": _inception_c(128),
+    "Mixed_6c": _inception_c(160),
+    "Mixed_6d": _inception_c(160),
+    "Mixed_6e": _inception_c(192),
     "Mixed_7a": (
         (Unit("branch3x3_1", 192), Unit("branch3x3_2", 320, (3, 3), stride=2, padded=False)),
         (
@@ -150,13 +155,13 @@ BLOCKS: dict[str, Branches] = {
         ),
         ("shrink",),
     ),
-    "Mixed_7b": _e("average"),
-    "Mixed_7c": _e("last"),
+    "Mixed_7b": _inception_e("average"),
+    "Mixed_7c": _inception_e("last"),
 }
 
 
-def _units(block: str, channels: int) -> tuple[list[tuple[Unit, int]], int]:
-    """([(unit, its input channels)], output channels) of a block that reads `channels`."""
+def _block_units(block: str, channels: int) -> tuple[list[tuple[Unit, int]], int]:
+    """([(unit, its input channels)], output channels) of a block with `channels` input channels."""
     found: list[tuple[Unit, int]] = []
     total = 0
     for branch in BLOCKS[block]:
@@ -174,13 +179,13 @@ def _units(block: str, channels: int) -> tuple[list[tuple[Unit, int]], int]:
 
 
 class ConvNormRelu(nnx.Module):
-    """Convolution, batch norm by the running statistics, ReLU."""
+    """Convolution, batch norm by its running statistics, ReLU."""
 
     def __init__(self, unit: Unit, channels: int, *, dtype: Any, rngs: nnx.Rngs):
         self.stride, self.padding, self.dtype = unit.stride, "SAME" if unit.padded else "VALID", dtype
-        # Whole on every device: 24 million parameters, in widths (48, 80, 1008) that divide over few meshes.
-        vector = lambda: param(rngs, (unit.out,), (None,))
-        self.weight = param(rngs, (*unit.kernel, channels, unit.out), (None,) * 4)
+        # Replicated: 24 million parameters are few, and widths such as 48, 80 and 1008 divide over few meshes.
+        vector = lambda: declare_parameter(rngs, (unit.out,), (None,))
+        self.weight = declare_parameter(rngs, (*unit.kernel, channels, unit.out), (None,) * 4)
         self.gain, self.bias, self.mean, self.variance = vector(), vector(), vector(), vector()
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -188,46 +193,48 @@ class ConvNormRelu(nnx.Module):
         gain, bias, mean, variance, weight = (
             p[...].astype(jnp.float32) for p in (self.gain, self.bias, self.mean, self.variance, self.weight)
         )
+        # The batch norm is folded into the weights in float32: one product, and no rounding between the two.
         scale = gain * jax.lax.rsqrt(variance + EPS)
         weight = (weight * scale).astype(self.dtype)
         y = jax.lax.conv_general_dilated(x, weight, (self.stride,) * 2, self.padding, dimension_numbers=LAYOUT)
         return jax.nn.relu(y + (bias - mean * scale).astype(self.dtype))
 
 
-def _pool(x: jax.Array, kind: str, count_padding: bool) -> jax.Array:
+def _apply_pool(x: jax.Array, kind: str, count_padding: bool) -> jax.Array:
     if kind == "shrink":
         return nnx.max_pool(x, (3, 3), strides=(2, 2))
     if kind == "max":
         return nnx.max_pool(x, (3, 3), strides=(1, 1), padding="SAME")
-    # Sums in float32; divided by nine or, without the padding, by the samples that are there.
+    # Sums are float32. The divisor is nine or, without padding, the number of samples inside the map.
     add = lambda y: jax.lax.reduce_window(y, np.float32(0), jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     count = np.float32(9) if count_padding else add(jnp.ones((1, *x.shape[1:3], 1), jnp.float32))
     return (add(x.astype(jnp.float32)) / count).astype(x.dtype)
 
 
-class Block(nnx.Module):
+class InceptionBlock(nnx.Module):
     """Branches over one input, joined along the channels.
 
     Args:
-      name: in BLOCKS.
-      channels: of the input.
+      name: key of BLOCKS.
+      channels: input channels.
       variant: name in VARIANTS.
     """
 
     def __init__(self, name: str, channels: int, variant: str, *, dtype: Any, rngs: nnx.Rngs):
         self.name, self.variant = name, variant
-        for unit, width in _units(name, channels)[0]:
+        for unit, width in _block_units(name, channels)[0]:
+            # Attributes have the names of the file, which are the paths of the key table.
             setattr(self, unit.name, ConvNormRelu(unit, width, dtype=dtype, rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, in] -> [N, H', W', out]"""
-        return jnp.concatenate([self._branch(x, branch) for branch in BLOCKS[self.name]], axis=-1)
+        return jnp.concatenate([self._apply_branch(x, branch) for branch in BLOCKS[self.name]], axis=-1)
 
-    def _branch(self, x: jax.Array, branch: tuple[Step, ...]) -> jax.Array:
+    def _apply_branch(self, x: jax.Array, branch: tuple[Step, ...]) -> jax.Array:
         v = VARIANTS[self.variant]
         for step in branch:
             if isinstance(step, str):
-                x = _pool(x, v.last_pool if step == "last" else step, v.count_padding)
+                x = _apply_pool(x, v.last_pool if step == "last" else step, v.count_padding)
             else:
                 fork = step if isinstance(step, tuple) else (step,)
                 x = jnp.concatenate([getattr(self, unit.name)(x) for unit in fork], axis=-1)
@@ -235,9 +242,9 @@ class Block(nnx.Module):
 
 
 class InceptionOutput(NamedTuple):
-    """What the network says, in float32.
+    """Outputs of the network, in float32.
 
-    pool3: [N, 2048] features averaged over the last map: what the Frechet distance compares
+    pool3: [N, 2048] features averaged over the last map, for the Frechet distance
     logits: [N, classes]
     """
 
@@ -250,19 +257,20 @@ class Inception(nnx.Module):
 
     Args:
       variant: "fid" or "torchvision".
-      dtype: of the computation; in float32 its products run in full precision on any device, as a metric must.
+      dtype: precision of the computation. In float32, products run in full precision on every device, for the metrics.
 
     Raises:
-      UserError: no such variant.
+      UserError: the variant is unknown.
     """
 
     def __init__(self, variant: str, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        v = _variant(variant)
+        v = _find_variant(variant)
         self.variant, self.dtype = variant, dtype
+        # RGB; each block determines the input channels of the next.
         channels = 3
         for name in BLOCKS:
-            setattr(self, name, Block(name, channels, variant, dtype=dtype, rngs=rngs))
-            channels = _units(name, channels)[1]
+            setattr(self, name, InceptionBlock(name, channels, variant, dtype=dtype, rngs=rngs))
+            channels = _block_units(name, channels)[1]
         assert channels == FEATURES
         self.fc = Dense(FEATURES, v.classes, axes=(None, None), dtype=dtype, rngs=rngs)
 
@@ -272,8 +280,10 @@ class Inception(nnx.Module):
             raise ValueError(f"images {images.shape}: this network sees {SIZE} px")
         x = images.astype(jnp.float32)
         if VARIANTS[self.variant].imagenet:
+            # Back to [-1, 1], which the weights expect (`transform_input`).
             x = x * (2 * STD) + (2 * MEAN - 1)
         x = x.astype(self.dtype)
+        # A TPU multiplies float32 in bfloat16 by default, which shifts the Frechet distance.
         with jax.default_matmul_precision("highest"):
             for name in BLOCKS:
                 x = getattr(self, name)(x)
@@ -285,14 +295,14 @@ class Inception(nnx.Module):
 
 
 def preprocess(images: jax.Array, variant: str, *, tf1: bool = False) -> jax.Array:
-    """Images of ours as a variant expects them, differentiably.
+    """Images in the form that a variant was trained on; differentiable.
 
-    "fid": bilinear as pytorch-fid does it (half-pixel centres, no antialiasing: shrinking aliases, and published numbers
-    depend on it), values stay in [-1, 1]. With `tf1` the input stage of the graph of 2015 instead: TensorFlow 1's bilinear,
-    which reads at `i * scale` without the half-pixel offset, then (u - 128) / 128 of the values u in 0..255. Distances made
-    in one way do not compare with those made in the other; images of 299 px differ by the range alone.
+    "fid": bilinear as in pytorch-fid, with half-pixel centres and without antialiasing. Shrinking aliases, and
+    published numbers depend on it. Values stay in [-1, 1]. With `tf1`, the input stage of the graph of 2015:
+    TensorFlow 1's bilinear reads at `i * scale` without the half-pixel offset, and values u in 0..255 become (u -
+    128) / 128. Distances of the two ways are not comparable; for images of 299 px only the range differs.
 
-    "torchvision": bilinear with antialiasing, as torchvision's own transform, then normalised by MEAN and STD.
+    "torchvision": bilinear with antialiasing, as in torchvision's transform, then normalised by MEAN and STD.
 
     Args:
       images: float [N, H, W, 3] in [-1, 1], of any size
@@ -303,56 +313,63 @@ def preprocess(images: jax.Array, variant: str, *, tf1: bool = False) -> jax.Arr
       float32 [N, 299, 299, 3]
 
     Raises:
-      UserError: no such variant.
+      UserError: the variant is unknown.
     """
     x = images.astype(jnp.float32)
-    if _variant(variant).imagenet:
+    if _find_variant(variant).imagenet:
         if tf1:
             raise ValueError("tf1 is a way to resize for the variant fid")
         x = jax.image.resize(x, (x.shape[0], SIZE, SIZE, x.shape[3]), "linear", antialias=True)
+        # MEAN and STD are for 0..1, images are in [-1, 1].
         return (x - (2 * MEAN - 1)) / (2 * STD)
     if x.shape[1:3] != (SIZE, SIZE):
-        rows, columns = (_bilinear(n, tf1) for n in x.shape[1:3])
+        vertical, horizontal = (_bilinear_matrix(n, tf1) for n in x.shape[1:3])
+        # A TPU would multiply float32 in bfloat16, which is too coarse for a metric.
         exact = jax.lax.Precision.HIGHEST
-        x = jnp.einsum("oh,nhwc->nowc", rows, x, precision=exact)
-        x = jnp.einsum("ow,nhwc->nhoc", columns, x, precision=exact)
+        x = jnp.einsum("oh,nhwc->nowc", vertical, x, precision=exact)
+        x = jnp.einsum("ow,nhwc->nhoc", horizontal, x, precision=exact)
+    # 127.5 x + 127.5 is u; minus 128, over 128.
     return (x * 127.5 - 0.5) / 128 if tf1 else x
 
 
 @functools.cache
-def _bilinear(n: int, tf1: bool) -> np.ndarray:
-    """[299, n] weights of a bilinear resize of n samples, two a row."""
-    # Places rounded to float32 where the references round them: TensorFlow after its product, torch, which fuses product and
-    # sum, after both. In large images the rounding shows.
+def _bilinear_matrix(n: int, tf1: bool) -> np.ndarray:
+    """[299, n] weights of a bilinear resize of n samples, two in a row."""
+    # Positions are rounded to float32 where the references round them: TensorFlow after the product,
+    # torch after product and sum, which it fuses. In large images the rounding changes results.
     f = np.float32
-    out = np.arange(SIZE)
+    rows = np.arange(SIZE)
+    # The quotient is rounded to float32 first, as in both references.
     scale = float(f(n) / f(SIZE))
-    at = (out * scale if tf1 else np.maximum((out + 0.5) * scale - 0.5, 0)).astype(f)
+    at = (rows * scale if tf1 else np.maximum((rows + 0.5) * scale - 0.5, 0)).astype(f)
     low = np.minimum(at.astype(np.int64), n - 1)
     share = at - low.astype(f)
     m = np.zeros((SIZE, n), f)
-    m[out, low] += f(1) - share
-    m[out, np.minimum(low + 1, n - 1)] += share
+    # Below the last sample both neighbours are the same one, hence the additions.
+    m[rows, low] += f(1) - share
+    m[rows, np.minimum(low + 1, n - 1)] += share
     return m
 
 
 # ---------------------------------------------------------------- the key table
 
-_NORM = {"gain": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
+# Attribute of ConvNormRelu -> name of torch's BatchNorm2d.
+_NORM_KEYS = {"gain": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
 
 
-def rows() -> list[Row]:
-    """The network's table, the same for both variants."""
-    table = [Row("fc/weight", "fc.weight", transposed), Row("fc/bias", "fc.bias")]
+def inception_rows() -> list[Row]:
+    """Key table of the network, the same for both variants."""
+    table = [Row("fc/weight", "fc.weight", transpose_linear), Row("fc/bias", "fc.bias")]
     for block in BLOCKS:
+        # The convolutions of the stem are at the top level of the file.
         prefix = "" if block == "stem" else f"{block}."
-        for unit, _ in _units(block, 0)[0]:
-            ours, theirs = f"{block}/{unit.name}", f"{prefix}{unit.name}"
-            table.append(Row(f"{ours}/weight", f"{theirs}.conv.weight", hwio))
-            table += [Row(f"{ours}/{a}", f"{theirs}.bn.{b}") for a, b in _NORM.items()]
+        for unit, _ in _block_units(block, 0)[0]:
+            path, key = f"{block}/{unit.name}", f"{prefix}{unit.name}"
+            table.append(Row(f"{path}/weight", f"{key}.conv.weight", conv_to_hwio))
+            table += [Row(f"{path}/{a}", f"{key}.bn.{b}") for a, b in _NORM_KEYS.items()]
     return table
 
 
-def ignored(key: str) -> bool:
-    """Tensors of the files that inference does not use: the auxiliary classifier, and counters."""
+def is_ignored(key: str) -> bool:
+    """Whether inference does not use a tensor: those of the auxiliary classifier, and counters of batches."""
     return key.startswith("AuxLogits.") or key.endswith(".num_batches_tracked")

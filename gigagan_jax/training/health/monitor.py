@@ -1,6 +1,7 @@
-"""What is wrong with a GAN in training, judged on the host from what each step says of itself (docs/health.md).
+"""Judges the health of a GAN in training, on the host, from the statistics of each step (docs/health.md).
 
-All processes see the same numbers and so judge alike; no clock is asked. What the judgement remembers is in the checkpoint.
+All processes see the same numbers and use no clock, and therefore reach the same decisions. The state of the monitor is
+part of each checkpoint.
 """
 
 import dataclasses
@@ -10,12 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gigagan_jax.config import Config
-from gigagan_jax.training.health.step_statistics import MARK, Reading
+from gigagan_jax.training.health.step_statistics import MARK, StepStatistics
 
-_PENALTIES = 32  # values of R1 that its median is taken over
-_PENALTIES_LEAST = 8
-_KEPT = 100  # findings in the report
-_WHAT = {"image": "image", "features": "caption embedding (features)", "clip_text": "caption embedding (clip_text)"}
+# R1 is compared with the median of its last values: a mean would follow the spike that it must detect.
+_PENALTY_WINDOW = 32
+_MIN_PENALTIES = 8
+# Findings in the report and in a checkpoint.
+_MAX_FINDINGS = 100
+_INPUT_NAMES = {
+    "image": "image",
+    "features": "caption embedding (features)",
+    "clip_text": "caption embedding (clip_text)",
+}
+# Advice at the end of each message.
 _CURES = {
     "nonfinite": "a lower learning rate (config.g_optimizer.learning_rate, config.d_optimizer.learning_rate) or a larger "
     "config.loss.r1_gamma is the usual cure; mend the data where an input is named",
@@ -29,14 +37,14 @@ _CURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, and what is done about it.
+    """A problem of the training, and the action taken.
 
-    step, kimg: when it was found
+    step, kimg: time of the detection
     name: "nonfinite", "saturation", "penalty", "collapse", "levels" or "updates"
-    module: where: a module of a network, an input, a loss or a measure
-    value, threshold: what was measured and its limit; None where there is no such number
+    module: location: a module of a network, an input, a loss or a measure
+    value, threshold: the measured value and its limit; None without such a number
     action: "warn", "skip", "rollback" or "stop"
-    text: all of it in plain words
+    text: the finding as a message
     """
 
     step: int
@@ -51,17 +59,24 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class _Limit:
-    """A measure whose running mean must stay on one side of a limit."""
+    """A limit for the running mean of a measure.
+
+    finding: name of the finding beyond the limit
+    measure: name of the measure
+    field: field of HealthConfig that holds the limit
+    above: whether values above the limit are the problem
+    words: message with a placeholder for the value
+    """
 
     finding: str
     measure: str
-    field: str  # of HealthConfig
-    above: bool  # is it wrong above the limit?
+    field: str
+    above: bool
     words: str
 
 
-def _limits(measures: Sequence[str]) -> list[_Limit]:
-    out = [
+def _make_limits(measures: Sequence[str]) -> list[_Limit]:
+    limits = [
         _Limit("saturation", "d_gap", "max_gap", True, "D tells real from generated images by {value:.3f} of 1"),
         _Limit("collapse", "diversity", "min_diversity", False, "images vary by {value:.3f} of what real ones do"),
         _Limit("collapse", "diversity_low", "min_diversity", False, "8 px averages vary by {value:.3f} of real ones"),
@@ -70,49 +85,54 @@ def _limits(measures: Sequence[str]) -> list[_Limit]:
     for measure in (m.removeprefix(MARK) for m in measures):
         kind, _, which = measure.partition("/")
         net = which.upper()
+        # Double braces: the message is formatted again, with the value.
         if kind == "level":
             words = f"level {which} adds {{value:.4f}} of the image"
-            out.append(_Limit("levels", measure, "min_level", False, words))
+            limits.append(_Limit("levels", measure, "min_level", False, words))
         elif kind == "exit":
             words = f"the exit of D at {which} px says the same of all images (deviation {{value:.2g}})"
-            out.append(_Limit("levels", measure, "min_exit", False, words))
+            limits.append(_Limit("levels", measure, "min_exit", False, words))
+        # Measured at learning rate 1: a low rate alone must not look like vanishing updates.
         elif kind == "direction":
             words = f"the updates of {net} vanish (root mean square {{value:.2g}})"
-            out.append(_Limit("updates", measure, "min_update", False, words))
+            limits.append(_Limit("updates", measure, "min_update", False, words))
         elif kind == "update":
             words = f"{net} changes by {{value:.2g}} of its parameters' norm a step"
-            out.append(_Limit("updates", measure, "max_update", True, words))
-    return out
+            limits.append(_Limit("updates", measure, "max_update", True, words))
+    return limits
 
 
 class HealthMonitor:
-    """Judges the steps of a run one after the other.
+    """Judges the steps of a run in order.
 
     Args:
-      config: of the run; `config.health` has the limits and what is done.
-      measures: names of the measures that steps come with (`Probe.measures`).
+      config: config of the run; `config.health` holds the limits and the policies.
+      measures: names of the measures of a step (`HealthVector.measures`).
 
     Attributes:
       lr_scale: factor of all learning rates.
-      skipped: steps that were not applied, or by half, over the run.
-      rollbacks: times that the run went back to a checkpoint.
-      findings: the newest of them, oldest first.
+      skipped: number of steps of the run that were not applied, or only by half.
+      rollbacks: number of times that the run returned to a checkpoint.
+      findings: the newest findings, oldest first.
     """
 
     def __init__(self, config: Config, measures: Sequence[str]):
-        self.config, self.limits = config, _limits(measures)
+        self.config, self.limits = config, _make_limits(measures)
         self.lr_scale, self.skipped, self.rollbacks = 1.0, 0, 0
         self.findings: list[Finding] = []
-        self._in_a_row = 0  # steps not applied
+        # Skipped steps since the last applied one.
+        self._in_a_row = 0
+        # Running mean of each measure, and the number of its values up to the window.
         self._means: dict[str, float] = {}
         self._counts: dict[str, int] = {}
-        self._held: dict[str, int] = {}  # steps in a row that a mean is beyond its limit
+        # Consecutive steps with a mean beyond its limit, by "finding:measure".
+        self._held: dict[str, int] = {}
         self._penalties: list[float] = []
 
-    # -- the checkpoint
+    # ---------------------------------------------------------------- checkpoint
 
     def state(self) -> dict[str, Any]:
-        """All that the judgement remembers, ready for JSON."""
+        """Returns the state of the monitor as JSON values."""
         return {
             "lr_scale": self.lr_scale,
             "skipped": self.skipped,
@@ -126,7 +146,8 @@ class HealthMonitor:
         }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Goes on from `state`; from nothing where a checkpoint has none (of a version that did not judge)."""
+        """Restores `state`; None resets the monitor."""
+        # A checkpoint of an earlier version lacks the state or some of its entries.
         fresh = HealthMonitor(self.config, ())
         state = fresh.state() | dict(state or {})
         self.lr_scale, self.skipped = float(state["lr_scale"]), int(state["skipped"])
@@ -135,60 +156,64 @@ class HealthMonitor:
         self._penalties = list(state["penalties"])
         self.findings = [Finding(**f) for f in state["findings"]]
 
-    def went_back(self, state: Mapping[str, Any] | None) -> None:
-        """The run is at an earlier checkpoint again, which has this state: counters and history go on, the rest is as then."""
+    def restore_after_rollback(self, state: Mapping[str, Any] | None) -> None:
+        """Restores the state of the checkpoint that a rollback returns to, but keeps counters, findings and rates."""
+        # Otherwise a run that fails again and again would roll back without end.
         kept = (self.lr_scale * self.config.health.rollback_lr, self.skipped, self.rollbacks + 1, self.findings)
         self.restore(state)
         self.lr_scale, self.skipped, self.rollbacks, self.findings = kept
         self._in_a_row = 0
 
     @staticmethod
-    def good(state: Mapping[str, Any] | None, finding: Finding) -> bool:
-        """Was a checkpoint with this state of the monitor written before there was any sign of the finding?"""
+    def precedes_finding(state: Mapping[str, Any] | None, finding: Finding) -> bool:
+        """Returns whether a checkpoint with this state was written before any sign of the finding."""
+        # Not the finding but its first sign: a mean can be beyond its limit for `patience` steps before it is reported.
         held = (state or {}).get("held", {})
         return not any(k.startswith(f"{finding.name}:") and n for k, n in held.items())
 
-    def logged(self) -> dict[str, float]:
-        """What a line of metrics says of it."""
-        out = {"skipped": self.skipped, "rollbacks": self.rollbacks, "lr_scale": self.lr_scale}
+    def log_values(self) -> dict[str, float]:
+        """Returns the monitor's entries of a line of metrics."""
+        values = {"skipped": self.skipped, "rollbacks": self.rollbacks, "lr_scale": self.lr_scale}
+        # The last R1 over the median of those before it, as the monitor judged it.
         *before, last = self._penalties or [math.nan]
-        if len(before) >= _PENALTIES_LEAST:
-            out["penalty"] = last / (statistics.median(before) or math.inf)
-        return {f"{MARK}{name}": value for name, value in out.items()}
+        if len(before) >= _MIN_PENALTIES:
+            values["penalty"] = last / (statistics.median(before) or math.inf)
+        return {f"{MARK}{name}": value for name, value in values.items()}
 
-    # -- judging
+    # ---------------------------------------------------------------- judgement
 
     def observe(
         self,
         step: int,
         images: int,
-        reading: Reading,
+        reading: StepStatistics,
         losses: Callable[[], Mapping[str, float]] = dict,
         example: Callable[[int], str] = str,
     ) -> list[Finding]:
-        """What is wrong, after one more step.
+        """Judges one more step, and returns its findings.
 
         Args:
-          step, images: taken and seen with this step
-          reading: what it said
-          losses: gives its metrics; asked only where something is not finite
-          example: gives the name of an example of the batch by its row; likewise
+          step, images: numbers of steps and images, this step included
+          reading: statistics of the step
+          losses: returns the metrics of the step; called only for a step that is not finite
+          example: returns the name of an example of the batch by its row; called only for such a step
         """
         found = []
         if not reading.applied:
-            found = self._nonfinite(step, images, reading, losses(), example)
+            found = self._judge_nonfinite(step, images, reading, losses(), example)
         else:
             self._in_a_row = 0
+            # The first steps of a GAN are far from any limit that holds later.
             if step > self.config.health.grace:
-                found = self._beyond_limits(step, images, reading.values)
-        self.findings = [*self.findings, *found][-_KEPT:]
+                found = self._judge_limits(step, images, reading.values)
+        self.findings = [*self.findings, *found][-_MAX_FINDINGS:]
         return found
 
-    def _nonfinite(
+    def _judge_nonfinite(
         self,
         step: int,
         images: int,
-        reading: Reading,
+        reading: StepStatistics,
         losses: Mapping[str, float],
         example: Callable[[int], str],
     ) -> list[Finding]:
@@ -196,37 +221,43 @@ class HealthMonitor:
         self._in_a_row += 1
         self.skipped += 1
         words, where = [], []
+        # The inputs come first: a bad input explains everything after it.
         for name, (count, row) in reading.bad_inputs().items():
             more = f" and of {count - 1} more" if count > 1 else ""
-            words.append(f"the {_WHAT[name]} of {example(row)}, number {row} of the batch{more}")
+            words.append(f"the {_INPUT_NAMES[name]} of {example(row)}, number {row} of the batch{more}")
             where.append(name)
         bad = [k for k, v in losses.items() if k.startswith("loss/") and not math.isfinite(v)]
         words += [", ".join(bad)] if bad else []
         modules = reading.bad_modules()
         for net, (names, of) in modules.items():
+            # One NaN spreads through a whole network: its hundreds of modules would hide the message.
             few = len(names) <= 3
             words.append("gradients of " + (", ".join(names) if few else f"{len(names)} of {of} modules of the {net}"))
+        # The most specific location: inputs, then modules, then losses.
         where = where or [name for names, _ in modules.values() for name in names] or bad or ["grad_norm"]
+        # Every gradient is finite, but the sum of their squares overflows.
         words = words or ["a norm of gradients, too large for float32"]
         action = "warn"
         if c.nonfinite != "warn":
-            action = "skip" if self._in_a_row <= c.max_skips else self._beyond_skipping(c.nonfinite)
+            # The step was skipped already, inside the compiled program: this decides whether to go on.
+            action = "skip" if self._in_a_row <= c.max_skips else self._rollback_or_stop(c.nonfinite)
         half = "G's half of the step" if reading.values["applied/d"] else "the step"
         limit = "" if c.nonfinite == "warn" else f" of at most {c.max_skips}"
         text = f"not finite: {'; '.join(words)}. {half} was not applied (number {self._in_a_row}{limit} in a row)"
         count = sum(len(names) for names, _ in modules.values())
-        finding = self._finding(step, images, "nonfinite", ", ".join(where[:4]), float(count), None, action, text)
-        # Each is an action, but a run that goes on for ever so must not fill the disk with its log.
+        finding = self._make_finding(step, images, "nonfinite", ", ".join(where[:4]), float(count), None, action, text)
+        # A warning is logged at counts 1, 2, 4, 8, ...: a run that continues like this must not fill the disk.
         power = self._in_a_row & (self._in_a_row - 1) == 0
         return [finding] if action != "warn" or power else []
 
-    def _beyond_limits(self, step: int, images: int, values: Mapping[str, float]) -> list[Finding]:
+    def _judge_limits(self, step: int, images: int, values: Mapping[str, float]) -> list[Finding]:
         c = self.config.health
         found = []
         for limit in self.limits:
             policy, value = getattr(c, limit.finding), values[f"{MARK}{limit.measure}"]
             if policy == "off" or not math.isfinite(value):
                 continue
+            # A plain mean until the window is full, then an exponential one with that time constant.
             n = self._counts[limit.measure] = min(self._counts.get(limit.measure, 0) + 1, c.window)
             mean = self._means.get(limit.measure, 0.0)
             mean = self._means[limit.measure] = mean + (value - mean) / n
@@ -234,38 +265,42 @@ class HealthMonitor:
             key = f"{limit.finding}:{limit.measure}"
             beyond = n >= c.window and (mean > threshold if limit.above else mean < threshold)
             self._held[key] = self._held.get(key, 0) + 1 if beyond else 0
+            # Equal, not greater: one finding each time that the mean leaves its range.
             if self._held[key] == c.patience:
                 side = "more" if limit.above else "less"
                 text = f"{limit.words.format(value=mean)}, {side} than {threshold:g} for {c.patience} steps"
-                action = self._act(policy)
+                action = self._choose_action(policy)
                 module = limit.measure
-                found.append(self._finding(step, images, limit.finding, module, mean, threshold, action, text))
-        return found + self._penalty(step, images, values["loss/r1"])
+                found.append(self._make_finding(step, images, limit.finding, module, mean, threshold, action, text))
+        return found + self._judge_penalty(step, images, values["loss/r1"])
 
-    def _penalty(self, step: int, images: int, value: float) -> list[Finding]:
+    def _judge_penalty(self, step: int, images: int, value: float) -> list[Finding]:
         c = self.config.health
+        # NaN on the steps without R1 (lazy regularization).
         if c.penalty == "off" or not math.isfinite(value):
             return []
-        enough = len(self._penalties) >= _PENALTIES_LEAST
+        enough = len(self._penalties) >= _MIN_PENALTIES
         median = (statistics.median(self._penalties) if enough else 0.0) or math.inf
-        self._penalties = [*self._penalties, value][-_PENALTIES:]
+        self._penalties = [*self._penalties, value][-_PENALTY_WINDOW:]
         beyond = value > c.max_penalty * median
         self._held["penalty:r1"] = self._held.get("penalty:r1", 0) + 1 if beyond else 0
+        # At the first value of a spike, without the patience of the other limits.
         if self._held["penalty:r1"] != 1:
             return []
         text = f"R1 is {value:.3g}, {value / median:.0f} times its median of {median:.3g} (limit {c.max_penalty:g})"
-        action = self._act(c.penalty)
-        return [self._finding(step, images, "penalty", "loss/r1", value, c.max_penalty * median, action, text)]
+        action = self._choose_action(c.penalty)
+        return [self._make_finding(step, images, "penalty", "loss/r1", value, c.max_penalty * median, action, text)]
 
-    def _act(self, policy: str) -> str:
-        return policy if policy == "warn" else self._beyond_skipping(policy)
+    def _choose_action(self, policy: str) -> str:
+        return policy if policy == "warn" else self._rollback_or_stop(policy)
 
-    def _beyond_skipping(self, policy: str) -> str:
+    def _rollback_or_stop(self, policy: str) -> str:
+        # A run that needs ever more rollbacks does not recover by itself.
         if policy == "rollback" and self.rollbacks < self.config.health.max_rollbacks:
             return "rollback"
         return "stop"
 
-    def _finding(
+    def _make_finding(
         self,
         step: int,
         images: int,

@@ -1,7 +1,7 @@
 """What the train step tells of a GAN's health, as one small vector: what is not finite, how varied the images are, what each
-level adds to them, how large the updates are. `health.py` judges it, on the host.
+level adds to them, how large the updates are. The monitor judges it, on the host.
 
-All is measured on what the step has at hand: sums over gradients that their norm needs anyway, images and logits of both halves.
+Everything comes from what the step computes anyway: sums over gradients for their norms, images and logits of both halves.
 """
 
 import math
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigagan_jax.config import Config, entry_levels
-from gigagan_jax.models.discriminator import pairs
+from gigagan_jax.config import Config
+from gigagan_jax.models.discriminator import entry_levels, prediction_pairs
 from gigagan_jax.models.layers.resample import upsample
 from gigagan_jax.models.network import Params, is_spec, path_name
 from gigagan_jax.training.state import Networks
@@ -21,76 +21,89 @@ Metrics = dict[str, jax.Array]
 
 INPUTS = ("image", "features", "clip_text")  # entries of a batch that can be of a floating-point type
 MARK = "health/"  # in front of the measures, in the step's metrics and in the log
+REAL_THUMBNAIL_SPREAD = "spread_low"  # a measure that the next half needs, and that is not logged
 _THUMBNAIL = 8  # pixels: side of the averages that low-level features are compared on
 
 
 # ---------------------------------------------------------------- in the two halves of the step
 
 
-def _thumbnails(images: jax.Array) -> jax.Array:
+def shrink_to_thumbnails(images: jax.Array) -> jax.Array:
     """[N, R, R, 3] -> [N, 8, 8, 3], by area averaging"""
+    # Area averages keep the low frequencies: noise between two images does not count as variety.
     n, r = images.shape[:2]
     return images.reshape(n, _THUMBNAIL, r // _THUMBNAIL, _THUMBNAIL, r // _THUMBNAIL, 3).mean((2, 4))
 
 
-def _spread(images: jax.Array) -> jax.Array:
+def deviation_over_batch(images: jax.Array) -> jax.Array:
     return jnp.std(images, axis=0).mean()
 
 
-def of_discriminator(
+def measure_discriminator(
     config: Config, real: jax.Array, fake: jax.Array, real_logits: list[jax.Array], fake_logits: list[jax.Array]
-) -> Metrics:
+) -> tuple[Metrics, jax.Array]:
     """Measures of D's half on one micro-batch.
 
     Args:
       real, fake: output images [N, R, R, 3]
-      real_logits, fake_logits: [N, h * w] for each of `pairs(config)`, with the image's own caption
+      real_logits, fake_logits: [N, h * w] for each of `prediction_pairs`, with the image's own caption
+
+    Returns:
+      (measures, thumbnails [N, 8, 8, 3] of the generated images)
     """
-    small_real, small_fake = _thumbnails(real), _thumbnails(fake)
-    spread, low = _spread(real), _spread(small_real)
-    r, f = real_logits[-len(entry_levels(config))], fake_logits[-len(entry_levels(config))]
-    out = {
+    small_real, small_fake = shrink_to_thumbnails(real), shrink_to_thumbnails(fake)
+    spread, low = deviation_over_batch(real), deviation_over_batch(small_real)
+    # The output image at the last exit: the prediction that a D without scales would have.
+    place = -len(entry_levels(config.discriminator))
+    r, f = real_logits[place], fake_logits[place]
+    measures = {
         "health/d_gap": jax.nn.sigmoid(r).mean() - jax.nn.sigmoid(f).mean(),
         "health/d_right_real": (r > 0).mean(),
         "health/d_right_fake": (f < 0).mean(),
         "health/spread_real": spread,
-        "health/diversity": _spread(fake) / spread,
-        "health/diversity_low": _spread(small_fake) / low,
-        "spread_low": low,
-        "thumbnails": small_fake,
+        "health/diversity": deviation_over_batch(fake) / spread,
+        "health/diversity_low": deviation_over_batch(small_fake) / low,
+        REAL_THUMBNAIL_SPREAD: low,
     }
-    for pair, r, f in zip(pairs(config), real_logits, fake_logits, strict=True):
+    for pair, r, f in zip(prediction_pairs(config.discriminator), real_logits, fake_logits, strict=True):
         if pair.level == 0:
             resolution = config.resolutions[::-1][pair.exit]
-            out[f"health/exit/{resolution}"] = jnp.std(jnp.stack([r.mean(-1), f.mean(-1)]))
-    return out
+            measures[f"health/exit/{resolution}"] = jnp.std(jnp.stack([r.mean(-1), f.mean(-1)]))
+    return measures, small_fake
 
 
-def of_generator(config: Config, images: list[jax.Array]) -> Metrics:
+def measure_generator(config: Config, images: list[jax.Array]) -> tuple[Metrics, jax.Array]:
     """Measures of G's half on one micro-batch.
 
     Args:
       images: the pyramid, low to high
+
+    Returns:
+      (measures, thumbnails [N, 8, 8, 3])
     """
     before = [None, *images[:-1]]
     added = [x if y is None else x - upsample(y) for x, y in zip(images, before, strict=True)]
+    # What a level adds to the upsampled one below: near zero, the level does nothing.
     sizes = [jnp.sqrt(jnp.square(x).mean()) for x in added]
-    out = {f"health/level/{r}": s / sum(sizes) for r, s in zip(config.resolutions, sizes, strict=True)}
-    return out | {"thumbnails": _thumbnails(images[-1])}
+    measures = {f"health/level/{r}": s / sum(sizes) for r, s in zip(config.resolutions, sizes, strict=True)}
+    return measures, shrink_to_thumbnails(images[-1])
 
 
-def within_captions(metrics: Metrics, g_metrics: Metrics) -> jax.Array:
+def diversity_within_captions(first: jax.Array, second: jax.Array, spread: jax.Array) -> jax.Array:
     """Deviation between two images of one caption, as a share of that of the real images over all captions.
 
-    Both halves draw an image for each caption, from another z and with the same G: their difference is what z does. Takes
-    what only this needs out of the metrics.
+    Both halves of a step draw an image for each caption, from another z and with the same G: their difference is what z does.
+
+    Args:
+      first, second: thumbnails of the two halves
+      spread: deviation of the real images' thumbnails over the batch
     """
-    difference = metrics.pop("thumbnails") - g_metrics.pop("thumbnails")
-    return jnp.sqrt(jnp.square(difference).mean() / 2) / metrics.pop("spread_low")
+    return jnp.sqrt(jnp.square(first - second).mean() / 2) / spread
 
 
 def update_sizes(updates: Params, params: Params, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(change of the parameters relative to their norm, root mean square of the update at learning rate 1)"""
+    # Over all leaves at once: one number a network, whatever its depth.
     total = lambda tree: sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))
     squares = total(updates)
     size = float(sum(x.size for x in jax.tree.leaves(params)))  # more than an int32 in a model of billions
@@ -100,18 +113,19 @@ def update_sizes(updates: Params, params: Params, rate: jax.Array) -> tuple[jax.
 # ---------------------------------------------------------------- what is not finite
 
 
-def squares(grads: Params) -> list[jax.Array]:
+def squared_norms(grads: Params) -> list[jax.Array]:
     """Squared norm of each parameter's gradient, in the order of the leaves."""
     return [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)]
 
 
-def bad_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def count_bad_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """For each of INPUTS how many examples of the batch are not finite, and which is the first (-1: none)."""
     out: Metrics = {}
     for name in INPUTS:
         count, first = jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)
         if name in batch and jnp.issubdtype(batch[name].dtype, jnp.floating):
             x = batch[name]
+            # By example: the log can name the image that brought it.
             bad = ~jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
             count = bad.sum()
             first = jnp.where(count > 0, jnp.argmax(bad), -1)
@@ -120,26 +134,33 @@ def bad_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def any_bad(rows: Metrics) -> jax.Array:
-    """Is any of what `bad_rows` found not finite?"""
+    """Is any of what `count_bad_rows` found not finite?"""
     return jnp.asarray(sum(rows[f"bad/{name}"] for name in INPUTS)) > 0
 
 
-def guarded(ok: jax.Array, new: Any, old: Any) -> Any:
+def keep_if_sound(ok: jax.Array, new: Any, old: Any) -> Any:
     """`new` where the step is sound, else `old`, leaf by leaf."""
+    # A select and no branch: both sides are computed anyway, and a branch would keep the old state alive.
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
 
 
 # ---------------------------------------------------------------- the vector
 
 
-class Probe:
+def _part_name(path: str) -> str:
+    """'levels/1/down/conv0/weight' -> 'levels/1/down'; elsewhere two parts say enough."""
+    parts = path.split("/")
+    return "/".join(parts[: 3 if parts[0] == "levels" else 2])
+
+
+class HealthVector:
     """The vector that a step gives of its health, float32: what it holds, and how it is put together.
 
     Args:
       networks: of the run.
 
     Attributes:
-      modules: names of the parts that gradients are watched by ("discriminator/stages/1"), by network.
+      modules: names of the parts that gradients are watched by ("discriminator/levels/1/down"), by network.
       measures: names of the measures ("health/d_gap").
       names: of all entries, in order.
     """
@@ -148,12 +169,13 @@ class Probe:
         config = networks.config
         self.modules: dict[str, list[str]] = {}
         self._part_of: dict[str, list[int]] = {}  # of each leaf
+        # Gradients are summed by module: names of single parameters would make the vector thousands long.
         for net, (module, _) in networks.trained().items():
             leaves = jax.tree_util.tree_leaves_with_path(module.specs, is_leaf=is_spec)
-            parts = ["/".join([module.name, *path_name(path).split("/")[:2]]) for path, _ in leaves]
+            parts = [f"{module.name}/{_part_name(path_name(path))}" for path, _ in leaves]
             self.modules[net] = list(dict.fromkeys(parts))
             self._part_of[net] = [self.modules[net].index(part) for part in parts]
-        exits = [config.resolutions[::-1][p.exit] for p in pairs(config) if p.level == 0]
+        exits = [config.resolutions[::-1][p.exit] for p in prediction_pairs(config.discriminator) if p.level == 0]
         self.measures = tuple(
             f"{MARK}{name}"
             for name in (
@@ -174,40 +196,42 @@ class Probe:
 
     def pack(
         self,
-        metrics: Metrics,
-        seen: Metrics,
-        squares: dict[str, list[jax.Array]],
+        measures: Metrics,
+        checks: Metrics,
+        norms: dict[str, list[jax.Array]],
         sizes: dict[str, tuple[jax.Array, jax.Array]],
     ) -> jax.Array:
-        """The vector [len(names)]; the measures are taken out of the metrics.
+        """The vector [len(names)].
 
         Args:
-          metrics: of the step
-          seen: further entries, by name
-          squares, sizes: what `squares` and `update_sizes` gave for each network
+          measures: of both halves of the step; those that have no place in the vector are left out
+          checks: the entries in front of the measures, by name
+          norms, sizes: what `squared_norms` and `update_sizes` gave for each network
         """
-        values = {k: metrics.pop(k) for k in self.measures if k in metrics} | seen
-        for net, each in squares.items():
+        values = {k: measures[k] for k in self.measures if k in measures} | checks
+        for net, each in norms.items():
             for part, value in zip(self._part_of[net], each, strict=True):
                 name = self.modules[net][part]
+                # Squared norms of a module's parameters add up to the module's.
                 values[name] = values[name] + value if name in values else value
             values[f"{MARK}update/{net}"], values[f"{MARK}direction/{net}"] = sizes[net]
+        # One vector is one transfer: the host fetches it while later steps run.
         return jnp.stack([jnp.asarray(values[name], jnp.float32) for name in self.names])
 
-    def read(self, vector: Any) -> "Reading":
+    def read(self, vector: Any) -> "StepStatistics":
         """The vector as it came to the host."""
-        return Reading(self, dict(zip(self.names, np.asarray(vector).tolist(), strict=True)))
+        return StepStatistics(self, dict(zip(self.names, np.asarray(vector).tolist(), strict=True)))
 
 
-class Reading:
+class StepStatistics:
     """What one step said of its health.
 
     Attributes:
       values: every entry of the vector by its name.
     """
 
-    def __init__(self, probe: Probe, values: dict[str, float]):
-        self._probe, self.values = probe, values
+    def __init__(self, vector: HealthVector, values: dict[str, float]):
+        self._vector, self.values = vector, values
 
     @property
     def applied(self) -> bool:
@@ -216,7 +240,7 @@ class Reading:
 
     def measures(self) -> dict[str, float]:
         """The measures under the names that they are logged by."""
-        return {k: self.values[k] for k in self._probe.measures}
+        return {k: self.values[k] for k in self._vector.measures}
 
     def bad_inputs(self) -> dict[str, tuple[int, int]]:
         """{entry of the batch: (how many examples are not finite, row of the first)}"""
@@ -226,7 +250,7 @@ class Reading:
     def bad_modules(self) -> dict[str, tuple[list[str], int]]:
         """{network: (its modules whose gradient is not finite, how many modules it has)}"""
         out = {}
-        for names in self._probe.modules.values():
+        for names in self._vector.modules.values():
             bad = [name for name in names if not math.isfinite(self.values[name])]
             if bad:
                 out[bad[0].partition("/")[0]] = (bad, len(names))

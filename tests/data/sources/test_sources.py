@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from gigagan_jax.config import DataConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.example import BadExample
-from gigagan_jax.data.sources import kind_of, make_source
+from gigagan_jax.data.sources import detect_kind, make_source
 from gigagan_jax.data.sources.digits import CAPTION_TEMPLATES, DIGIT_WORDS, DigitsSource, digit_captions
 from gigagan_jax.data.sources.folder import FolderSource
 from gigagan_jax.data.storage import Storage
@@ -63,6 +63,7 @@ def test_digits_are_what_scikit_learn_has():
     source = DigitsSource()
     digits = load_digits()
     assert len(source) == 1797
+    # First, middle and last.
     for i in (0, 17, 1796):
         example = source[i]
         assert example.label == digits.target[i]
@@ -80,6 +81,7 @@ def test_digit_captions_name_their_digit_and_no_two_are_alike():
     assert len(set(captions)) == 80
     for digit in range(10):
         for caption in digit_captions(digit):
+            # Each caption names the digit once, as a number or as a word.
             assert (str(digit) in caption) != (DIGIT_WORDS[digit] in caption)
 
 
@@ -91,18 +93,21 @@ def test_auto_finds_each_kind_by_its_path(tmp_path, tars):
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "images-train.array_record-00000-of-00001").write_bytes(b"x")
     for path, kind in (
-        (str(tars), "tar"),  # with .parquet beside them
+        # The folder also holds a .parquet beside each tar.
+        (str(tars), "tar"),
         (f"{tars}/{{00000..00002}}.tar", "tar"),
+        # Decided by the name, without a request.
         ("gs://bucket/{00000..01234}.tar", "tar"),
         (str(tars / "00000.parquet"), "parquet"),
         (str(tmp_path / "records"), "arrayrecord"),
         (str(pictures), "folder"),
+        # No local path of this name exists.
         ("imagenet2012", "tfds"),
         ("coco_captions/2014:1.1.0", "tfds"),
     ):
-        assert kind_of(path, storage) == kind, path
+        assert detect_kind(path, storage) == kind, path
     with pytest.raises(UserError, match="there is nothing at this path"):
-        kind_of(str(tmp_path / "nowhere"), storage)
+        detect_kind(str(tmp_path / "nowhere"), storage)
 
 
 def test_make_source_by_config(tmp_path):
@@ -111,6 +116,7 @@ def test_make_source_by_config(tmp_path):
     source = make_source(DataConfig(path=str(tmp_path), captions="optional"))
     assert isinstance(source, FolderSource)
     mixed = make_source(DataConfig(mixture=(f"1:{tmp_path}", f"2.5:{tmp_path}"), captions="optional"))
+    # Weights stay as written; only their proportions count.
     assert mixed.weights == (1.0, 2.5)
     assert len(mixed) == 2
 
@@ -134,6 +140,7 @@ def test_make_source_refuses(data, message):
 
 
 def test_folder_is_found_recursively_in_the_order_of_its_paths(tmp_path):
+    # Not in sorted order, with suffixes in both cases.
     for name in ("b/z.PNG", "b/a.jpeg", "c.webp", "a/deep/x.bmp", "a/y.gif", "b/w.JPG"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise()).save(tmp_path / name)
@@ -155,11 +162,13 @@ def test_folder_is_found_recursively_in_the_order_of_its_paths(tmp_path):
 
 def test_several_captions_one_a_line(tmp_path):
     Image.fromarray(noise()).save(tmp_path / "a.png")
+    # A byte order mark, Windows line ends, a blank line and blanks around a caption.
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\n  zwölf \n".encode())
     assert FolderSource(tmp_path)[0].captions == ("one", "zwölf")
 
 
 def test_labels_are_the_top_folders_in_sorted_order(tmp_path):
+    # The label is the top folder, however deep the image lies.
     for name in ("dog/1.png", "cat/deep/1.png", "ant/1.png", "cat/2.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise()).save(tmp_path / name)
@@ -172,6 +181,7 @@ def test_labels_are_the_top_folders_in_sorted_order(tmp_path):
 def test_identity_changes_with_the_names_only(tmp_path):
     Image.fromarray(noise()).save(tmp_path / "a.png")
     before = FolderSource(tmp_path, caption_required=False).identity()
+    # Another image under the same name.
     Image.fromarray(noise(5, 5)).save(tmp_path / "a.png")
     assert FolderSource(tmp_path, caption_required=False).identity() == before
     Image.fromarray(noise()).save(tmp_path / "b.png")
@@ -187,6 +197,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     Image.fromarray(noise()).save(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    # Leads back up: following it would never end.
     (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "set")
     source = FolderSource(tmp_path / "set", caption_required=False)
     assert [source.name(i) for i in range(len(source))] == ["linked/a.png"]
@@ -197,12 +208,14 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
 
 def test_cmyk_jpeg_becomes_rgb(tmp_path):
     data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    # Pillow must not convert it while saving.
     assert Image.open(io.BytesIO(data)).mode == "CMYK"
     image = one_image(tmp_path, "a.jpg", data).image
     np.testing.assert_allclose(image, np.broadcast_to([255, 0, 0], image.shape), atol=4)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    # 257 = 65535 / 255: one step of 8 bits.
     grey = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
     image = one_image(tmp_path, "a.png", encoded(Image.fromarray(grey), "PNG")).image
     np.testing.assert_array_equal(image, np.repeat(np.array([[[0], [1], [128], [255]]]), 3, axis=2))
@@ -210,6 +223,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
 def test_grey_bilevel_and_palette(tmp_path, mode):
+    # Exactly representable in all three modes.
     square = np.kron([[0, 255], [255, 0]], np.ones((4, 4))).astype(np.uint8)
     data = encoded(Image.fromarray(square).convert(mode), "PNG")
     assert Image.open(io.BytesIO(data)).mode == mode
@@ -217,6 +231,7 @@ def test_grey_bilevel_and_palette(tmp_path, mode):
 
 
 def test_alpha_goes_over_white(tmp_path):
+    # Opaque red, invisible red, and half transparent black.
     pixels = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 128]]], dtype=np.uint8)
     image = one_image(tmp_path, "a.png", encoded(Image.fromarray(pixels), "PNG")).image
     np.testing.assert_array_equal(image, [[[255, 0, 0], [255, 255, 255], [127, 127, 127]]])
@@ -226,6 +241,7 @@ def test_transparent_palette_and_grey_go_over_white(tmp_path):
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putdata([0, 1])
+    # PNG palettes mark one transparent colour, or give an alpha for each.
     for transparency in (1, bytes([255, 0])):
         image = one_image(tmp_path, "a.png", encoded(palette, "PNG", transparency=transparency)).image
         np.testing.assert_array_equal(image, [[[255, 0, 0], [255, 255, 255]]])
@@ -240,6 +256,7 @@ def test_transparent_palette_and_grey_go_over_white(tmp_path):
 def test_exif_orientation_is_applied(tmp_path, orientation):
     quadrants = np.kron([[0, 80], [160, 240]], np.ones((16, 24))).astype(np.uint8)
     exif = Image.Exif()
+    # The EXIF tag of the orientation.
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(quadrants), "JPEG", quality=95, exif=exif.tobytes())
     turns = {
@@ -253,6 +270,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
         8: np.rot90,
     }
     image = one_image(tmp_path, "a.jpg", data).image
+    # JPEG is lossy.
     np.testing.assert_allclose(image[..., 0].astype(int), turns[orientation](quadrants).astype(int), atol=6)
 
 
@@ -268,6 +286,7 @@ def test_animation_gives_its_first_frame(tmp_path):
 
 @pytest.mark.parametrize("format", ["png", "jpg", "webp", "bmp", "gif"])
 def test_truncated_image_is_bad(tmp_path, format):
+    # Pillow knows the format by its full name.
     data = encoded(Image.fromarray(noise(64, 64)), {"jpg": "jpeg"}.get(format, format))
     assert cause_of(tmp_path, f"a.{format}", data[: len(data) // 2]) == "image_undecodable"
 
@@ -284,6 +303,7 @@ def test_decompression_bomb_is_bad(tmp_path, side):
 
 
 def test_vanished_image_is_bad(tmp_path):
+    # A dangling link stands for a file that vanishes after the listing.
     (tmp_path / "a.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(BadExample, match="image_unreadable"):
         FolderSource(tmp_path, caption_required=False)[0]
@@ -291,6 +311,7 @@ def test_vanished_image_is_bad(tmp_path):
 
 def test_bad_captions(tmp_path):
     Image.fromarray(noise()).save(tmp_path / "a.png")
+    # Not UTF-8.
     (tmp_path / "a.txt").write_bytes("größer".encode("latin-1"))
     with pytest.raises(BadExample, match="caption_undecodable"):
         FolderSource(tmp_path)[0]
@@ -313,6 +334,7 @@ def test_missing_captions_are_counted(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UserError, match=r"b\.png has no caption file b\.txt \(2 of 3 .*data\.captions=optional"):
         FolderSource(tmp_path)
+    # Optional captions: both other images have none.
     assert [FolderSource(tmp_path, caption_required=False)[i].captions for i in range(3)] == [("a",), (), ()]
 
 
@@ -343,7 +365,7 @@ def test_images_without_a_class_folder(tmp_path):
 
 @pytest.mark.parametrize("locked", [".", "sub"])
 def test_unreadable_folder(locked):
-    """In a process of its own without root's rights: root may read everything."""
+    """Runs in a separate process without root's rights, because root may read everything."""
     script = (
         "import os, sys\n"
         "from gigagan_jax.data.sources.folder import FolderSource\n"
@@ -355,7 +377,8 @@ def test_unreadable_folder(locked):
         "except UserError as error:\n"
         "    print('UserError:', error)\n"
     )
-    with tempfile.TemporaryDirectory() as outer:  # pytest's own folders let nobody but their owner through.
+    # pytest's temporary folders are closed to other users.
+    with tempfile.TemporaryDirectory() as outer:
         Path(outer).chmod(0o755)
         folder = Path(outer) / "set"
         (folder / "sub").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Data sets of TFDS: small real ones that TFDS builds here, without TensorFlow."""
+"""Data sets of TFDS: small ones that TFDS builds in this test, without TensorFlow."""
 
 import io
 import json
@@ -20,23 +20,26 @@ from gigagan_jax.data.example import BadExample, Record
 from gigagan_jax.data.sources import array_record_format, make_source
 from gigagan_jax.data.sources.tfds import TfdsSource
 
+# Child processes run here, so that they import this checkout.
 ROOT = Path(__file__).parents[3]
 
 
-def picture(i):
+def make_picture(i):
     """JPEG file of 7 x 6 pixels."""
     file = io.BytesIO()
+    # The grey level identifies the example.
     Image.fromarray(np.full((6, 7, 3), 20 * i, np.uint8)).save(file, "JPEG")
     return file.getvalue()
 
 
-def png(pixels):
+def encode_png(pixels):
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
-MASK = png(np.zeros((2, 2), np.uint8))
+# A segmentation map is an image feature too, but no photograph.
+MASK = encode_png(np.zeros((2, 2), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,7 @@ def data_dir(tmp_path_factory):
     """Where TFDS keeps `tiny_scenes`: 7 and 2 examples with features of many kinds; not to be written to."""
     import tensorflow_datasets as tfds
 
+    # TFDS needs no TensorFlow to write ArrayRecord.
     class TinyScenes(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.2.0")
 
@@ -69,12 +73,14 @@ def data_dir(tmp_path_factory):
                 yield (
                     i,
                     {
-                        "image": io.BytesIO(picture(i)),
+                        "image": io.BytesIO(make_picture(i)),
                         "image/filename": f"{i}.jpg",
                         "mask": io.BytesIO(MASK),
+                        # None, one or two captions.
                         "captions": [{"id": j, "text": f"caption {i}.{j} ü"} for j in range(i % 3)],
                         "nested": {"title": f" title {i} " if i else "", "score": 0.5},
                         "tags": ["a", f"b{i}", "c"],
+                        # The test split has no labels.
                         "label": i % 2 if n == 7 else -1,
                         "shot": 100 + i,
                     },
@@ -93,9 +99,9 @@ def folder(data_dir):
     return data_dir / "tiny_scenes" / "1.2.0"
 
 
-def number(record):
+def index_of(record):
     """Which example it is: TFDS shuffles."""
-    (i,) = (i for i in range(7) if picture(i) == record.image)
+    (i,) = (i for i in range(7) if make_picture(i) == record.image)
     return i
 
 
@@ -116,10 +122,11 @@ def test_by_name_and_by_folder(data_dir, folder):
     for source in sources:
         assert len(source) == 7
         records = [source.read(i) for i in range(7)]
-        assert sorted(map(number, records)) == list(range(7))
+        assert sorted(map(index_of, records)) == list(range(7))
         for i, record in enumerate(records):
-            n = number(record)
+            n = index_of(record)
             assert record.captions == tuple(f"caption {n}.{j} ü" for j in range(n % 3)) == source.captions(i)
+            # TFDS shuffles while writing, so the number is read from the image.
             assert record.label == n % 2
             assert record.name == source.name(i) == f"tiny_scenes/train/{i}"
     np.testing.assert_array_equal(sources[0][2].image, decode_image(sources[0].read(2).image))
@@ -134,12 +141,14 @@ def test_examples_are_those_that_tfds_reads(folder):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         builder = tfds.builder_from_directory(folder)
+    # Encoded bytes are compared; decoders might differ.
     skip = {"image": tfds.decode.SkipDecoding(), "mask": tfds.decode.SkipDecoding()}
+    # Expressions of TFDS cut across files.
     for split in ("train", "test", "train[2:5]", "train+test", "train[50%:]"):
-        theirs = builder.as_data_source(split=split, decoders=skip)
+        tfds_source = builder.as_data_source(split=split, decoders=skip)
         ours = TfdsSource(str(folder), split=split, caption_required=False)
-        assert len(ours) == len(theirs) > 0
-        for i, example in enumerate(theirs):
+        assert len(ours) == len(tfds_source) > 0
+        for i, example in enumerate(tfds_source):
             assert ours.read(i).image == example["image"]
             assert ours.captions(i) == tuple(c.decode() for c in example["captions"]["text"])
             assert ours.read(i).label == example["label"]
@@ -149,14 +158,17 @@ def test_captions_by_key(folder):
     nested = TfdsSource(str(folder), caption_keys=("nested/title", "tags"), label_key="shot")
     for i in range(7):
         record = nested.read(i)
-        n = number(record)
+        n = index_of(record)
         assert record.captions == ((f"title {n}",) if n else ()) + ("a", f"b{n}", "c")
         assert record.label == 100 + n
+    # A plain integer label has no names of classes.
     assert nested.classes == ()
+    # Only example 0 has a blank title.
     empty = TfdsSource(str(folder), caption_keys=("nested/title",))
+    # Every third example has no caption at all.
     missing = TfdsSource(str(folder))
     for i in range(7):
-        n = number(TfdsSource(str(folder), caption_required=False).read(i))
+        n = index_of(TfdsSource(str(folder), caption_required=False).read(i))
         if n == 0:
             assert cause_of(empty.read, i) == cause_of(empty.captions, i) == "caption_empty"
         if n % 3 == 0:
@@ -173,11 +185,13 @@ def test_a_split_without_labels(folder):
 
 def test_identities_differ_by_split(folder):
     splits = ("train", "test", "train[:3]", "train[3:6]")
+    # train[:3] and train[3:6] have one length, but other examples.
     assert len({TfdsSource(str(folder), split=s, caption_required=False).identity() for s in splits}) == 4
 
 
 def test_threads_processes_and_pickles_read_the_same(folder):
     source = TfdsSource(str(folder), caption_required=False)
+    # The parent reads first, so the pickle must leave open readers out.
     images = [source.read(i).image for i in range(7)]
     again = pickle.loads(pickle.dumps(source))
     with ThreadPoolExecutor(8) as pool:
@@ -186,19 +200,20 @@ def test_threads_processes_and_pickles_read_the_same(folder):
         "import pickle, sys; r = pickle.load(sys.stdin.buffer).read(5); "
         "print(r.name, len(r.image), 'tensorflow' in sys.modules)"
     )
-    out = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True, cwd=ROOT
     )
-    assert out.stdout.decode().split() == ["tiny_scenes/train/5", str(len(images[5])), "False"]
+    assert completed.stdout.decode().split() == ["tiny_scenes/train/5", str(len(images[5])), "False"]
 
 
 def test_our_own_array_records_are_found_to_be_a_data_set_of_tfds(tmp_path):
     for shard in range(2):
-        records = [Record(picture(i), (f"caption {i}",), -1, f"{i}.jpg") for i in (shard, shard + 2)]
-        array_record_format.write(tmp_path / array_record_format.shard_name("mine", shard, 2), records)
+        records = [Record(make_picture(i), (f"caption {i}",), -1, f"{i}.jpg") for i in (shard, shard + 2)]
+        array_record_format.write_records(tmp_path / array_record_format.shard_name("mine", shard, 2), records)
     array_record_format.write_tfds_metadata(tmp_path, "mine", [2, 2])
     source = make_source(DataConfig(path=str(tmp_path)))
     assert isinstance(source, TfdsSource)
+    # Shard by shard.
     assert [source.read(i).captions for i in range(4)] == [(f"caption {i}",) for i in (0, 2, 1, 3)]
     assert not source.has_labels
 
@@ -207,14 +222,17 @@ def test_what_cannot_be_found_says_how_to_get_it(data_dir, folder, tmp_path, ref
     at = str(data_dir)
     refused(lambda: TfdsSource("coco_captions/2017:1.0.0", data_dir=at), "coco_captions/2017:1.0.0", at, "tfds build")
     refused(lambda: TfdsSource("imagenet2012", data_dir=at), "tfds build imagenet2012 --file_format=array_record")
+    # A misspelt name, then names that no data set of TFDS has.
     refused(lambda: TfdsSource("imagnet2012", data_dir=at), "did you mean imagenet2012")
     refused(lambda: TfdsSource("photos/of_cats", data_dir=at), "photos/of_cats", "none of this name")
     refused(lambda: TfdsSource("photos/of/cats", data_dir=at), "photos/of/cats")
+    # Another version is prepared, and the message names it.
     refused(lambda: TfdsSource("tiny_scenes:9.0.0", data_dir=at), "tiny_scenes:9.0.0", f"there is {folder}")
     refused(lambda: TfdsSource("gs://bucket/tiny/1.0.0"), "gs://bucket", "copy")
     refused(lambda: TfdsSource("tiny_scenes", data_dir="gs://bucket"), "gs://bucket", "copy")
     refused(lambda: TfdsSource(str(tmp_path / "no")), tmp_path / "no")
     refused(lambda: TfdsSource(str(tmp_path)), tmp_path, "dataset_info.json")
+    # The folder above the data set.
     refused(lambda: TfdsSource(at), folder)
     assert "tensorflow" not in sys.modules
 
@@ -232,17 +250,18 @@ def test_unknown_splits_and_features_list_those_there(folder, refused):
     refused(lambda: TfdsSource(at, label_key="nested/score"), "no class number", "label, shot")
 
 
-def with_features(folder, there, change):
+def with_features(folder, copied, change):
     """A copy of a data set whose features.json is changed."""
-    there = shutil.copytree(folder, there)
-    file = there / "features.json"
-    told = json.loads(file.read_text())
-    change(told["featuresDict"]["features"])
-    file.write_text(json.dumps(told))
-    return str(there)
+    copied = shutil.copytree(folder, copied)
+    file = copied / "features.json"
+    features_json = json.loads(file.read_text())
+    change(features_json["featuresDict"]["features"])
+    file.write_text(json.dumps(features_json))
+    return str(copied)
 
 
 def test_several_images_none_and_no_captions(folder, tmp_path, refused):
+    # Three image features now share the type.
     two = with_features(folder, tmp_path / "two", lambda f: f.update(left=f["image"], a=f["image"]))
     refused(lambda: TfdsSource(two), "a, image, left", "config.data.image_key")
     assert len(TfdsSource(two, image_key="image").read(1).image) > 0
@@ -255,27 +274,31 @@ def test_several_images_none_and_no_captions(folder, tmp_path, refused):
 
 
 def test_other_formats_and_damaged_data_sets(folder, tmp_path, refused):
-    there = shutil.copytree(folder, tmp_path / "copy")
-    info = there / "dataset_info.json"
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    info = copied / "dataset_info.json"
     text = info.read_text()
 
     info.write_text(text.replace('"fileFormat": "array_record"', '"fileFormat": "tfrecord"'))
-    refused(lambda: TfdsSource(str(there)), "tfrecord", "array_record", f"--dataset_version_dir={there}")
+    refused(lambda: TfdsSource(str(copied)), "tfrecord", "array_record", f"--dataset_version_dir={copied}")
+    # tfrecord first and ArrayRecord as an alternative: the files of the alternative are read.
     both = '"alternativeFileFormats": ["array_record"], "fileFormat": "tfrecord"'
     info.write_text(text.replace('"fileFormat": "array_record"', both))
-    assert len(TfdsSource(str(there), caption_required=False).read(0).image) > 0
+    assert len(TfdsSource(str(copied), caption_required=False).read(0).image) > 0
 
+    # The metadata states one example more than the file holds.
     info.write_text(text.replace('"7"', '"8"'))
-    refused(lambda: TfdsSource(str(there)), "holds 7 examples", "says 8", "tiny_scenes-train")
+    refused(lambda: TfdsSource(str(copied)), "holds 7 examples", "says 8", "tiny_scenes-train")
+    # Cut JSON.
     info.write_text(text[:100])
-    refused(lambda: TfdsSource(str(there)), there, "cannot be opened")
+    refused(lambda: TfdsSource(str(copied)), copied, "cannot be opened")
     info.write_text(text)
-    shard = there / "tiny_scenes-train.array_record-00000-of-00001"
+    shard = copied / "tiny_scenes-train.array_record-00000-of-00001"
     data = shard.read_bytes()
+    # One byte short.
     shard.write_bytes(data[:-1])
-    refused(lambda: TfdsSource(str(there)), shard, "cut short")
+    refused(lambda: TfdsSource(str(copied)), shard, "cut short")
     shard.unlink()
-    refused(lambda: TfdsSource(str(there)), shard, "No such file")
-    assert len(TfdsSource(str(there), split="test", caption_required=False)) == 2
-    (there / "features.json").unlink()
-    refused(lambda: TfdsSource(str(there), split="test"), there, "cannot be opened")
+    refused(lambda: TfdsSource(str(copied)), shard, "No such file")
+    assert len(TfdsSource(str(copied), split="test", caption_required=False)) == 2
+    (copied / "features.json").unlink()
+    refused(lambda: TfdsSource(str(copied), split="test"), copied, "cannot be opened")

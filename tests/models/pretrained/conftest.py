@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
-from gigagan_jax.models.network import Module
-from gigagan_jax.models.pretrained.weights import Weights, load
+from gigagan_jax.models.network import Network
+from gigagan_jax.models.pretrained.weights import Weights, load_params
 from gigagan_jax.parallel import sharding
 
 
@@ -23,10 +23,12 @@ def read(mesh):
     """read(make, rows, folder, **predicates) -> (Module, parameters): the production loader, float32, one device."""
 
     def read(make, rows, folder, **predicates):
-        module = Module("test", make)
+        module = Network("test", make)
         where = module.shardings(mesh, DEFAULT_RULES)
         weights = Weights(folder)
-        return module, load(module, rows, weights, shardings=where, dtype_of=lambda s: jnp.float32, **predicates)[0]
+        return module, load_params(
+            module, rows, weights, shardings=where, dtype_of=lambda s: jnp.float32, **predicates
+        )[0]
 
     return read
 

@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.models.network import Module
+from gigagan_jax.models.network import Network
 from gigagan_jax.models.pretrained import clip
 from gigagan_jax.models.pretrained.hub import INDEX, SINGLE
 
@@ -178,8 +178,8 @@ def test_known_sizes_are_those_of_the_published_models():
     }
     for name, config in clip.KNOWN.items():
         width = config.projection_dim
-        text = Module("t", lambda rngs, c=config, w=width: clip.ClipText(c.text, w, rngs=rngs))
-        vision = Module("v", lambda rngs, c=config, w=width: clip.ClipVision(c.vision, w, rngs=rngs))
+        text = Network("t", lambda rngs, c=config, w=width: clip.ClipText(c.text, w, rngs=rngs))
+        vision = Network("v", lambda rngs, c=config, w=width: clip.ClipVision(c.vision, w, rngs=rngs))
         million = next(v for k, v in stated.items() if k in name)
         assert (text.count() + vision.count()) / 1e6 == pytest.approx(million, rel=0.005), name
 
@@ -191,8 +191,8 @@ def test_preprocess_is_pillows_bicubic_and_clips_normalisation():
         channels = [
             Image.fromarray(image[..., c], mode=None).resize((224, 224), Image.Resampling.BICUBIC) for c in range(3)
         ]
-        expected = (np.stack([np.asarray(c) for c in channels], -1) - np.array(clip.PIXELS[0])) / np.array(
-            clip.PIXELS[1]
+        expected = (np.stack([np.asarray(c) for c in channels], -1) - np.array(clip.PIXEL_MEAN_STD[0])) / np.array(
+            clip.PIXEL_MEAN_STD[1]
         )
         ours = np.asarray(clip.preprocess(jnp.asarray(image)[None] * 2 - 1, 224))[0]
         assert np.abs(ours - expected).max() < 1e-3, side

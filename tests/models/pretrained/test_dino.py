@@ -11,9 +11,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.models.network import Module
+from gigagan_jax.models.network import Network
 from gigagan_jax.models.pretrained import dino, hub
-from gigagan_jax.models.pretrained import weights as weights_module
+from gigagan_jax.models.pretrained.weights import Weights
 
 TINY = {
     "hidden_size": 24,
@@ -40,8 +40,8 @@ def torch_forward(model, pixels):
 def load(read, folder):
     """(Module, parameters) of a folder, through the production table."""
     config = dino.read_config(folder)
-    table = dino.rows(weights_module.Weights(folder).keys(), config)
-    return read(lambda rngs: dino.Dino(config, rngs=rngs), table, folder, ignore=dino.ignored)
+    table = dino.dino_rows(Weights(folder).keys(), config)
+    return read(lambda rngs: dino.Dino(config, rngs=rngs), table, folder, ignore=dino.is_ignored)
 
 
 def images(size):
@@ -89,7 +89,7 @@ def test_gradient_by_the_images_parity(tiny, loaded, error):
     weights = np.random.default_rng(1).standard_normal((2, 26, config.hidden_size), np.float32)
 
     def gradient(dtype):
-        module = Module("dino", lambda rngs: dino.Dino(config, dtype=dtype, remat=True, rngs=rngs))
+        module = Network("dino", lambda rngs: dino.Dino(config, dtype=dtype, remat=True, rngs=rngs))
 
         def loss(x, p):
             out = module.bind(p)(x, taps=(1, 2), pool=False)
@@ -145,7 +145,7 @@ def rewritten(folder, out, change):
 
 def test_names_inside_transformers(tiny, loaded, tmp_path, read, save):
     save(tiny[1], tmp_path, save_original_format=False)  # the same weights again
-    inside, stored = weights_module.Weights(tmp_path).keys(), weights_module.Weights(tiny[0]).keys()
+    inside, stored = Weights(tmp_path).keys(), Weights(tiny[0]).keys()
     assert "layers.0.attention.q_proj.weight" in inside
     assert "encoder.layer.0.attention.attention.query.weight" in stored
     same(read, tmp_path, loaded)
@@ -219,4 +219,4 @@ def test_config_errors(tmp_path, values, said):
 )
 def test_known_sizes(name, count):
     """Parameters of the published towers."""
-    assert Module(name, lambda rngs: dino.Dino(dino.KNOWN[name], rngs=rngs)).count() == count
+    assert Network(name, lambda rngs: dino.Dino(dino.KNOWN[name], rngs=rngs)).count() == count

@@ -13,11 +13,11 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants
 
-from gigagan_jax.models.pretrained.hub import CONFIG, INDEX, SINGLE, Need, cached, find
+from gigagan_jax.models.pretrained.hub import CONFIG, INDEX, SINGLE, Requirement, find_cached, find_folder
 from gigagan_jax.models.pretrained.weights import Weights
 
 INSTEAD = "config.loss.clip=(0,0) does without"
-NEED = Need("config.clip.path", INSTEAD)
+NEED = Requirement("config.clip.path", INSTEAD)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def shards(tmp_path):
 
 
 def test_a_path_that_is_not_set(refused):
-    refused(lambda: find("", NEED), "config.clip.path is not set", "folder or hub id", INSTEAD)
+    refused(lambda: find_folder("", NEED), "config.clip.path is not set", "folder or hub id", INSTEAD)
 
 
 @pytest.mark.parametrize(
@@ -47,20 +47,24 @@ def test_a_path_that_is_not_set(refused):
 )
 def test_a_path_that_is_no_folder(path, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    refused(lambda: find(path, NEED), f"config.clip.path={path}", "no such folder", "no hub id (org/name)", INSTEAD)
+    refused(
+        lambda: find_folder(path, NEED), f"config.clip.path={path}", "no such folder", "no hub id (org/name)", INSTEAD
+    )
 
 
 def test_a_home_that_is_not_there(refused):
-    refused(lambda: find("~no_such_user_here/clip", NEED), "config.clip.path=~no_such_user_here/clip", INSTEAD)
+    refused(lambda: find_folder("~no_such_user_here/clip", NEED), "config.clip.path=~no_such_user_here/clip", INSTEAD)
 
 
 def test_a_folder_is_found_by_any_of_its_names(folder, shards, monkeypatch):
     monkeypatch.chdir(folder.parent.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert find(str(folder), NEED) == folder
-    assert find(str(shards), NEED) == shards
-    assert find("~/net", NEED) == folder
-    assert find(f"{folder.parent.name}/net", NEED).samefile(folder)  # a folder comes before a hub id of that form
+    assert find_folder(str(folder), NEED) == folder
+    assert find_folder(str(shards), NEED) == shards
+    assert find_folder("~/net", NEED) == folder
+    assert find_folder(f"{folder.parent.name}/net", NEED).samefile(
+        folder
+    )  # a folder comes before a hub id of that form
 
 
 @pytest.fixture
@@ -86,25 +90,25 @@ def hub(tmp_path, monkeypatch):
 def test_a_hub_id_that_is_not_in_the_cache(hub, revision, refused):
     path = f"some-org/clip.large{revision}"
     message = refused(
-        lambda: find(path, NEED), f"config.clip.path={path}: ", CONFIG, SINGLE, "tokenizer", hub.cache, INSTEAD
+        lambda: find_folder(path, NEED), f"config.clip.path={path}: ", CONFIG, SINGLE, "tokenizer", hub.cache, INSTEAD
     )
     option = f" --revision {revision[1:]}" if revision else ""
     assert f"`hf download some-org/clip.large{option}`" in message
 
 
 def test_a_hub_id_that_can_be_none(hub, refused):
-    refused(lambda: find("some--org/clip", NEED), "config.clip.path=some--org/clip", INSTEAD)
+    refused(lambda: find_folder("some--org/clip", NEED), "config.clip.path=some--org/clip", INSTEAD)
 
 
 def test_a_hub_id_in_the_cache(hub, folder, shards, refused):
     snapshot = hub("org/name")
     shutil.copytree(folder, snapshot, dirs_exist_ok=True)
-    assert find("org/name", NEED) == snapshot
-    assert find(f"org/name@{snapshot.name}", NEED) == snapshot
-    refused(lambda: find("org/name@v2", NEED), "hf download org/name --revision v2")
+    assert find_folder("org/name", NEED) == snapshot
+    assert find_folder(f"org/name@{snapshot.name}", NEED) == snapshot
+    refused(lambda: find_folder("org/name@v2", NEED), "hf download org/name --revision v2")
     other = hub("org/other", revision="v1")
     shutil.copytree(shards, other, dirs_exist_ok=True)
-    assert find("org/other@v1", NEED) == other
+    assert find_folder("org/other@v1", NEED) == other
 
 
 def test_a_hub_id_of_which_we_downloaded_what_we_need(hub, folder):
@@ -115,19 +119,26 @@ def test_a_hub_id_of_which_we_downloaded_what_we_need(hub, folder):
     trees = snapshot.parent.parent / "trees"
     trees.mkdir()
     (trees / f"{snapshot.name}.json").write_text(json.dumps({"format_version": 1, "files": listed}))
-    assert find("org/name", NEED) == snapshot
-    assert cached("org/name") == snapshot  # without asking the hub
-    assert cached("org/other") is None
+    assert find_folder("org/name", NEED) == snapshot
+    assert find_cached("org/name") == snapshot  # without asking the hub
+    assert find_cached("org/other") is None
 
 
 def test_a_hub_id_of_which_only_parts_are_in_the_cache(hub, folder, refused):
     shutil.copy(folder / CONFIG, hub("org/config"))
     refused(
-        lambda: find("org/config", NEED), "config.clip.path=org/config", SINGLE, "`hf download org/config`", INSTEAD
+        lambda: find_folder("org/config", NEED),
+        "config.clip.path=org/config",
+        SINGLE,
+        "`hf download org/config`",
+        INSTEAD,
     )
     shutil.copy(folder / SINGLE, hub("org/weights"))
     refused(
-        lambda: find("org/weights", NEED), "config.clip.path=org/weights", f"no {CONFIG}", "`hf download org/weights`"
+        lambda: find_folder("org/weights", NEED),
+        "config.clip.path=org/weights",
+        f"no {CONFIG}",
+        "`hf download org/weights`",
     )
 
 
@@ -136,7 +147,9 @@ def test_a_hub_id_with_nothing_but_a_pickle_in_the_cache(hub, trap, refused):
     snapshot = hub("org/pickle")
     (snapshot / CONFIG).write_text("{}")
     trap(snapshot / "pytorch_model.bin")
-    refused(lambda: find("org/pickle", NEED), "config.clip.path", "pytorch_model.bin", "pickle", "save_pretrained")
+    refused(
+        lambda: find_folder("org/pickle", NEED), "config.clip.path", "pytorch_model.bin", "pickle", "save_pretrained"
+    )
 
 
 # ---------------------------------------------------------------- what a folder holds
@@ -145,11 +158,11 @@ def test_a_hub_id_with_nothing_but_a_pickle_in_the_cache(hub, trap, refused):
 def test_a_folder_without_weights_or_without_a_config(folder, tmp_path, refused):
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(lambda: find(str(empty), NEED), f"config.clip.path={empty}", SINGLE, INDEX, INSTEAD)
+    refused(lambda: find_folder(str(empty), NEED), f"config.clip.path={empty}", SINGLE, INDEX, INSTEAD)
     shutil.copy(folder / CONFIG, empty)
-    refused(lambda: find(str(empty), NEED), f"config.clip.path={empty}", SINGLE, INDEX, INSTEAD)
+    refused(lambda: find_folder(str(empty), NEED), f"config.clip.path={empty}", SINGLE, INDEX, INSTEAD)
     (folder / CONFIG).unlink()
-    refused(lambda: find(str(folder), NEED), f"config.clip.path={folder}", f"no {CONFIG}", INSTEAD)
+    refused(lambda: find_folder(str(folder), NEED), f"config.clip.path={folder}", f"no {CONFIG}", INSTEAD)
 
 
 class Trap:
@@ -183,25 +196,34 @@ def trap(tmp_path):
 def test_a_folder_with_a_pickle_only(name, tmp_path, trap, refused):
     (tmp_path / CONFIG).write_text("{}")
     file = trap(tmp_path / name)
-    refused(lambda: find(str(tmp_path), NEED), "config.clip.path", file, "is a pickle", "convert it", "save_pretrained")
+    refused(
+        lambda: find_folder(str(tmp_path), NEED),
+        "config.clip.path",
+        file,
+        "is a pickle",
+        "convert it",
+        "save_pretrained",
+    )
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32.pt", "clip.pth", "pytorch_model.bin"])
 def test_a_path_that_is_a_pickle(name, tmp_path, trap, refused):
     file = trap(tmp_path / name)
-    refused(lambda: find(str(file), NEED), "config.clip.path", file, "is a pickle", "convert it")
+    refused(lambda: find_folder(str(file), NEED), "config.clip.path", file, "is a pickle", "convert it")
 
 
 def test_a_path_that_is_a_file(folder, refused):
     for name in (SINGLE, CONFIG):
         refused(
-            lambda name=name: find(str(folder / name), NEED), f"config.clip.path={folder / name}", "give the folder"
+            lambda name=name: find_folder(str(folder / name), NEED),
+            f"config.clip.path={folder / name}",
+            "give the folder",
         )
 
 
 def test_a_pickle_beside_safetensors_is_no_matter(folder, trap):
     trap(folder / "pytorch_model.bin")
-    assert find(str(folder), NEED) == folder
+    assert find_folder(str(folder), NEED) == folder
 
 
 def test_the_conversion_that_is_named_works(clip_folder, tmp_path, monkeypatch, refused):
@@ -209,14 +231,14 @@ def test_the_conversion_that_is_named_works(clip_folder, tmp_path, monkeypatch, 
     source.mkdir()
     shutil.copy(clip_folder / CONFIG, source)
     torch.save(safetensors.torch.load_file(clip_folder / SINGLE), source / "pytorch_model.bin")
-    message = refused(lambda: find(str(source), NEED), "pytorch_model.bin", "OUT")
+    message = refused(lambda: find_folder(str(source), NEED), "pytorch_model.bin", "OUT")
     code = re.search(r'python -c "(.*?)"', message).group(1)
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(code, {})
-    out = Weights(find(str(tmp_path / "OUT"), NEED))
+    out = Weights(find_folder(str(tmp_path / "OUT"), NEED))
     there = Weights(clip_folder)
     assert out.keys() == there.keys()
     for key in there.keys():  # noqa: SIM118
-        np.testing.assert_array_equal(out.read(key), there.read(key))
+        np.testing.assert_array_equal(out.read_tensor(key), there.read_tensor(key))

@@ -14,7 +14,7 @@ from torch import nn
 
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.models.network import Module
+from gigagan_jax.models.network import Network
 from gigagan_jax.models.pretrained import inception
 from gigagan_jax.parallel import sharding
 
@@ -209,14 +209,14 @@ def random_network(variant):
 
 @functools.cache
 def module(variant):
-    return Module(f"inception {variant}", lambda rngs: inception.Inception(variant, rngs=rngs))
+    return Network(f"inception {variant}", lambda rngs: inception.Inception(variant, rngs=rngs))
 
 
 @pytest.fixture(scope="module")
 def load(read):
     """load(variant, folder) -> (Module, parameters)"""
     make = lambda variant: lambda rngs: inception.Inception(variant, rngs=rngs)
-    return lambda variant, folder: read(make(variant), inception.rows(), folder, ignore=inception.ignored)
+    return lambda variant, folder: read(make(variant), inception.inception_rows(), folder, ignore=inception.is_ignored)
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +258,8 @@ def test_parity_with_torch(networks, load, error, variant):
 
 def test_every_tensor_is_read_or_known(networks):
     for network, _ in networks.values():
-        keys = {k for k in network.state_dict() if not inception.ignored(k)}
-        assert keys == {row.key for row in inception.rows()}
+        keys = {k for k in network.state_dict() if not inception.is_ignored(k)}
+        assert keys == {row.key for row in inception.inception_rows()}
         assert len(keys) == 94 * 5 + 2
 
 
@@ -298,7 +298,7 @@ def test_unknown_variant_is_an_error():
     with pytest.raises(UserError, match="variant 'tf' is unknown; known: fid, torchvision"):
         inception.preprocess(jnp.zeros((1, 8, 8, 3)), "tf")
     with pytest.raises(UserError, match="variant 'tf' is unknown"):
-        Module("inception", lambda rngs: inception.Inception("tf", rngs=rngs))
+        Network("inception", lambda rngs: inception.Inception("tf", rngs=rngs))
 
 
 def test_another_size_is_an_error():
@@ -314,7 +314,7 @@ def test_sharding_leaves_it_whole_on_any_mesh():
 
 
 def test_bfloat16_convolutions_and_float32_outputs():
-    net = Module("inception", lambda rngs: inception.Inception("fid", dtype=jnp.bfloat16, rngs=rngs))
+    net = Network("inception", lambda rngs: inception.Inception("fid", dtype=jnp.bfloat16, rngs=rngs))
     traced = jax.make_jaxpr(lambda p, x: net.bind(p)(x))(net.abstract(), jnp.zeros((1, 299, 299, 3)))
     convs = [e for e in traced.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
     assert len(convs) == 94

@@ -15,7 +15,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.models.network import Module
+from gigagan_jax.models.network import Network
 from gigagan_jax.models.pretrained import hub, t5, weights
 from gigagan_jax.parallel import sharding
 
@@ -38,7 +38,7 @@ def load(read, folder, **options):
     """(Module, parameters) of a folder, through the production table."""
     config, keys = t5.read_config(folder), weights.Weights(folder).keys()
     make = lambda rngs: t5.T5Encoder(config, rngs=rngs, **options)
-    return read(make, t5.rows(keys, config), folder, ours=t5.is_encoder, ignore=t5.is_copy(keys))
+    return read(make, t5.t5_rows(keys, config), folder, ours=t5.is_encoder, ignore=t5.duplicate_embedding_filter(keys))
 
 
 def forward(module, params, tokens, mask):
@@ -115,7 +115,7 @@ def test_full_width_block_parity(tmp_path, save, read, error):
 def test_buckets_torch(count, max_distance):
     places = np.arange(-600, 601)
     theirs = T5Attention._relative_position_bucket(torch.from_numpy(places), True, count, max_distance)
-    mine = t5.buckets(places, count, max_distance)
+    mine = t5.relative_position_buckets(places, count, max_distance)
     np.testing.assert_array_equal(mine, theirs.numpy())
     assert (mine.min(), mine.max()) == (0, count - 1)
 
@@ -134,7 +134,7 @@ def test_bfloat16_torch(gated, ours):
     """No farther from float32 than transformers' own bfloat16, with recomputed blocks."""
     tokens, mask = captions()
     config = t5.read_config(gated[0])
-    module = Module("t5", lambda rngs: t5.T5Encoder(config, dtype=jnp.bfloat16, remat=True, rngs=rngs))
+    module = Network("t5", lambda rngs: t5.T5Encoder(config, dtype=jnp.bfloat16, remat=True, rngs=rngs))
     out = forward(module, jax.tree.map(lambda p: p.astype(jnp.bfloat16), ours[1]), tokens, mask)
     assert out.dtype == jnp.bfloat16
     theirs = torch_forward(copy.deepcopy(gated[1]).bfloat16(), tokens, mask).float().numpy()
@@ -266,7 +266,7 @@ def test_config_errors(tmp_path, values, said):
 )
 def test_known_sizes(name, count):
     """Parameters of the published encoders; they divide over a large mesh."""
-    module = Module(name, lambda rngs: t5.T5Encoder(t5.KNOWN[name], rngs=rngs))
+    module = Network(name, lambda rngs: t5.T5Encoder(t5.KNOWN[name], rngs=rngs))
     assert module.count() == count
     mesh = sharding.abstract_mesh(MeshConfig(data=1, fsdp=64, tensor=8), 512)
     token = module.shardings(mesh, DEFAULT_RULES)["token"]

@@ -14,7 +14,7 @@ from torch import nn
 
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.models.network import Module
+from gigagan_jax.models.network import Network
 from gigagan_jax.models.pretrained import vgg
 from gigagan_jax.parallel import sharding
 
@@ -25,9 +25,9 @@ SHAPE = (2, 40, 51, 3)
 MAKE = {
     "lpips": lambda rngs: vgg.Lpips(rngs=rngs),
     "vgg": lambda rngs: vgg.Vgg(rngs=rngs),
-    "heads": lambda rngs: vgg.Heads(rngs=rngs),
+    "heads": lambda rngs: vgg.LpipsHeads(rngs=rngs),
 }
-LPIPS, VGG = (Module(name, MAKE[name]) for name in ("lpips", "vgg"))
+LPIPS, VGG = (Network(name, MAKE[name]) for name in ("lpips", "vgg"))
 
 
 def torch_features():
@@ -93,7 +93,7 @@ def folders(reference, tmp_path_factory):
 @pytest.fixture(scope="module")
 def params(folders, read):
     """Of Lpips, from two files."""
-    _, convs = read(MAKE["vgg"], vgg.vgg_rows(), folders["vgg"], ignore=vgg.ignored)
+    _, convs = read(MAKE["vgg"], vgg.vgg_rows(), folders["vgg"], ignore=vgg.is_ignored)
     _, heads = read(MAKE["heads"], vgg.head_rows(), folders["heads"])
     return {"vgg": convs, "heads": heads}
 
@@ -146,7 +146,7 @@ def test_equal_images_are_at_distance_zero_with_a_finite_gradient(params, pair):
 
 def test_unit_vectors_have_a_finite_gradient_at_zero():
     x = np.array([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0]], np.float32)
-    value, back = jax.vjp(vgg.unit, x)
+    value, back = jax.vjp(vgg.normalize_channels, x)
     np.testing.assert_allclose(value, [[0, 0, 0], [0.6, 0, 0.8]], rtol=1e-6)
     (gradient,) = back(np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]], np.float32))
     # (g - (g.u) u) / |x|
@@ -171,13 +171,13 @@ def test_a_tap_with_all_channels_off_adds_nothing(reference, params, pair, error
 
 
 def test_one_file_gives_the_same_parameters(folders, read, params):
-    _, both = read(MAKE["lpips"], vgg.rows(), folders["both"], ignore=vgg.ignored)
+    _, both = read(MAKE["lpips"], vgg.lpips_rows(), folders["both"], ignore=vgg.is_ignored)
     assert jax.tree.structure(both) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, both, params)
 
 
 def test_bfloat16_is_near(params, pair):
-    net = Module("lpips", lambda rngs: vgg.Lpips(dtype=jnp.bfloat16, rngs=rngs))
+    net = Network("lpips", lambda rngs: vgg.Lpips(dtype=jnp.bfloat16, rngs=rngs))
     a, b = (x[:, :16, :16] for x in pair)
     near = jax.jit(lambda p, a, b: net.bind(p)(a, b))(params, a, b)
     exact = jax.jit(lambda p, a, b: LPIPS.bind(p)(a, b))(params, a, b)
@@ -199,7 +199,7 @@ def test_missing_and_strange_tensors_are_an_error(folders, read, tmp_path):
         {"features.0.weight": torch.zeros(64, 3, 3, 3), "head.fc.bias": torch.zeros(1)}, tmp_path / "model.safetensors"
     )
     with pytest.raises(UserError, match=r"tensors 25 \(features\.0\.bias.*\) missing; is it") as e:
-        read(MAKE["vgg"], vgg.vgg_rows(), tmp_path, ignore=vgg.ignored)
+        read(MAKE["vgg"], vgg.vgg_rows(), tmp_path, ignore=vgg.is_ignored)
     assert "\n" not in str(e.value)
 
 

@@ -14,11 +14,18 @@ import torch
 from flax import nnx
 
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig
-from gigagan_jax.models.layers.equalized import Stack, param
-from gigagan_jax.models.network import Module
+from gigagan_jax.models.layers.equalized import ScannedLayers, declare_parameter
+from gigagan_jax.models.network import Network
 from gigagan_jax.models.pretrained.hub import CONFIG, INDEX, SINGLE, read_json
 from gigagan_jax.models.pretrained.transformer import Dense
-from gigagan_jax.models.pretrained.weights import Row, Weights, hwio, load, require, transposed
+from gigagan_jax.models.pretrained.weights import (
+    Row,
+    Weights,
+    conv_to_hwio,
+    load_params,
+    require_type,
+    transpose_linear,
+)
 from gigagan_jax.parallel import sharding
 
 BLOCKS = 11  # with two digits: number 10 comes after 9, not after 1
@@ -31,21 +38,21 @@ class Net(nnx.Module):
     """Every kind of row: as stored, transposed, stacked, a convolution, a scalar."""
 
     def __init__(self, *, rngs):
-        self.table = param(rngs, (6, 8), ("vocab", "embed"))
+        self.table = declare_parameter(rngs, (6, 8), ("vocab", "embed"))
         make = lambda: Dense(8, 12, axes=("embed", "mlp"), dtype=jnp.float32, rngs=rngs)
-        self.blocks = Stack(make, BLOCKS, rngs=rngs)
-        self.stem = param(rngs, (3, 3, 2, 4), ("kernel", "kernel", "conv_in", "conv_out"))
-        self.scale = param(rngs, (), ())
+        self.blocks = ScannedLayers(make, BLOCKS, rngs=rngs)
+        self.stem = declare_parameter(rngs, (3, 3, 2, 4), ("kernel", "kernel", "conv_in", "conv_out"))
+        self.scale = declare_parameter(rngs, (), ())
 
 
 ROWS = [
     Row("table", "net.table.weight"),
-    Row("blocks/layer/weight", "net.layers.{}.fc.weight", transposed),
+    Row("blocks/layer/weight", "net.layers.{}.fc.weight", transpose_linear),
     Row("blocks/layer/bias", "net.layers.{}.fc.bias"),
-    Row("stem", "net.stem.weight", hwio),
+    Row("stem", "net.stem.weight", conv_to_hwio),
     Row("scale", "scale"),
 ]
-MODULE = Module("net", lambda rngs: Net(rngs=rngs))
+MODULE = Network("net", lambda rngs: Net(rngs=rngs))
 
 
 def tensors():
@@ -86,7 +93,7 @@ def write(folder, stored, shards=0):
 def read(folder, mesh, rows=ROWS, dtype_of=lambda spec: jnp.float32, **predicates):
     """(parameters, identity)"""
     where = MODULE.shardings(mesh, DEFAULT_RULES)
-    return load(MODULE, rows, Weights(folder), shardings=where, dtype_of=dtype_of, **predicates)
+    return load_params(MODULE, rows, Weights(folder), shardings=where, dtype_of=dtype_of, **predicates)
 
 
 def equal(params, expected):
@@ -190,9 +197,9 @@ def test_json_that_is_not_there(tmp_path, refused):
 def test_values_of_a_config_are_checked(tmp_path, refused):
     file = tmp_path / CONFIG
     values = {"width": 8, "rate": "fast", "flag": True, "nothing": None}
-    assert require(values, "width", int, file) == 8
+    assert require_type(values, "width", int, file) == 8
     for key, kind in (("rate", float), ("flag", int), ("nothing", str), ("absent", int)):
-        refused(lambda key=key, kind=kind: require(values, key, kind, file), file, f"{key}=", kind.__name__)
+        refused(lambda key=key, kind=kind: require_type(values, key, kind, file), file, f"{key}=", kind.__name__)
 
 
 # ---------------------------------------------------------------- tensors that do not fit

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 
 from configs.digits import get_config
-from gigagan_jax.checkpoint.manager import Checkpoints, same
+from gigagan_jax.checkpoint.manager import Checkpoints, states_equal
 from gigagan_jax.config import MeshConfig, from_dict
+from gigagan_jax.core.workdir_files import HEALTH_REPORT_FILE
 from gigagan_jax.data import embeddings
 from gigagan_jax.data.sources.digits import DigitsSource
 from gigagan_jax.models.network import path_name
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.compiled_step import CompiledStep
-from gigagan_jax.training.health.recovery import REPORT_FILE
-from gigagan_jax.training.loop import Run
+from gigagan_jax.training.loop import Hooks, Run
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep
 
 BATCH = 16
-VICTIM = "generator/to_rgb/1"  # the module of G whose gradient is made NaN
+VICTIM = "generator/levels/1/to_rgb"  # the module of G whose gradient is made NaN
 MARKER = {"g": -7, "d": -8}  # labels, which this model does not learn from, that stand for a fault in a gradient
 
 
@@ -49,11 +49,11 @@ class FaultyStep(TrainStep):
 
     def d_gradients(self, state, batch, *args):
         grads, metrics = super().d_gradients(state, batch, *args)
-        return self.poisoned(grads, batch, "d", "stages/0/"), metrics
+        return self.poisoned(grads, batch, "d", "d/levels/0/down/"), metrics
 
     def g_gradients(self, state, batch, *args):
         grads, metrics = super().g_gradients(state, batch, *args)
-        return self.poisoned(grads, batch, "g", "to_rgb/1/"), metrics
+        return self.poisoned(grads, batch, "g", "levels/1/to_rgb/"), metrics
 
 
 class FaultyRun(Run):
@@ -63,16 +63,16 @@ class FaultyRun(Run):
     """
 
     def __init__(self, config, workdir, compiled, faults, again=False):
-        super().__init__(config, workdir, mesh=compiled.mesh, snapshot=self.keep)
+        super().__init__(config, workdir, mesh=compiled.mesh, hooks=lambda run: Hooks(snapshot=self.keep))
         self.step, self.faults, self.again = compiled, dict(faults), again
         self.states = {}
 
     def keep(self, state, kimg, logger):
         self.states[int(state.step)] = jax.device_get(jax.tree.map(jnp.copy, state))
 
-    def _next(self, data):
+    def next_batch(self, data):
         step = data.state()["examples_seen"] // BATCH + 1
-        batch = super()._next(data)
+        batch = super().next_batch(data)
         fault = self.faults.get(step) if self.again else self.faults.pop(step, None)
         batch["image"] = batch["image"].astype(jnp.float32)
         if fault == "image":
@@ -90,7 +90,7 @@ def compiled():
 
 
 def report(workdir):
-    return json.loads((workdir / REPORT_FILE).read_text())
+    return json.loads((workdir / HEALTH_REPORT_FILE).read_text())
 
 
 def lines(workdir):
@@ -101,7 +101,7 @@ def checkpoints(workdir, read=None):
     """Steps of the checkpoints; with `read`, what that one holds as its position."""
     c = Checkpoints(workdir)
     try:
-        return c.steps() if read is None else c.position(read)
+        return c.all_steps() if read is None else c.data_position(read)
     finally:
         c.close()
 
@@ -122,7 +122,9 @@ def test_a_fault_changes_nothing(skipped):
     assert [(int(s.step), int(s.images)) for _, s in sorted(states.items())] == [(k, k * BATCH) for k in range(1, 9)]
     parts = lambda s: {"g": s.g, "d": s.d, "ema": s.g_ema, "w": s.w_avg}
     for step in range(2, 9):
-        changed = {k for k in ("g", "d", "ema", "w") if not same(parts(states[step - 1])[k], parts(states[step])[k])}
+        changed = {
+            k for k in ("g", "d", "ema", "w") if not states_equal(parts(states[step - 1])[k], parts(states[step])[k])
+        }
         # A fault in G comes after D's half of the step.
         assert changed == {3: {"d"}, 5: set(), 7: set()}.get(step, {"g", "d", "ema", "w"}), step
     assert all(np.isfinite(x).all() for s in states.values() for x in jax.tree.leaves(s))
@@ -133,10 +135,10 @@ def test_a_fault_is_named_and_counted(skipped):
     found = report(workdir)["findings"]
     assert [(f["step"], f["module"], f["action"]) for f in found] == [
         (3, VICTIM, "skip"),
-        (5, "discriminator/stages/0", "skip"),
+        (5, "discriminator/levels/0/down", "skip"),
         (7, "image", "skip"),
     ]
-    source, order = DigitsSource(), DigitsSource().shuffled(0)
+    source, order = DigitsSource(), DigitsSource().shuffled_order(0)
     assert f"the image of {source.name(order[6 * BATCH + 3])}, number 3 of the batch" in found[2]["text"]
     assert [m["health/skipped"] for m in lines(workdir)] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert lines(workdir)[6]["loss/d"] is None
@@ -148,12 +150,12 @@ def test_too_many_in_a_row_stop_the_run_and_lose_nothing(skipped, compiled, tmp_
     """Its first three steps are those of the run above."""
     run = FaultyRun(tiny(nonfinite="skip", max_skips=1), tmp_path, compiled, {3: "g", 4: "g"}, again=True)
     with caplog.at_level(logging.WARNING):
-        refused(run.train, "stopped at step 4", f"nonfinite in {VICTIM}", "number 2 of at most 1", REPORT_FILE)
+        refused(run.train, "stopped at step 4", f"nonfinite in {VICTIM}", "number 2 of at most 1", HEALTH_REPORT_FILE)
     assert [r.message.partition(":")[0] for r in caplog.records] == ["health"] * 2
     assert checkpoints(tmp_path) == [2]
     assert report(tmp_path)["stopped"]["step"] == 4
     assert report(tmp_path)["skipped"] == 2
-    assert same(run.states[2], skipped[0].states[2])
+    assert states_equal(run.states[2], skipped[0].states[2])
     assert [m["step"] for m in lines(tmp_path)] == [1, 2, 3]
 
 
@@ -190,7 +192,7 @@ def test_a_run_that_went_back_resumes_bit_for_bit(back, compiled, tmp_path):
     config = tiny(8, nonfinite="rollback", max_skips=1, rollback_lr=0.5)
     FaultyRun(config, tmp_path, compiled, {5: "g", 6: "image"}).train()
     state = FaultyRun(tiny(10, **{"nonfinite": "rollback", "max_skips": 1}), tmp_path, compiled, {}).train()
-    assert same(state, back[1])
+    assert states_equal(state, back[1])
     assert checkpoints(tmp_path, 10) == checkpoints(back[2], 10)
 
 
@@ -198,7 +200,7 @@ def test_a_run_that_went_back_resumes_bit_for_bit(back, compiled, tmp_path):
 def test_rollbacks_that_do_not_help_end(compiled, tmp_path, refused):
     config = tiny(nonfinite="rollback", max_skips=0, max_rollbacks=2)
     run = FaultyRun(config, tmp_path, compiled, {5: "d"}, again=True)
-    refused(run.train, "stopped at step 5", "discriminator/stages/0", "3 skipped, 2 rollbacks")
+    refused(run.train, "stopped at step 5", "discriminator/levels/0/down", "3 skipped, 2 rollbacks")
     assert [f["action"] for f in report(tmp_path)["findings"]] == ["rollback", "rollback", "stop"]
     assert report(tmp_path)["lr_scale"] == 0.25
     assert checkpoints(tmp_path) == [2, 4]
@@ -235,15 +237,15 @@ def test_a_stored_embedding_that_is_not_finite(clip_folder, tmp_path):
     config, source = from_dict(c), DigitsSource()
     (tmp_path / "embeddings").mkdir()
     rng = np.random.default_rng(0)
-    said = lambda: embeddings.Said(rng.normal(size=(4, 32)).astype(np.float32), None)
-    broken = embeddings.Said(np.full((4, 32), np.nan, np.float32), None)
-    order = source.shuffled(config.seed)
+    said = lambda: embeddings.CaptionEmbedding(rng.normal(size=(4, 32)).astype(np.float32), None)
+    broken = embeddings.CaptionEmbedding(np.full((4, 32), np.nan, np.float32), None)
+    order = source.shuffled_order(config.seed)
     for number in range(-(-len(source) // embeddings.PART_SIZE)):
         part = range(number * embeddings.PART_SIZE, min(len(source), (number + 1) * embeddings.PART_SIZE))
         rows = [[broken if i == order[9] else said() for _ in source.read(i).captions] for i in part]
         embeddings.write_part(tmp_path / "embeddings" / embeddings.part_name(number), rows, 32, np.float32)
     embeddings.write_null(tmp_path / "embeddings", said())
-    embeddings.write_index(tmp_path / "embeddings", embeddings.describe(config, source), {})
+    embeddings.write_index(tmp_path / "embeddings", embeddings.expected_metadata(config, source), {})
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     run = Run(config, tmp_path / "run", mesh=mesh)
     state = run.train()
@@ -251,4 +253,4 @@ def test_a_stored_embedding_that_is_not_finite(clip_folder, tmp_path):
     assert found["module"] == "features"
     assert f"caption embedding (features) of {source.name(order[9])}, number 9 of the batch" in found["text"]
     start = run.networks.init(mesh)
-    assert same((start.g, start.d, start.g_ema), (state.g, state.d, state.g_ema))
+    assert states_equal((start.g, start.d, start.g_ema), (state.g, state.d, state.g_ema))

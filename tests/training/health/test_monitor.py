@@ -19,7 +19,7 @@ from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep
 
 BATCH = 16
-MODULE = "generator/to_rgb/1"
+MODULE = "generator/levels/1/to_rgb"
 
 
 def tiny(**fields):
@@ -43,7 +43,7 @@ def measures_of_d(config, real, fake, real_logit, fake_logit):
     exits = [np.full((n, 1), x, np.float32) for x in (0.0, 1.0, 2.0)]
     real_logits = [real_logit + 0 * x for x in exits]
     fake_logits = [fake_logit + 0 * x for x in exits]
-    return step_statistics.of_discriminator(config, real, fake, real_logits, fake_logits)
+    return step_statistics.measure_discriminator(config, real, fake, real_logits, fake_logits)[0]
 
 
 def test_measures_of_the_discriminators_half():
@@ -65,10 +65,12 @@ def test_measures_of_the_discriminators_half():
 def test_share_of_each_level():
     config, rng = tiny(), np.random.default_rng(0)
     low = rng.normal(size=(4, 4, 4, 3)).astype(np.float32)
-    idle = step_statistics.of_generator(config, [jnp.asarray(low), upsample(jnp.asarray(low))])
+    idle, _ = step_statistics.measure_generator(config, [jnp.asarray(low), upsample(jnp.asarray(low))])
     assert idle["health/level/4"] == pytest.approx(1)
     assert idle["health/level/8"] == pytest.approx(0, abs=1e-6)
-    only = step_statistics.of_generator(config, [jnp.zeros((4, 4, 4, 3)), jnp.asarray(rng.normal(size=(4, 8, 8, 3)))])
+    only, _ = step_statistics.measure_generator(
+        config, [jnp.zeros((4, 4, 4, 3)), jnp.asarray(rng.normal(size=(4, 8, 8, 3)))]
+    )
     assert only["health/level/4"] == 0
     assert only["health/level/8"] == pytest.approx(1)
 
@@ -77,10 +79,10 @@ def test_deviation_within_captions():
     """Images by the caption alone have none; images by z alone have as much as there is over all captions."""
     rng = np.random.default_rng(0)
     by_caption = rng.normal(size=(500, 8, 8, 3)).astype(np.float32)
-    pair = lambda a, b: ({"thumbnails": a, "spread_low": jnp.std(by_caption, axis=0).mean()}, {"thumbnails": b})
-    assert step_statistics.within_captions(*pair(by_caption, by_caption)) == 0
+    spread = jnp.std(by_caption, axis=0).mean()
+    assert step_statistics.diversity_within_captions(by_caption, by_caption, spread) == 0
     other = rng.normal(size=by_caption.shape).astype(np.float32)
-    assert step_statistics.within_captions(*pair(by_caption, other)) == pytest.approx(1, rel=0.01)
+    assert step_statistics.diversity_within_captions(by_caption, other, spread) == pytest.approx(1, rel=0.01)
 
 
 def test_sizes_of_an_update():
@@ -93,22 +95,24 @@ def test_sizes_of_an_update():
 def test_bad_rows():
     features = np.zeros((6, 3, 2), np.float32)
     batch = {"image": np.zeros((6, 8, 8, 3), np.uint8), "features": features}
-    clean = step_statistics.bad_rows(batch)
+    clean = step_statistics.count_bad_rows(batch)
     assert (clean["bad/features"], clean["first/features"], bool(step_statistics.any_bad(clean))) == (0, -1, False)
     features[2, 1, 0], features[4, 0, 1] = np.inf, np.nan
-    rows = step_statistics.bad_rows(batch)
+    rows = step_statistics.count_bad_rows(batch)
     assert (rows["bad/features"], rows["first/features"]) == (2, 2)
     assert (rows["bad/image"], rows["first/image"], rows["bad/clip_text"]) == (0, -1, 0)
     assert step_statistics.any_bad(rows)
 
 
 def test_every_parameter_belongs_to_a_module_that_is_watched(networks):
-    p = step_statistics.Probe(networks)
+    p = step_statistics.HealthVector(networks)
     assert len(set(p.names)) == len(p.names)
     assert MODULE in p.modules["g"]
-    assert {"discriminator/stages/0", "discriminator/heads/1", "discriminator/conditioner/transformer"} <= set(
-        p.modules["d"]
-    )
+    assert {
+        "discriminator/levels/0/down",
+        "discriminator/levels/1/head",
+        "discriminator/conditioner/transformer",
+    } <= set(p.modules["d"])
 
 
 def test_a_step_in_parts_has_the_same_vector():
@@ -119,7 +123,7 @@ def test_a_step_in_parts_has_the_same_vector():
     key = jax.eval_shape(lambda: jax.random.key(0))
     run = lambda state, batch, key: step(state, batch, key, with_r1=False)
     _, metrics = jax.eval_shape(run, nets.abstract(), abstract_batch(config), key)
-    assert metrics["health"].shape == (len(step.probe.names),)
+    assert metrics["health"].shape == (len(step.health_vector.names),)
     assert all(x.shape == () for k, x in metrics.items() if k != "health")
 
 
@@ -130,7 +134,7 @@ class Judge:
     """A monitor that is told values of a healthy step, but for those that are given."""
 
     def __init__(self, networks, **fields):
-        self.probe = step_statistics.Probe(networks)
+        self.probe = step_statistics.HealthVector(networks)
         self.monitor = HealthMonitor(tiny(**fields), self.probe.measures)
         self.step = 0
         good = {"d_gap": 0.5, "d_right_real": 0.8, "d_right_fake": 0.8, "spread_real": 0.5}
@@ -202,7 +206,7 @@ def test_a_spike_of_the_penalty(networks):
     assert (found.name, found.module, found.value) == ("penalty", "loss/r1", 100)
     assert found.threshold == pytest.approx(40)
     assert "50 times its median of 2" in found.text
-    assert judge.monitor.logged()["health/penalty"] == 50
+    assert judge.monitor.log_values()["health/penalty"] == 50
     assert judge(1) == []
 
 
@@ -230,7 +234,7 @@ def test_what_is_not_finite_is_named(networks, values, losses, where, words):
     (found,) = judge(losses=lambda: losses, **values)
     assert (found.name, found.module, found.action, found.step) == ("nonfinite", where, "skip", 1)
     assert words in found.text
-    assert judge.monitor.logged()["health/skipped"] == 1
+    assert judge.monitor.log_values()["health/skipped"] == 1
 
 
 def test_policies_for_what_is_not_finite(networks):
@@ -241,10 +245,10 @@ def test_policies_for_what_is_not_finite(networks):
     back = Judge(networks, nonfinite="rollback", max_skips=1, max_rollbacks=2, rollback_lr=0.5)
     for scale in (0.5, 0.25):
         assert actions(back(2, **bad)) == ["skip", "rollback"]
-        back.monitor.went_back(None)
+        back.monitor.restore_after_rollback(None)
         assert back.monitor.lr_scale == scale
     assert actions(back(2, **bad)) == ["skip", "stop"]
-    assert back.monitor.logged() == {"health/skipped": 6, "health/rollbacks": 2, "health/lr_scale": 0.25}
+    assert back.monitor.log_values() == {"health/skipped": 6, "health/rollbacks": 2, "health/lr_scale": 0.25}
     warn = Judge(networks, nonfinite="warn")
     assert actions(warn(100, **bad)) == ["warn"] * 7  # said at 1, 2, 4 ... 64 in a row
     assert warn.monitor.skipped == 100
@@ -256,10 +260,10 @@ def test_a_finding_may_ask_for_a_rollback(networks):
     healthy = json.loads(json.dumps(judge.monitor.state()))
     (found,) = judge(40, health__diversity=0.0)
     assert found.action == "rollback"
-    assert HealthMonitor.good(healthy, found)
-    assert not HealthMonitor.good(judge.monitor.state(), found)
-    judge.monitor.went_back(healthy)
-    assert HealthMonitor.good(judge.monitor.state(), found)
+    assert HealthMonitor.precedes_finding(healthy, found)
+    assert not HealthMonitor.precedes_finding(judge.monitor.state(), found)
+    judge.monitor.restore_after_rollback(healthy)
+    assert HealthMonitor.precedes_finding(judge.monitor.state(), found)
     (found,) = judge(40, health__diversity=0.0)
     assert found.action == "stop"
 

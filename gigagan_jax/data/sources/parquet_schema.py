@@ -1,0 +1,114 @@
+"""Chooses the columns of Parquet files that hold images, captions and labels, by their names and types."""
+
+import json
+from typing import Any
+
+from gigagan_jax.core.errors import UserError
+
+# Names in the order of preference, bytes before paths.
+IMAGE_KEYS = ("image", "jpg", "png", "webp", "image_bytes", "bytes", "image_path", "path", "file_name")
+
+
+# TEXT is LAION-400M's spelling.
+CAPTION_KEYS = ("caption", "captions", "text", "TEXT")
+
+
+# Types by Arrow's names. A file whose values are all null may have the type null instead of text.
+_BYTES = ("binary", "large_binary", "binary_view")
+
+
+_TEXT = ("string", "large_string", "string_view")
+
+
+def _storage_type(kind: Any) -> Any:
+    """Unwraps extension and dictionary types."""
+    import pyarrow
+
+    # Writers wrap columns: typed ones in extension types, repeated values in dictionaries.
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        kind = kind.storage_type
+    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+
+
+def column_type(schema: Any, name: str) -> Any:
+    """Returns the type of a column, the first one of its name."""
+    # `parquet._groups_of` refuses names that occur twice.
+    return schema.types[schema.names.index(name)]
+
+
+def is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    kind = _storage_type(kind)
+    lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return str(_storage_type(kind.value_type) if lists else kind) in (*_TEXT, "null")
+
+
+def is_label(kind: Any) -> bool:
+    from pyarrow import types
+
+    # A file without any label has the type null, and its examples are unknown.
+    return types.is_integer(_storage_type(kind)) or types.is_null(kind)
+
+
+def is_image(kind: Any) -> bool:
+    from pyarrow import types
+
+    kind = _storage_type(kind)
+    if types.is_struct(kind):
+        # A struct needs one of the two fields of Hugging Face datasets.
+        fields = {f.name: str(_storage_type(f.type)) for f in kind}
+        return fields.get("bytes") in _BYTES or fields.get("path") in _TEXT
+    return str(kind) in (*_BYTES, *_TEXT)
+
+
+def format_columns(schema: Any) -> str:
+    return ", ".join(f"{f.name} ({f.type})" for f in schema) or "none"
+
+
+def choose_image_key(schema: Any, key: str, path: str) -> str:
+    found = key or next((k for k in IMAGE_KEYS if k in schema.names), "")
+    if found not in schema.names:
+        why = f"has no column {found!r}" if found else f"has none of {', '.join(IMAGE_KEYS)}"
+    elif not is_image(column_type(schema, found)):
+        why = f"holds neither image files nor paths in its column {found!r}"
+    else:
+        return found
+    raise UserError(f"{path} {why}: set config.data.image_key to one of its columns: {format_columns(schema)}")
+
+
+def choose_caption_keys(schema: Any, keys: tuple[str, ...], required: bool, path: str) -> tuple[str, ...]:
+    for key in keys:
+        if key not in schema.names or not is_text(column_type(schema, key)):
+            what = f"its column {key!r} is no text" if key in schema.names else f"it has no column {key!r}"
+            raise UserError(f"config.data.caption_keys: {path}: {what}; columns: {format_columns(schema)}")
+    # One usual name is taken; several caption columns are used only if the config names them.
+    usual = [k for k in CAPTION_KEYS if k in schema.names and is_text(column_type(schema, k))]
+    keys = keys or tuple(usual[:1])
+    if required and not keys:
+        raise UserError(
+            f"{path} has none of {', '.join(CAPTION_KEYS)} as captions: set config.data.caption_keys, or "
+            f"config.data.captions=optional; columns: {format_columns(schema)}"
+        )
+    return keys
+
+
+def choose_label_key(schema: Any, key: str, path: str) -> str:
+    """Returns the column with the label, or ""."""
+    if key in schema.names and is_label(column_type(schema, key)):
+        return key
+    # "label" is the default, so a data set without it has no labels. Any other name was chosen by the user.
+    if key in ("", "label"):
+        return ""
+    what = f"its column {key!r} is no class number" if key in schema.names else f"it has no column {key!r}"
+    raise UserError(f"config.data.label_key: {path}: {what}; columns: {format_columns(schema)}")
+
+
+def read_class_names(schema: Any, key: str) -> tuple[str, ...]:
+    """Reads the names of the classes, which Hugging Face datasets store as JSON in the schema's metadata."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(str(name) for name in features[key]["names"])
+    # The names are optional, so unexpected metadata is no error.
+    except (KeyError, TypeError, ValueError):
+        return ()

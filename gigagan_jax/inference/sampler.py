@@ -1,0 +1,178 @@
+"""Runs a generator on prompts and seeds, whatever weights it is given."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gigagan_jax.config import Config
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.data.tokenizers import make_tokenizer
+from gigagan_jax.inference.images import to_uint8
+from gigagan_jax.inference.latents import truncate_w, z_of_seed
+from gigagan_jax.models.build import build_generator
+from gigagan_jax.models.network import Params
+from gigagan_jax.models.pretrained.frozen import FrozenNetworks
+from gigagan_jax.models.pretrained.text_encoder import tokenizer_options
+from gigagan_jax.parallel import sharding
+
+
+class Sampler:
+    """Images of prompts by a generator, whose weights are given with each call.
+
+    The batch of one device is fixed, and short requests are filled up: the same program runs whatever is asked for, so
+    that a prompt and a seed give the same image in any batch.
+
+    Args:
+      config: the run's config.
+      mesh: devices to sample on.
+      device_batch: images a device makes at once.
+      frozen: gives the parameters of networks that are loaded elsewhere, called when they are first needed; where the text
+        encoder is not among them, it is loaded then. See models/pretrained/frozen.py.
+
+    Attributes:
+      identities: of the frozen networks that were loaded here.
+
+    Raises:
+      UserError: the frozen text encoder is missing or damaged.
+    """
+
+    def __init__(self, config: Config, mesh: Any, *, device_batch: int = 8, frozen: Callable[[], Params] | None = None):
+        self.config, self.mesh = config, mesh
+        self.module = build_generator(config)
+        # One batch a device, whatever is asked for: the program is compiled once.
+        self.batch = device_batch * sharding.batch_shards(mesh, config.rules)
+        self.tokenizer = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
+        self.frozen = FrozenNetworks(config, roles=("text",))
+        self.identities: dict[str, str] = {}
+        self._loaded = frozen
+        if frozen is None:
+            self._frozen, self.identities = self.frozen.load(mesh)
+        self.shardings = self.module.shardings(mesh, config.rules)
+        rules = config.rules
+        row = lambda *shape: NamedSharding(
+            mesh, sharding.partition_spec(("batch", *(None,) * len(shape)), (self.batch, *shape), mesh, rules, "prompt")
+        )
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        # Rows of a batch are shared between devices; weights lie as in training.
+        self._inputs = {"tokens": row(config.text.length), "label": row(), "seed": row()}
+        self._run = jax.jit(
+            self._generate,
+            in_shardings=(self.shardings, everywhere, self._inputs, everywhere, self.frozen.shardings(mesh)),
+            out_shardings=row(config.resolution, config.resolution, 3),
+        )
+
+    @functools.cached_property
+    def _frozen(self) -> Params:
+        loaded = self._loaded() if self._loaded is not None else {}
+        # A run has loaded the text encoder already: it is not loaded twice.
+        mine = {k: params for k, params in loaded.items() if k in self.frozen.towers}
+        return mine if mine.keys() == self.frozen.towers.keys() else self.frozen.load(self.mesh)[0]
+
+    def _generate(
+        self, params: Params, w_avg: jax.Array, batch: dict[str, jax.Array], psi: jax.Array, frozen: Params
+    ) -> jax.Array:
+        with sharding.use_mesh(self.mesh, self.config.rules):
+            generator = self.module.bind(params)
+            z_dim = self.config.generator.z_dim
+            said = self.frozen.encode_captions(frozen, batch["tokens"]) if self.frozen.towers else {}
+            condition = generator.condition(batch["tokens"], batch["label"], said.get("features"))
+            w = generator.map(z_of_seed(batch["seed"], z_dim), condition)
+            w = truncate_w(generator, w, condition, w_avg, psi, z_dim)
+            return generator.synthesize(w, condition)[-1]
+
+    def __call__(
+        self,
+        params: Params,
+        w_avg: jax.Array,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        truncation: float = 1.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Images of prompts.
+
+        Args:
+          params: of G, e.g. the moving average of a checkpoint.
+          w_avg: [w_dim] of the same checkpoint.
+          prompts: one an image; class numbers as text for a class-conditional model.
+          seeds: one an image, 0 to 2^32 - 1.
+          truncation: psi, 0 to 1.
+          progress: called with (images done, images in all).
+
+        Returns:
+          uint8 [N, R, R, 3]
+
+        Raises:
+          UserError: a seed or truncation out of range, a prompt that is no class of a class-conditional model.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
+        for seed in seeds:
+            if not 0 <= seed < 2**32:
+                raise UserError(f"seed {seed}: must be 0 to {2**32 - 1}")
+        if not 0.0 <= truncation <= 1.0:
+            raise UserError(f"truncation {truncation}: must be 0 (the mean image of a prompt) to 1 (none)")
+        columns = {
+            "tokens": self.tokenizer(list(prompts)),
+            "label": self._labels(prompts),
+            "seed": np.asarray(seeds, np.uint32),
+        }
+        psi = np.float32(truncation)
+        params = jax.device_put(params, self.shardings)  # a running average may be cut further than its parameters
+        images, total = [], len(prompts)
+        for start in range(0, total, self.batch):
+            count = min(self.batch, total - start)
+            # The last batch is filled up with its last row, and the surplus dropped.
+            rows = [start + min(i, count - 1) for i in range(self.batch)]
+            put = lambda x, where, rows=rows: jax.make_array_from_callback(
+                (self.batch, *x.shape[1:]), where, lambda index: x[rows][index]
+            )
+            batch = {k: put(x, self._inputs[k]) for k, x in columns.items()}
+            out = self._run(params, w_avg, batch, psi, self._frozen)
+            try:
+                # Values that are not finite raise here: they come of a diverged training, not of the prompt.
+                images.append(to_uint8(gather_images(out))[:count])
+            except ValueError as e:
+                raise UserError(f"the model's images are broken ({e}): has its training diverged?") from None
+            if progress is not None:
+                progress(start + count, total)
+        return np.concatenate(images) if images else np.zeros((0, *(self.config.resolution,) * 2, 3), np.uint8)
+
+    def _labels(self, prompts: Sequence[str]) -> np.ndarray:
+        if self.config.condition != "class":
+            return np.full(len(prompts), -1, np.int32)
+        n = self.config.num_classes
+        for p in prompts:
+            if not p.strip().isdecimal() or int(p) >= n:
+                raise UserError(f"prompt {p!r}: this model is class-conditional, give a class number 0 to {n - 1}")
+        return np.asarray([int(p) for p in prompts], np.int32)
+
+    def abstract_params(self) -> Params:
+        """ShapeDtypeStructs with shardings, to restore weights into."""
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.module.abstract(), self.shardings
+        )
+
+    def abstract_w_avg(self) -> jax.ShapeDtypeStruct:
+        """The same for w_avg."""
+        where = NamedSharding(self.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct((self.config.generator.w_dim,), jnp.float32, sharding=where)
+
+
+def gather_images(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def prompts_and_seeds(prompts: Sequence[str], num: int, seed: int) -> tuple[list[str], list[int]]:
+    """`num` images of each prompt, with seeds seed, seed + 1, ... the same for every prompt."""
+    return [p for p in prompts for _ in range(num)], [(seed + i) % 2**32 for _ in prompts for i in range(num)]
