@@ -75,7 +75,7 @@ def _format_step(plan: dict[str, Any], step: dict[str, Any]) -> list[str]:
         f"estimated by the compiler: {format_milliseconds(step['seconds'])} a step, "
         f"{format_percent(step['share_of_peak'])} of peak",
         f"  operations {format_milliseconds(step['seconds_of_operations'])} "
-        f"(summed estimated_cycles, loops by their turns; "
+        f"(summed estimated_cycles, loops by their trip counts; "
         f"matrix units {format_percent(share)}{by_cycles})",
         f"  communication {format_milliseconds(step['seconds_of_communication'])} "
         f"by bytes over link bandwidth, of which "

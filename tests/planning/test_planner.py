@@ -325,12 +325,12 @@ def test_plans_of_one_place_share_a_cell(made):
     assert "data=2 fsdp=2" in table[2]
 
 
-def test_the_tables_of_the_readme_are_those_of_the_plans():
+def test_the_tables_of_the_docs_are_those_of_the_plans():
     root = Path(__file__).parents[2]
     plans = lambda name: [json.loads(line) for line in (root / "docs" / name).read_text().splitlines()]
-    readme = (root / "README.md").read_text()
-    assert text_report.markdown_table(plans("plans.jsonl")) in readme
-    assert text_report.scaling_table(plans("plans_scaling.jsonl")) in readme
+    page = (root / "docs" / "planning.md").read_text()
+    assert text_report.markdown_table(plans("plans.jsonl")) in page
+    assert text_report.scaling_table(plans("plans_scaling.jsonl")) in page
 
 
 def test_compact_lines_give_the_same_tables(made, tmp_path, capsys):
