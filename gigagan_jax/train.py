@@ -75,7 +75,7 @@ def verb(argv: Sequence[str]) -> int:
         code = cli.RESTART if e.number == signal.SIGTERM else cli.INTERRUPTED
         # Otherwise the other processes would wait for this one in their next collective.
         if not e.agreed:
-            watchdog.report_failure(f"{e} while it was not training", code)
+            watchdog.report_failure(f"{e} outside of its steps", code)
             watchdog.exit_without_waiting(code)
         return code
     return 0

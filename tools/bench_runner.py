@@ -8,6 +8,7 @@ ready. Each line of stdin, {"steps": 1, "core": 0}, is answered by {"seconds": o
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import platform
@@ -49,6 +50,18 @@ def draw(specs: dict[str, Any], shardings: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def imported(*places: str) -> Any:
+    """The first of "module" or "module:name" that this checkout has."""
+    for place in places:
+        module, _, name = place.partition(":")
+        try:
+            found = importlib.import_module(module)
+            return getattr(found, name) if name else found
+        except (ImportError, AttributeError):
+            continue
+    raise SystemExit(f"this checkout has none of {', '.join(places)}: it is too old for --against")
+
+
 def main() -> None:
     """Answers until stdin ends."""
     asked = json.loads(sys.argv[1])
@@ -57,16 +70,14 @@ def main() -> None:
 
     import gigagan_jax
     from gigagan_jax import cli
-    from gigagan_jax.core.processes import tune_malloc
-    from gigagan_jax.parallel import sharding
     from gigagan_jax.training.batch import abstract_batch
     from gigagan_jax.training.state import Networks
     from gigagan_jax.training.step import TrainStep
 
-    try:
-        from gigagan_jax.training.compiled_step import CompiledStep
-    except ImportError:  # where it was before
-        from gigagan_jax.training.step import CompiledStep  # type: ignore[attr-defined, no-redef]
+    # The other checkout may be older: each of these has had another place.
+    sharding = imported("gigagan_jax.parallel.sharding", "gigagan_jax.sharding")
+    tune_malloc = imported("gigagan_jax.core.processes:tune_malloc", "gigagan_jax.memory:keep_memory")
+    CompiledStep = imported("gigagan_jax.training.compiled_step:CompiledStep", "gigagan_jax.training.step:CompiledStep")
 
     tune_malloc()
     config = cli.load_config(asked["config"], asked["overrides"])

@@ -43,7 +43,7 @@ class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
     async def finalize(self) -> None:
         # Each item has such a folder of its own; only the checkpoint's name is a number.
         if self.get_final().name.isdecimal():
-            # In a thread: hashing would block the event loop that writes the other items.
+            # In a thread: hashing gigabytes would block Orbax's event loop.
             await asyncio.to_thread(write_checksums, Path(self.get()))
         await super().finalize()
 

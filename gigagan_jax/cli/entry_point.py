@@ -11,9 +11,9 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.processes import tune_malloc
 from gigagan_jax.parallel import watchdog
 
-# EX_TEMPFAIL: stopped by SIGTERM with its state saved. Launchers run the same command again.
+# EX_TEMPFAIL: stopped by SIGTERM, with the state saved where there was a step to save. Launchers run the same command again.
 RESTART = 75
-# 128 + SIGINT, as shells report it: stopped by the user, with its state saved.
+# 128 + SIGINT, as shells report it: stopped by the user; a second Ctrl-C saves nothing.
 INTERRUPTED = 130
 
 

@@ -36,10 +36,8 @@ class Config:
     remat: bool = True  # recompute each block in the backward pass
     evaluators: tuple[str, ...] = ()  # run at the end of training: "digits"
     mesh: MeshConfig = MeshConfig()
-    # logical axis -> mesh axes; see DEFAULT_RULES
-    rules: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: dict(DEFAULT_RULES)
-    )  # see parallel/sharding.py
+    # logical axis -> mesh axes (config/run.py, parallel/sharding.py)
+    rules: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(DEFAULT_RULES))
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
     clip: ClipConfig = ClipConfig()
@@ -74,6 +72,3 @@ class Config:
     def uses_clip_loss(self) -> bool:
         """Is the contrastive loss on?"""
         return max(self.loss.clip) > 0
-
-
-# ---------------------------------------------------------------- reading

@@ -1,8 +1,8 @@
 """Upgrades stored configs of earlier versions, so that a resumed run keeps its behaviour.
 
-A stored config has the number of its format under "format"; format 0 has no number. Whoever adds a field to `Config` raises
-FORMAT and adds a line to ADDED: the value with which the present code behaves as the code before the field. The present
-default is never used for it.
+A stored config has the number of its format under "format"; format 0 has no number. A new field of `Config` needs a
+higher FORMAT and a line in ADDED: the value with which the present code behaves as the code before the field. The present
+default is never used for it. Parameters that move need a higher FORMAT too (parameter_renames.py).
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Converts between `Config` and plain dicts. No other module reads an ml_collections ConfigDict."""
+"""Converts between `Config` and plain dicts: only here does a ConfigDict become a `Config`."""
 
 import dataclasses
 import difflib

@@ -303,6 +303,6 @@ def _check_discriminator(config: Any) -> None:
     # D reads an image of each level, which only a pyramid of G provides for generated images.
     if g.pyramid != d.multi_scale_input:
         raise UserError("config.generator.pyramid and config.discriminator.multi_scale_input must be switched together")
-    # Empty: all levels weigh the same.
+    # Empty: the paper's weights (losses.pair_weights).
     if config.loss.level_weights and len(config.loss.level_weights) != _count_levels(config):
         raise UserError(f"config.loss.level_weights needs {_count_levels(config)} entries, one a level, high to low")

@@ -40,7 +40,7 @@ def expected_metadata(config: Config, source: Source) -> dict[str, Any]:
         "source": source.identity(),
         "examples": len(source),
         "encoder": t.encoder,
-        # Only CLIP offers a choice of layer. Another encoder's setting must not make folders differ.
+        # Only CLIP offers a choice of layer: for another encoder the setting must not make folders differ.
         "layer": t.layer if t.encoder == "clip" else "last",
         "final_norm": t.final_norm,
         "length": t.length,

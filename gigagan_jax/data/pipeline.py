@@ -225,7 +225,7 @@ class Pipeline:
     def describe_source(self) -> dict[str, Any]:
         """Number of examples and the steps of the filter report, ready for JSON."""
         source = self._reader.source
-        # Only sources with metadata filter, so the attribute is no part of Source.
+        # Only sources of tars keep their report, so the attribute is no part of Source.
         report = getattr(source, "filter_report", None)
         return {"examples": len(source), "filters": report["steps"] if report else []}
 
@@ -255,7 +255,7 @@ class Pipeline:
         # Everything is read before anything changes: a refused state leaves the pipeline as it was.
         try:
             examples_seen, seed, identity = int(state["examples_seen"]), int(state["seed"]), str(state["source"])
-            # Of this host. Another number of hosts continues with the counters of the checkpoint's host.
+            # The checkpoint holds process 0's counters: all processes go on from those.
             counters = {"tried": int(state["quarantine"]["tried"]), "causes": dict(state["quarantine"]["causes"])}
             reorders = tuple((int(start), int(salt)) for start, salt in state.get("reorders", ()))
         except (KeyError, TypeError, ValueError) as error:

@@ -100,7 +100,7 @@ class TransformerBlock(nnx.Module):
     """Pre-norm self-attention and feed-forward, x + f(x); padding is not looked at."""
 
     def __init__(self, config: TransformerConfig, *, dtype: Any, rngs: nnx.Rngs):
-        # Dot products: T follows the text encoder, where the Lipschitz bound of D is not at stake.
+        # Dot products, as in the text encoder that T continues.
         attention = AttentionConfig(heads=config.heads, head_dim=config.width // config.heads, kind="dot")
         self.attention = SelfAttention(config.width, attention, dtype=dtype, rngs=rngs)
         self.feed_forward = FeedForward(config.width, config.mlp_ratio, "rms", dtype=dtype, rngs=rngs)
@@ -114,7 +114,6 @@ class TextTransformer(nnx.Module):
     """T (eq. 3a). Features of the encoder are projected to T's width where they differ."""
 
     def __init__(self, in_width: int, config: TransformerConfig, *, remat: bool, dtype: Any, rngs: nnx.Rngs):
-        # CLIP's width may differ from T's.
         self.project = (
             Linear(in_width, config.width, axes=("embed", None), dtype=dtype, rngs=rngs)
             if in_width != config.width
@@ -133,8 +132,7 @@ class TextTransformer(nnx.Module):
         # A product with one-hot rows instead of a gather: the partitioner keeps it on the example's device.
         at_end = jax.nn.one_hot(end, x.shape[1], dtype=x.dtype)
         t_global = jnp.einsum("nc,ncd->nd", at_end, x)
-        # Without the end token: positions from it on move up by one.
-        # The end token went into t_global; leaving it out keeps the length static.
+        # The end token went into t_global: positions behind it move up by one, so that the length stays static.
         keep = jnp.arange(x.shape[1] - 1) < end[:, None]
         local = jnp.where(keep[:, :, None], x[:, :-1], x[:, 1:])
         return Condition(t_global, local, jnp.where(keep, mask[:, :-1], mask[:, 1:]))

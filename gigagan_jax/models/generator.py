@@ -52,8 +52,7 @@ class AttentionLayer(nnx.Module):
         """x [N, H, W, C], w [N, w_dim], local [N, S, D], mask [N, S] -> [N, H, W, C]"""
         shape = x.shape
         x = x.reshape(shape[0], -1, shape[-1])
-        # The gain keeps the residual stream's size over the layers, as equalized weights give branches of unit
-        # variance.
+        # Equalized weights give branches of unit variance: the gain bounds how fast the residual stream grows.
         x += self.gain * self.attention(x, w if self.attention.to_extra is not None else None)
         if self.self_mlp is not None:
             x += self.gain * self.self_mlp(x)

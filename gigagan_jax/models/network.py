@@ -46,7 +46,7 @@ class Network:
         self.graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
         def read(variable: Any) -> Spec:
-            # `layers.equalized.param` writes these: the network itself says where each parameter lies and how it
+            # `layers.equalized.declare_parameter` writes these: the network itself says where each parameter lies and how it
             # starts.
             m = variable.get_metadata()
             return Spec(tuple(variable.shape), m["logical_axes"], m["init_mean"], m["init_std"], m["attention"])
@@ -87,7 +87,7 @@ class Network:
         """Initial parameters, each drawn by name and placed in shards: the same on any mesh, and never whole on a device."""
 
         def one(path: tuple, s: Spec, where: NamedSharding) -> jax.Array:
-            # NumPy on the host: a jitted initialisation took 25 s to compile for the digits.
+            # NumPy on the host: there is nothing to compile.
             value = np.full(s.shape, s.mean, np.float32)
             if s.std:
                 # A stream of its own for each name: neither the order of parameters nor the mesh changes a value.

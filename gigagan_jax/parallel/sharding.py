@@ -57,7 +57,6 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
         raise UserError(f"config.mesh ({shown}): every axis is a positive number, or -1 for what the others leave")
     if sizes.count(-1) > 1:
         raise UserError(f"config.mesh ({shown}): only one axis may be -1")
-    # The -1 is the last factor that is missing.
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes:
         if devices % known:

@@ -12,7 +12,8 @@ class Interrupted(BaseException):
 
     Attributes:
       number: of the signal.
-      agreed: all processes stop at the same step, with their state saved; False before the first step and after the last.
+      agreed: all processes stop at the same step, with their state saved; False where this process stops alone: outside of
+        the loop, or when it lost a data worker.
     """
 
     def __init__(self, number: int, agreed: bool):

@@ -24,7 +24,7 @@ _ERROR_KEY, _HEARTBEAT_PREFIX = "gigagan_jax/error", "gigagan_jax/alive/"
 active_watchdogs: list["Watchdog"] = []
 # Seconds for which process 0 keeps the store open, so that the others can read why the run ends.
 _READ_SECONDS = 5
-# [steps done, examples read] of this process; None outside of the loop. Threads read it without a lock: both are ints.
+# [steps done, examples read] of this process; None outside of the loop. The watching thread may read one of them a step late.
 _progress: list[int | None] = [None] * 2
 
 
@@ -56,8 +56,9 @@ def _watch_steps(stall: float, over: threading.Event) -> None:
     stall_clock = _StallClock()
     while not over.wait(1):
         if stall_clock.stalled_seconds({0: _progress[0]}) > stall:
-            # Where each thread hangs stands above the line that says that it does.
-            faulthandler.dump_traceback()
+            # Where each thread hangs stands above the line that says that it does. A stderr without a file has no room for it.
+            with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
+                faulthandler.dump_traceback()
             end_process(
                 f"no step was finished for {stall:g} s after step {_progress[0]}: data or a device does not answer", 1
             )

@@ -17,7 +17,7 @@ from gigagan_jax.core.workdir_files import DRY_RUN_FILE
 from gigagan_jax.models.network import Network, is_spec, path_name
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import abstract_batch, batch_shardings
-from gigagan_jax.training.objectives import TextToImageObjective
+from gigagan_jax.training.objectives import GanObjective
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import critic_params
 
@@ -116,7 +116,7 @@ def _replicated_moments(networks: Networks, mesh: Any) -> list[str]:
 
 def _residual_bytes(networks: Networks) -> int:
     """Bytes of the residuals of one micro-batch over all devices, without the weights."""
-    objective = TextToImageObjective(networks)
+    objective = GanObjective(networks)
     config = networks.config
     micro = config.batch_size // config.micro_batches
     batch = {k: jax.ShapeDtypeStruct((micro, *x.shape[1:]), x.dtype) for k, x in abstract_batch(config).items()}

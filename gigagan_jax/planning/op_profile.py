@@ -20,7 +20,7 @@ _SKIPPED_CLASSES = {
     "VisionAided",
 }
 # Files of layers that several networks share: they name a layer, but no network.
-_LAYER_FILES = {"equalized", "adaptive_conv", "attention", "resample", "layers", "vit"}
+_LAYER_FILES = {"equalized", "adaptive_conv", "attention", "resample", "transformer", "vit"}
 # Functions in these files name an operation outside all networks.
 _TRAINING_FILES = {"step", "objectives", "losses", "optimizer", "mismatched_captions", "diff_augment"}
 # Frames that every operation of the step has above it.

@@ -16,7 +16,7 @@ from gigagan_jax.preparation import shards
 from gigagan_jax.preparation.output import Output
 from gigagan_jax.preparation.tasks import run_tasks
 
-KINDS = ("arrayrecord", "tar", "folder")
+OUTPUT_KINDS = ("arrayrecord", "tar", "folder")
 # Hidden, so that a source that lists the folder does not find it.
 WORK = ".convert"
 LEFT_OUT = "left_out.jsonl"
@@ -31,7 +31,7 @@ class Conversion:
     Attributes:
       source: to read from.
       out: to write to.
-      kind: one of KINDS.
+      kind: one of OUTPUT_KINDS.
       name: of the data set; part of the names of ArrayRecord files.
       shard_size: examples in a shard. The last shard may have fewer. Unreadable examples are left out.
       check_images: also leave out images that cannot be decoded.
@@ -141,8 +141,8 @@ def convert_source(
     Raises:
       UserError: `out` holds something else or cannot be written, or an error of the source.
     """
-    if kind not in KINDS:
-        raise UserError(f"--to={kind}: must be one of {', '.join(KINDS)}")
+    if kind not in OUTPUT_KINDS:
+        raise UserError(f"--to={kind}: must be one of {', '.join(OUTPUT_KINDS)}")
     if shard_size < 1:
         raise UserError(f"--shard_size={shard_size}: a shard holds at least 1 example")
     # The metadata comes last, hours later. A name that it refuses must fail now.

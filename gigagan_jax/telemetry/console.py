@@ -32,7 +32,7 @@ _NOISY_LIBRARIES = (
 
 
 class TrainingProgress:
-    """The progress line of a run. It has no clock and prints nothing: the caller prints the result of `update`.
+    """The progress line of a run. It has no clock and prints nothing: the caller gives the time and prints the line.
 
     The line is plain text without control characters, for terminals, files and the logs of clusters.
     The rate is over the last `window` seconds of the caller's clock, which should stand still outside of training. The time
@@ -158,8 +158,7 @@ def configure_logging(verbose: bool = False, process_index: int = 0) -> None:
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
-        # absl's handler and plain stream handlers would print each record twice. Other handlers, as pytest's, stay.
-        # From an earlier call.
+        # Ours of an earlier call, absl's and plain stream handlers would print each record twice. Others, as pytest's, stay.
         ours = isinstance(handler.formatter, _LogFormatter)
         if ours or type(handler) is logging.StreamHandler or type(handler).__module__.startswith("absl"):
             root.removeHandler(handler)

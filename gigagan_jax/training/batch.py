@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from gigagan_jax.config import Config
-from gigagan_jax.models.pretrained.frozen import clip_length, clip_width, own_clip_tokens
+from gigagan_jax.models.pretrained.frozen import clip_length, clip_width, needs_own_clip_tokens
 from gigagan_jax.models.pretrained.text_encoder import text_spec
 from gigagan_jax.parallel import sharding
 
@@ -38,7 +38,7 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         batch["features"] = entry(config.text.length, text_spec(config.text).width, dtype=jnp.dtype(config.dtype))
         if config.uses_clip_loss:
             batch["clip_text"] = entry(clip_width(config), dtype=jnp.float32)
-    elif own_clip_tokens(config):
+    elif needs_own_clip_tokens(config):
         batch["clip_tokens"] = entry(clip_length(config))
     return batch
 

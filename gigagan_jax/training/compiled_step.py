@@ -93,7 +93,7 @@ class CompiledStep:
     def _jit_parts(self, **options: Any) -> dict[str, Any]:
         """The parts of a step as jitted functions by name."""
         # The critics' parameters are an argument of their own: their program donates them and no more.
-        judges, rest = self._split_state(self.state_shardings)
+        critics, rest = self._split_state(self.state_shardings)
         batch, frozen, everywhere = self.batch_shardings, self.frozen_shardings, self.key_sharding
         features = self._features_shardings()
         where: Any = self.state_shardings
@@ -102,28 +102,28 @@ class CompiledStep:
         return {
             CRITICS: jax.jit(
                 self._critic_gradients,
-                in_shardings=(judges, rest, batch, everywhere, frozen),
+                in_shardings=(critics, rest, batch, everywhere, frozen),
                 out_shardings=gradients,
                 **options,
             ),
             R1: jax.jit(
                 self._add_r1,
                 donate_argnums=2,
-                in_shardings=(judges, rest, gradients, batch, everywhere),
+                in_shardings=(critics, rest, gradients, batch, everywhere),
                 out_shardings=gradients,
                 **options,
             ),
             UPDATE: jax.jit(
                 self._update_critics,
                 donate_argnums=0,
-                in_shardings=(judges, rest, gradients, everywhere),
-                out_shardings=(judges, half),
+                in_shardings=(critics, rest, gradients, everywhere),
+                out_shardings=(critics, half),
                 **options,
             ),
             GENERATOR: jax.jit(
                 self._update_generator,
                 donate_argnums=0,
-                in_shardings=(rest, judges, half, batch, everywhere, frozen, everywhere),
+                in_shardings=(rest, critics, half, batch, everywhere, frozen, everywhere),
                 out_shardings=(rest, everywhere),
                 **options,
             ),
@@ -159,31 +159,31 @@ class CompiledStep:
             return self.step(state, batch, key, frozen, lr_scale, with_r1=with_r1)
 
     def _critic_gradients(
-        self, judges: Any, rest: GanState, batch: Batch, key: jax.Array, frozen: Params
+        self, critics: Any, rest: GanState, batch: Batch, key: jax.Array, frozen: Params
     ) -> CriticGradients:
         self.traces.append(CRITICS)
         with sharding.use_mesh(self.mesh, self.config.rules):
-            return self.step.critic_gradients(self._join_state(judges, rest), batch, key, frozen)
+            return self.step.critic_gradients(self._join_state(critics, rest), batch, key, frozen)
 
     def _add_r1(
-        self, judges: Any, rest: GanState, gradients: CriticGradients, batch: Batch, key: jax.Array
+        self, critics: Any, rest: GanState, gradients: CriticGradients, batch: Batch, key: jax.Array
     ) -> CriticGradients:
         self.traces.append(R1)
         with sharding.use_mesh(self.mesh, self.config.rules):
-            return self.step.add_r1(self._join_state(judges, rest), gradients, batch, key)
+            return self.step.add_r1(self._join_state(critics, rest), gradients, batch, key)
 
     def _update_critics(
-        self, judges: Any, rest: GanState, gradients: CriticGradients, lr_scale: jax.Array
+        self, critics: Any, rest: GanState, gradients: CriticGradients, lr_scale: jax.Array
     ) -> tuple[Any, HalfStep]:
         self.traces.append(UPDATE)
         with sharding.use_mesh(self.mesh, self.config.rules):
-            state, half = self.step.update_critics(self._join_state(judges, rest), gradients, lr_scale)
+            state, half = self.step.update_critics(self._join_state(critics, rest), gradients, lr_scale)
         return self._split_state(state)[0], half
 
     def _update_generator(
         self,
         rest: GanState,
-        judges: Any,
+        critics: Any,
         half: HalfStep,
         batch: Batch,
         key: jax.Array,
@@ -193,7 +193,7 @@ class CompiledStep:
         self.traces.append(GENERATOR)
         with sharding.use_mesh(self.mesh, self.config.rules):
             state, metrics = self.step.update_generator(
-                self._join_state(judges, rest), half, batch, key, frozen, lr_scale
+                self._join_state(critics, rest), half, batch, key, frozen, lr_scale
             )
         return self._split_state(state)[1], metrics
 
@@ -203,8 +203,8 @@ class CompiledStep:
         return (state.d, state.v), state.replace(d=None, v=None)
 
     @staticmethod
-    def _join_state(judges: Any, rest: Any) -> GanState:
-        return rest.replace(d=judges[0], v=judges[1])
+    def _join_state(critics: Any, rest: Any) -> GanState:
+        return rest.replace(d=critics[0], v=critics[1])
 
     # -- what is called
 
@@ -221,16 +221,16 @@ class CompiledStep:
         scale = self._unit_scale if lr_scale is None else lr_scale
         if not self.in_parts:
             return self._wait_for_program(STEP_WITH_R1 if with_r1 else STEP)(state, batch, key, frozen, scale)
-        judges, rest = self._split_state(state)
-        gradients = self._wait_for_program(CRITICS)(judges, rest, batch, key, frozen)
+        critics, rest = self._split_state(state)
+        gradients = self._wait_for_program(CRITICS)(critics, rest, batch, key, frozen)
         if with_r1:
             # R1's gradient is added to D's, in buffers that are given away: no second copy exists.
-            gradients = self._wait_for_program(R1)(judges, rest, gradients, batch, key)
-        judges, half = self._wait_for_program(UPDATE)(judges, rest, gradients, scale)
+            gradients = self._wait_for_program(R1)(critics, rest, gradients, batch, key)
+        critics, half = self._wait_for_program(UPDATE)(critics, rest, gradients, scale)
         penalty = half.penalty_metrics(with_r1)
         # G's program sees the critics after their update, as in the whole step.
-        rest, metrics = self._wait_for_program(GENERATOR)(rest, judges, half, batch, key, frozen, scale)
-        return self._join_state(judges, rest), metrics | penalty
+        rest, metrics = self._wait_for_program(GENERATOR)(rest, critics, half, batch, key, frozen, scale)
+        return self._join_state(critics, rest), metrics | penalty
 
     def _wait_for_program(self, name: str) -> Callable[..., Any]:
         """The program that was compiled ahead, waited for; where there is none, one that compiles when it is called."""
@@ -256,7 +256,7 @@ class CompiledStep:
             return
         self._compiled_for = arguments
         compiler = _Compiler(self, arguments)
-        # Those of a step with R1, the first of a run, come first; the largest do not come last.
+        # In the order of need, but for R1's, the shortest: a long one that starts last would be waited for.
         order = (CRITICS, UPDATE, GENERATOR, R1) if self.in_parts else (STEP_WITH_R1, STEP)
         self.cancel_compiling()
         pool = self._pool = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="compile")

@@ -14,7 +14,7 @@ from gigagan_jax.data.embeddings import Embeddings
 from gigagan_jax.data.source import Source
 from gigagan_jax.data.sources import filters, make_source
 from gigagan_jax.data.tokenizers import Tokenizer, make_tokenizer
-from gigagan_jax.models.pretrained.frozen import clip_length, own_clip_tokens
+from gigagan_jax.models.pretrained.frozen import clip_length, needs_own_clip_tokens
 from gigagan_jax.models.pretrained.text_encoder import tokenizer_options
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def make_data_source(config: Config, workdir: Path | None = None) -> Source:
 def make_tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
     """(of the text encoder, of the CLIP of the contrastive loss where that has tokens of its own)"""
     text = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
-    if not own_clip_tokens(config):
+    if not needs_own_clip_tokens(config):
         return text, None
     clip = TextConfig(encoder="clip", path=config.clip_path, length=clip_length(config))
     return text, make_tokenizer("clip", clip.length, **tokenizer_options(clip))

@@ -104,7 +104,7 @@ class Run:
 
         Raises:
           UserError: bad data, a workdir of another run, a damaged checkpoint, a run that went wrong (docs/health.md).
-          Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
+          Interrupted: SIGTERM or SIGINT came; where it is `agreed`, the state is saved.
         """
         is_main = jax.process_index() == 0
         info = run_info(self.config, self.networks, self.mesh)
@@ -135,7 +135,7 @@ class Run:
         try:
             batch = next(data)
         except Unreachable:
-            # A worker that was started when the signal came was told to end, too: its loss is no error of its own.
+            # The signal may have ended a worker that was just starting: its loss is no error of its own.
             if self.signals.number:
                 raise Interrupted(self.signals.number, agreed=False) from None
             raise
@@ -259,7 +259,7 @@ class _Loop:
         self.latest_metrics: dict[str, jax.Array] = {}
         self.metric_names: set[str] = set()
         self.kinds_of_step: set[bool] = set()  # with R1, without, as far as they were met
-        self.compiling = False
+        self.compile_requested = False
 
     def train(self) -> GanState:
         """Trains to the end.
@@ -311,9 +311,9 @@ class _Loop:
         last = self.pending[-1].metrics["health"] if self.pending else None
         with self.goodput("data", behind=last):
             batch = self.run.next_batch(self.data)
-        if not self.compiling:
+        if not self.compile_requested:
             self.step.compile_ahead(self.state, batch, self.key, self.frozen, self.lr_scale)
-            self.compiling = True
+            self.compile_requested = True
         profiled = self.profiler(self.steps_done, compiles=first_time, done=last)
         with profiled, self.goodput("compile" if first_time else "step"):
             self.state, metrics = self.step(self.state, batch, self.key, self.frozen, self.lr_scale, with_r1=with_r1)

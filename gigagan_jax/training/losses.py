@@ -22,8 +22,6 @@ def pair_weights(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
     levels = entry_levels(config.discriminator)
     # The paper's weights: the output image counts twice as much as any other level, and all sum to one.
     level = config.loss.level_weights or tuple((2.0 if i == 0 else 1.0) / (len(levels) + 1) for i in range(len(levels)))
-    if len(levels) == 1 and not config.loss.level_weights:
-        level = (1.0,)
     last = len(config.resolutions) - 1
     weigh = lambda middle: tuple(
         level[p.level] * (1.0 if p.exit == last else middle) for p in prediction_pairs(config.discriminator)

@@ -62,14 +62,14 @@ def group_size(n: int, most: int) -> int:
 def draw_wrong_captions(
     key: jax.Array, t: jax.Array, tokens: jax.Array | None, labels: jax.Array | None, most: int
 ) -> tuple[jax.Array, jax.Array]:
-    """What each example's wrong caption is encoded as; see `mismatch`.
+    """What each example's wrong caption is encoded as; see `draw_mismatch`.
 
     Drawn among neighbours in the batch, since an N x N comparison over a pod's batch does not scale and captions from
     other devices would have to be fetched: what a device sends does not grow with the number of devices.
 
     Args:
       t: [N, D] encoded captions
-      tokens, labels: as `mismatch` takes them
+      tokens, labels: as `draw_mismatch` takes them
       most: examples a group, see `group_size`
 
     Returns:

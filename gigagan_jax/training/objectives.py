@@ -51,7 +51,7 @@ def real_levels(batch: Batch, config: Config) -> list[jax.Array]:
     return image_pyramid(real, len(entry_levels(config.discriminator)))
 
 
-class TextToImageObjective:
+class GanObjective:
     """The losses of G, D and V on one micro-batch.
 
     Args:
@@ -101,11 +101,11 @@ class TextToImageObjective:
     def vision_logits(
         self, params: Params, frozen: Params, images: jax.Array, batch: Batch, key: jax.Array
     ) -> list[jax.Array]:
-        """V's logits for images [N, S, R, R, 3], augmented by one draw an image -> [N, S, h * w] a layer of the tower"""
+        """V's logits for images [N, S, R, R, 3], each augmented by its own draw -> [N, S, h * w] a layer of the tower"""
         n, s = images.shape[:2]
         assert self.networks.v is not None
         v = self.networks.v.bind(params)
-        # One draw an image, the same for all its sources: fake and real are seen through one augmentation.
+        # Sources are rows of one batch here: each image is augmented by a draw of its own.
         flat = augment(key, images.reshape(n * s, *images.shape[2:]), self.config.vision_aided.augment)
         features = self.frozen.vision_features(frozen, sharding.constrain(flat, "batch", None, None, None))
         t = v.condition(batch.get("tokens"), batch["label"], batch.get("features"))
@@ -128,8 +128,8 @@ class TextToImageObjective:
         logits = disc({"fake": fakes, "real": reals}, own, wrong)
         fake, real = logits["fake"], logits["real"]
 
-        metrics = {"loss/d_gan": losses.over_pairs(losses.gan_d, self.weights_gan, fake.own, real.own)}
         # eq. 6: the sum over levels and exits, weighted as Table A2 has it.
+        metrics = {"loss/d_gan": losses.over_pairs(losses.gan_d, self.weights_gan, fake.own, real.own)}
         loss = metrics["loss/d_gan"]
         if self.uses_wrong_captions and c.loss.match_d:
             metrics["loss/d_match"] = losses.over_pairs(
@@ -203,8 +203,8 @@ class TextToImageObjective:
         own, wrong, valid = self.own_and_wrong_captions(disc, batch, key_wrong)
         fake = disc({"fake": generated_levels(images, c)}, own, wrong)["fake"]
 
-        metrics = {"loss/g_gan": losses.over_pairs(losses.gan_g, self.weights_gan, fake.own)}
         # Non-saturating: G's gradient stays large where D is sure.
+        metrics = {"loss/g_gan": losses.over_pairs(losses.gan_g, self.weights_gan, fake.own)}
         loss = metrics["loss/g_gan"]
         if self.uses_wrong_captions and c.loss.match_g:
             metrics["loss/g_match"] = losses.over_pairs(losses.match_g, self.weights_match, fake.wrong, valid=valid)

@@ -18,7 +18,7 @@ from gigagan_jax.parallel import sharding
 from gigagan_jax.training import losses
 from gigagan_jax.training.batch import Batch, batch_axes
 from gigagan_jax.training.health import step_statistics
-from gigagan_jax.training.objectives import NO_FROZEN, LossReport, Metrics, TextToImageObjective
+from gigagan_jax.training.objectives import NO_FROZEN, GanObjective, LossReport, Metrics
 from gigagan_jax.training.optimizer import learning_rate
 from gigagan_jax.training.state import GanState, Net, Networks
 
@@ -82,10 +82,10 @@ class TrainStep:
       objective: what is trained; None for the base model.
     """
 
-    def __init__(self, networks: Networks, objective: TextToImageObjective | None = None):
+    def __init__(self, networks: Networks, objective: GanObjective | None = None):
         self.networks = networks
         self.config = networks.config
-        self.objective = TextToImageObjective(networks) if objective is None else objective
+        self.objective = GanObjective(networks) if objective is None else objective
         self.health_vector = step_statistics.HealthVector(networks)
 
     def __call__(
@@ -118,7 +118,7 @@ class TrainStep:
         self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NO_FROZEN
     ) -> CriticGradients:
         """First part: gradients of D and V without R1. Reads of G its parameters only."""
-        # Frozen encoders run once: the generator's half gets their features by `features`.
+        # Frozen encoders run once: the generator's half gets their output as `CriticGradients.features`.
         encoded = self.objective.encode_captions(batch, frozen)
         checks = step_statistics.count_bad_rows(encoded)
         grads, report = self.d_gradients(state, encoded, self.critics_key(state, key), frozen)
@@ -269,7 +269,7 @@ class TrainStep:
         grads = {name: self.reduce_scatter(name, g) for name, g in grads.items()}
         norms = {name: step_statistics.squared_norms(g) for name, g in grads.items()}
         metrics = {f"grad_norm/{name}": jnp.sqrt(jnp.asarray(sum(each))) for name, each in norms.items()}
-        # A norm that is not finite covers each of its gradients: nothing else need be looked at.
+        # One gradient that is not finite makes its norm not finite: only the norms are looked at.
         applied = sound & jnp.isfinite(jnp.asarray(sum(metrics.values())))
         nets, sizes = {}, {}
         for name, g in grads.items():

@@ -182,10 +182,10 @@ def test_two_slurm_tasks_join(stand):
     script = stand.folder / "join.py"
     script.write_text(
         "import argparse, sys, jax\n"
-        "from gigagan_jax import distributed\n"
+        "from gigagan_jax.parallel import cluster\n"
         "parser = argparse.ArgumentParser()\n"
-        "distributed.add_flags(parser)\n"
-        "distributed.join(parser.parse_known_args()[0])\n"
+        "cluster.add_flags(parser)\n"
+        "cluster.join_processes(parser.parse_known_args()[0])\n"
         # In one write: the two share a pipe, and an unbuffered print writes word by word.
         "sys.stdout.write(f'{jax.process_index()} {jax.process_count()}\\n')\n"
     )

@@ -14,7 +14,7 @@ from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import batch_shardings
 from gigagan_jax.training.mismatched_captions import draw_mismatch, draw_wrong_captions, group_size, same_caption
-from gigagan_jax.training.objectives import LossReport, TextToImageObjective
+from gigagan_jax.training.objectives import GanObjective, LossReport
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep
 
@@ -284,7 +284,7 @@ def test_every_micro_batch_on_every_shard_is_mismatched(step_parts, micro_batche
 def d_loss(step_parts):
     """Metrics of D's loss for given tokens of one batch of images, z and key."""
     config, networks, params = step_parts
-    objective = TextToImageObjective(networks)
+    objective = GanObjective(networks)
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     g_params = jax.device_get(networks.g.init(0, networks.g.shardings(mesh, config.rules)))
     n, r = config.batch_size, config.resolution

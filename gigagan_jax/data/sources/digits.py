@@ -30,9 +30,9 @@ class DigitsSource(Source):
     classes = DIGIT_WORDS
 
     def __init__(self):
+        # Imported here: only this source needs scikit-learn.
         from sklearn.datasets import load_digits
 
-        # Imported here: only this source needs scikit-learn.
         digits = load_digits()
         # scikit-learn stores grey levels 0..16 as floats.
         grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)

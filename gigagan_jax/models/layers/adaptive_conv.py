@@ -79,7 +79,7 @@ def mixed_conv(x: jax.Array, bank: jax.Array, mix: jax.Array, form: str = "auto"
         # By measurements on a CPU (docs/performance.md, "Adaptive convolution").
         form = "bank" if count <= 2 else "shift"
     if count == 1:
-        # A bank of one has no choice to make; the weight is 1, or a mixture's remainder in tests.
+        # A bank of one has no choice to make: no per-sample kernel is needed.
         return conv(x, bank[0]) * mix[:, :, None, None]
     n, h, w, _ = x.shape
     if form == "bank":

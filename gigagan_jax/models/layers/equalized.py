@@ -58,7 +58,7 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 
 def normalize(x: jax.Array, axis: int = -1, eps: float = 1e-8) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) along `axis`, in float32."""
-    # Squares of bfloat16 have 8 bits: a mean over hundreds of channels would be off by percents.
+    # Bfloat16 keeps 8 bits: sums of squares over hundreds of channels would lose their small terms.
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axis, keepdims=True) + eps)
 
@@ -136,7 +136,7 @@ class Conv(nnx.Module):
             # A 1x1 convolution commutes with downsampling: afterwards it costs a quarter.
             y = conv(downsample(x), w)
         else:
-            # Filter and stride in one: the blur leaves one pixel more on each side, so that no padding is needed
+            # Filter and stride in one: the blur gives one pixel more than it takes, so that no padding is needed
             # here.
             y = jax.lax.conv_general_dilated(blur(x), w, (2, 2), "VALID", dimension_numbers=LAYOUT)
         return y if self.bias is None else y + materialize(self.bias, self.dtype)
@@ -180,7 +180,7 @@ class ScannedLayers(nnx.Module):
             m = variable.get_metadata()
             axes = ("layers", *m["logical_axes"])
             stacked = declare_parameter(rngs, (count, *variable.shape), axes, std=m["init_std"], mean=m["init_mean"])
-            # `param` knows nothing of attention layers: the mark is carried over from the pattern.
+            # `declare_parameter` knows nothing of attention layers: the mark is carried over from the pattern.
             stacked.set_metadata("attention", m["attention"])
             return stacked
 

@@ -40,7 +40,7 @@ def clip_length(config: Config) -> int:
     return sizes.max_position_embeddings if sizes is not None else 0
 
 
-def own_clip_tokens(config: Config) -> bool:
+def needs_own_clip_tokens(config: Config) -> bool:
     """Whether the contrastive loss needs tokens of its own, because E_txt is no CLIP."""
     return config.uses_clip_loss and config.text.encoder != "clip"
 
@@ -81,8 +81,10 @@ def _make_tower(role: str, kind: str, path: str, config: Config) -> Tower:
         make = lambda rngs: clip.ClipVision(sizes.vision, sizes.projection_dim, scaled=full, rngs=rngs, **options)
     elif kind == "t5":
         make = lambda rngs: t5.T5Encoder(sizes, rngs=rngs, **options)
-    else:
+    elif kind == "dino":
         make = lambda rngs: dino.Dino(sizes, rngs=rngs, **options)
+    else:
+        raise ValueError(f"unknown kind of frozen network {kind!r}")
     return Tower(role, kind, path, sizes, Network(f"{role} ({path})", make))
 
 
@@ -102,7 +104,9 @@ def _key_table(tower: Tower, keys: set[str]) -> tuple[list[Row], Any, Any]:
         return rows, lambda k: not k.startswith(other), clip.is_position_number
     if tower.kind == "t5":
         return t5.t5_rows(keys, tower.sizes), t5.is_encoder, t5.duplicate_embedding_filter(keys)
-    return dino.dino_rows(keys, tower.sizes), lambda k: True, dino.is_ignored
+    if tower.kind == "dino":
+        return dino.dino_rows(keys, tower.sizes), lambda k: True, dino.is_ignored
+    raise ValueError(f"unknown kind of frozen network {tower.kind!r}")
 
 
 class FrozenNetworks:
@@ -120,13 +124,13 @@ class FrozenNetworks:
         self.towers: dict[str, Tower] = {}
         towers_by_role: dict[str, tuple[str, str]] = {}
         if config.condition == "text" and config.text.encoder != "bytes":
-            kind = "clip_text" if config.text.encoder == "clip" else "t5"
+            kind = {"clip": "clip_text", "t5": "t5"}[config.text.encoder]
             towers_by_role["text"] = (kind, config.text.path)
         if config.uses_clip_loss:
             towers_by_role["clip_text"] = ("clip_text", config.clip_path)
             towers_by_role["clip_image"] = ("clip_vision", config.clip_path)
         if config.loss.vision_aided > 0:
-            kind = "clip_vision" if config.vision_aided.backbone == "clip" else "dino"
+            kind = {"clip": "clip_vision", "dino": "dino"}[config.vision_aided.backbone]
             towers_by_role["vision_aided"] = (kind, config.vision_path)
         first_role: dict[tuple[str, str], str] = {}
         for role, (tower_kind, path) in towers_by_role.items():

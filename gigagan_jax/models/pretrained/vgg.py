@@ -144,7 +144,7 @@ def vgg_rows(prefix: str = "") -> list[Row]:
 
 
 def head_rows(prefix: str = "") -> list[Row]:
-    """Table of `Heads`, from the lpips package's weights/v0.1/vgg; `prefix` is put before our paths."""
+    """Table of `LpipsHeads`, from the lpips package's weights/v0.1/vgg; `prefix` is put before our paths."""
     # The heads are 1 x 1 convolutions in the file, [1, C, 1, 1].
     flat = lambda x: x.reshape(-1)
     return [Row(f"{prefix}weights/{k}", f"lin{k}.model.1.weight", flat) for k in range(len(STAGES))]
