@@ -15,8 +15,9 @@ from gigagan_jax.config import Config
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.models.network import Params, is_spec, path_name
 from gigagan_jax.models.pretrained import hub
+from gigagan_jax.models.pretrained.architectures import REQUIREMENTS, read_architecture
 from gigagan_jax.models.pretrained.frozen import FrozenNetworks
-from gigagan_jax.models.pretrained.text_encoder import REQUIREMENTS, read_architecture, text_spec
+from gigagan_jax.models.pretrained.text_encoder import text_spec
 from gigagan_jax.training.batch import abstract_batch
 
 UNKNOWN = -1  # the label of an example whose class is not known: it forbids no caption

@@ -9,7 +9,7 @@ from gigagan_jax.config.comparison import (
     is_fixed,
 )
 from gigagan_jax.config.config import Config
-from gigagan_jax.config.data import DataConfig, FilterConfig
+from gigagan_jax.config.data import SOURCE_KINDS, DataConfig, FilterConfig
 from gigagan_jax.config.model import (
     AttentionConfig,
     ClipConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "DEFAULT_RULES",
     "FREE_FIELDS",
     "OWN_FIELDS",
+    "SOURCE_KINDS",
     "AttentionConfig",
     "CheckpointConfig",
     "ClipConfig",

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+# Kinds of data sources: data/sources/__init__.py opens them.
+SOURCE_KINDS = ("tar", "folder", "arrayrecord", "tfds", "parquet", "digits")
+
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:

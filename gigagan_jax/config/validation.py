@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any
 
+from gigagan_jax.config.data import SOURCE_KINDS
 from gigagan_jax.core.errors import UserError
 
 
@@ -148,8 +149,7 @@ def _check_vision_aided(config: Any) -> None:
 
 
 def _check_data(data: Any) -> None:
-    kinds = ("auto", "tar", "folder", "arrayrecord", "tfds", "parquet", "digits")
-    _check_choice("data.source", data.source, kinds)
+    _check_choice("data.source", data.source, ("auto", *SOURCE_KINDS))
     _check_choice("data.captions", data.captions, ("required", "optional"))
     _check_choice("data.crop", data.crop, ("center", "random", "none", "pad"))
     _check_choice("data.resize_filter", data.resize_filter, ("lanczos", "bicubic", "bilinear", "box", "nearest"))

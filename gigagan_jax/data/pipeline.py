@@ -225,7 +225,7 @@ class Pipeline:
     def describe_source(self) -> dict[str, Any]:
         """Number of examples and the steps of the filter report, ready for JSON."""
         source = self._reader.source
-        # Only sources of tars keep their report, so the attribute is no part of Source.
+        # Only sources with metadata have filters, so the attribute is no part of Source.
         report = getattr(source, "filter_report", None)
         return {"examples": len(source), "filters": report["steps"] if report else []}
 

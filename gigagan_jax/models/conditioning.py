@@ -142,7 +142,7 @@ class Conditioner(nnx.Module):
     """From what the data has (tokens or labels) to a Condition; each network owns one.
 
     Raises:
-      UserError: the sizes of a frozen encoder cannot be found out (see models/pretrained/text_encoder.py).
+      UserError: the sizes of a frozen encoder are not found (models/pretrained/architectures.py).
     """
 
     def __init__(

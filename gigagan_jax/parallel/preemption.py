@@ -1,4 +1,4 @@
-"""Preemption and maintenance notices: polled from Google's metadata server, passed on as a SIGTERM."""
+"""Asks Google's metadata server for notice of preemption and passes it on as a SIGTERM, which signals.py handles."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""What a global batch is to the train step: its entries, their shapes, and where they live."""
+"""What a global batch is to the train step: its entries, their shapes and their shardings."""
 
 from typing import Any
 

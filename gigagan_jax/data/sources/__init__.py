@@ -1,21 +1,18 @@
 """Opens the source that a config's `data` names. The path decides the kind where `data.source` is "auto"."""
 
-import logging
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from gigagan_jax.config import DataConfig
+from gigagan_jax.config import SOURCE_KINDS, DataConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.source import Source
 from gigagan_jax.data.sources import filters
 from gigagan_jax.data.sources.tar_index import SHARD_SUFFIXES
 from gigagan_jax.data.storage import Storage, is_local, local_path
 
-_log = logging.getLogger(__name__)
 # The values of `data.source` beside "auto".
-KINDS = ("tar", "folder", "arrayrecord", "tfds", "parquet", "digits")
 
 
 def make_source(
@@ -105,15 +102,13 @@ def _open_source(
 
         if filtered:
             paths = storage.expand_pattern(path, (".parquet",))
-            keys["rows"], filter_report = filters.select_parquet_rows(paths, storage, data.filters)
-            # The source of tars keeps its report; Parquet rows are chosen before the source exists.
-            _log.info("filters:\n%s", filters.format_report(filter_report))
+            keys["rows"], keys["filter_report"] = filters.select_parquet_rows(paths, storage, data.filters)
         return ParquetSource(path, storage=storage, **keys)
     if kind == "tfds":
         from gigagan_jax.data.sources.tfds import TfdsSource
 
         return TfdsSource(path, split=data.split, **keys)
-    raise UserError(f"config.data.source={kind!r}: must be one of auto, {', '.join(KINDS)}")
+    raise UserError(f"config.data.source={kind!r}: must be one of auto, {', '.join(SOURCE_KINDS)}")
 
 
 def detect_kind(path: str, storage: Storage) -> str:

@@ -54,6 +54,7 @@ class ParquetSource(Source):
       label_key: column with the class.
       caption_required: if True, an example without a caption is a bad example.
       rows: int [n], the rows to use, counted through all files; None: all.
+      filter_report: of the filter that chose `rows`.
 
     Attributes:
       paths: the files, in their order.
@@ -74,8 +75,10 @@ class ParquetSource(Source):
         label_key: str = "label",
         caption_required: bool = True,
         rows: "np.ndarray | None" = None,
+        filter_report: dict[str, Any] | None = None,
     ):
         self._storage = storage or Storage()
+        self.filter_report = filter_report
         self.paths = self._storage.expand_pattern(path, (".parquet",))
         self._caption_required = caption_required
         # The first file decides the columns; `_groups_of` checks that all others have them.

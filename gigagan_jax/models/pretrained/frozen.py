@@ -18,13 +18,13 @@ from gigagan_jax.config import Config, TextConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.models.network import Network, Params, is_spec
 from gigagan_jax.models.pretrained import clip, dino, hub, t5
-from gigagan_jax.models.pretrained.text_encoder import (
+from gigagan_jax.models.pretrained.architectures import (
     REQUIREMENTS,
     WITHOUT_CLIP,
     check_architecture,
     read_architecture,
-    text_spec,
 )
+from gigagan_jax.models.pretrained.text_encoder import text_spec
 from gigagan_jax.models.pretrained.weights import Row, Weights, load_params
 from gigagan_jax.models.vision_aided import RandomProjection
 

@@ -1,7 +1,6 @@
-"""The text encoder of a config, described for T and the tokenizer, and the sizes of frozen networks by their path."""
+"""The text encoder that a config names, as T and the tokenizer need it."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,42 +8,11 @@ import jax.numpy as jnp
 
 from gigagan_jax.config import TextConfig
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.models.pretrained import clip, dino, hub, t5
-from gigagan_jax.models.pretrained.hub import Requirement
+from gigagan_jax.models.pretrained import hub
+from gigagan_jax.models.pretrained.architectures import REQUIREMENTS, WITHOUT_TEXT, read_architecture
 
 # Ids of the byte tokenizer in data/tokenizers.py: 256 bytes and three special tokens, 2 ends a text.
 BYTE_VOCABULARY, BYTES_END = 259, 2
-# What an error message offers to a user without the weights.
-WITHOUT_TEXT = "config.text.encoder=bytes needs no files"
-WITHOUT_CLIP = "config.loss.clip=(0,0) does without"
-WITHOUT_VISION = "config.loss.vision_aided=0 does without"
-REQUIREMENTS = {
-    "text": Requirement("config.text.path", WITHOUT_TEXT),
-    "clip_text": Requirement("config.clip.path", WITHOUT_CLIP),
-    "clip_image": Requirement("config.clip.path", WITHOUT_CLIP),
-    "vision_aided": Requirement("config.vision_aided.path", WITHOUT_VISION),
-}
-_KNOWN_CONFIGS: dict[str, dict[str, Any]] = {"clip": clip.KNOWN, "t5": t5.KNOWN, "dino": dino.KNOWN}
-_CONFIG_READERS: dict[str, Any] = {"clip": clip.read_config, "t5": t5.read_config, "dino": dino.read_config}
-
-
-def read_architecture(kind: str, path: str, need: Requirement) -> Any:
-    """The sizes of a network, from its config.json, or from the table of known ones if its files are absent."""
-    known = _KNOWN_CONFIGS[kind].get(path.partition("@")[0])
-    # A dry run plans known networks without a download; files in the cache win over the table.
-    if known is not None and not Path(path).exists():
-        folder = hub.find_cached(path)
-        return known if folder is None else _CONFIG_READERS[kind](folder)
-    return _CONFIG_READERS[kind](hub.find_folder(path, need))
-
-
-def check_architecture(kind: str, sizes: Any, folder: Path, need: Requirement) -> None:
-    """Raises UserError if a folder's config.json differs from the planned sizes, as by an outdated table."""
-    if _CONFIG_READERS[kind](folder) != sizes:
-        raise UserError(
-            f"{need.field}: {folder / hub.CONFIG} has other sizes than are known of this network: "
-            "start again, it is read first now that it is here"
-        )
 
 
 # ---------------------------------------------------------------- the text encoder, as T sees it

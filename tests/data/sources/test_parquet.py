@@ -71,6 +71,7 @@ def test_filters_choose_rows_through_the_config(tmp_path):
     source = make_source(DataConfig(path=path, filters=FilterConfig(min_width=512)))
     assert isinstance(source, ParquetSource)
     assert [source.read(i).image for i in range(len(source))] == [make_picture(i) for i in (1, 3, 4)]
+    assert [count for _, count in source.filter_report["steps"]] == [6, 6, 3]
 
 
 def test_what_hugging_face_datasets_write(tmp_path):
