@@ -123,10 +123,6 @@ class Checkpoints:
         # From the disk: Orbax's manager must not exist before damaged checkpoints are moved aside.
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
 
-    def latest_step(self) -> int | None:
-        """Returns the step of the newest checkpoint, damaged or not; None without one."""
-        return max(self.all_steps(), default=None)
-
     def latest_valid_step(self) -> int | None:
         """Returns the step of the newest intact checkpoint; None without any checkpoint.
 

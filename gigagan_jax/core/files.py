@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def append_text(path: Path, text: str) -> None:
@@ -10,3 +14,18 @@ def append_text(path: Path, text: str) -> None:
     # Closed after each write: on a mounted bucket, others see the contents of the last closing.
     with open(path, "a", encoding="utf-8") as file:
         file.write(text)
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a file of JSON lines. Damaged lines and a missing or unreadable file are ignored."""
+    try:
+        # Bytes: a damaged line may not be UTF-8.
+        with open(path, "rb") as file:
+            for line in file:
+                # RecursionError: a damaged line can nest brackets thousands of levels deep.
+                with contextlib.suppress(ValueError, RecursionError):
+                    value = json.loads(line)
+                    if isinstance(value, dict):
+                        yield value
+    except OSError:
+        return

@@ -246,7 +246,8 @@ class DiscriminatorLevel(nnx.Module):
           ([N, P + S, H / 2, W / 2, C'] for the level below, logits [N, P + S, M, h * w] or None); the last level ends
           at [N, P + S, 1, 1, C].
         """
-        if self.entry is not None and images is not None:
+        if self.entry is not None:
+            assert images is not None
             y = leaky_relu(self.entry(_merge_copies(images)))
             y = y.reshape(*images.shape[:2], *y.shape[1:])
             # Levels that share a stage run as one batch: joined along P, nothing moves between devices.
@@ -331,7 +332,7 @@ class Discriminator(nnx.Module):
         x: jax.Array | None = None
         for i, level in enumerate(self.levels):
             with jax.named_scope(f"{pyramid[0].shape[2] >> i}px"):  # profiles are summed by these names
-                x, out = level(x, pyramid[i] if i < len(pyramid) else None, t)
+                x, out = level(x, None if level.entry is None else pyramid[i], t)
             if out is None:
                 continue
             # Copies come level by level, and within a level source by source.

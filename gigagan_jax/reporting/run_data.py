@@ -10,7 +10,6 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from PIL import Image
 
 from gigagan_jax.config.migrations import FORMAT_KEY, WITHOUT_KEY
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.files import read_json_lines
 from gigagan_jax.core.workdir_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -138,7 +138,7 @@ def read_metrics(path: Path) -> Metrics:
     columns: dict[str, tuple[array.array, array.array]] = {}
     steps, kimgs = array.array("d"), array.array("d")
     last = 0.0
-    for line in _read_json_lines(path):
+    for line in read_json_lines(path):
         try:
             step, kimg, now = float(line.pop("step")), float(line.pop("kimg")), float(line.pop("time", 0.0))
         # A line without step or kimg has no place on an axis.
@@ -161,26 +161,12 @@ def read_metrics(path: Path) -> Metrics:
     return Metrics({k: (numbers(x), numbers(y)) for k, (x, y) in columns.items()}, numbers(steps), numbers(kimgs), last)
 
 
-def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        # Bytes: a damaged line may not be UTF-8.
-        with open(path, "rb") as file:
-            for line in file:
-                # RecursionError: a damaged line can nest brackets thousands of levels deep.
-                with contextlib.suppress(ValueError, RecursionError):
-                    value = json.loads(line)
-                    if isinstance(value, dict):
-                        yield value
-    except OSError:
-        return
-
-
 def _count_bad_files(workdir: Path) -> collections.Counter[str]:
     """Counts bad files by cause over the lists of all processes."""
     # Keyed by name: several processes can list the same file.
     causes = {}
     for path in sorted(workdir.glob(QUARANTINE_PATTERN)):
-        for line in _read_json_lines(path):
+        for line in read_json_lines(path):
             causes[str(line.get("name"))] = str(line.get("cause", "unknown"))
     return collections.Counter(causes.values())
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gigagan_jax.core.files import append_text
+from gigagan_jax.core.files import append_text, read_json_lines
 from gigagan_jax.core.formatting import format_duration
 from gigagan_jax.core.workdir_files import GOODPUT_FILE
 
@@ -189,16 +189,7 @@ def format_seconds(seconds: Mapping[str, float]) -> str:
 
 def read_events(workdir: Path) -> Iterator[dict[str, Any]]:
     """Yields the events of a workdir. Incomplete lines and a missing or unreadable file are ignored."""
-    try:
-        with open(workdir / GOODPUT_FILE, "rb") as file:
-            for line in file:
-                # RecursionError: a damaged line may be a long row of brackets.
-                with contextlib.suppress(ValueError, RecursionError):
-                    event = json.loads(line)
-                    if isinstance(event, dict):
-                        yield event
-    except OSError:
-        return
+    return read_json_lines(workdir / GOODPUT_FILE)
 
 
 def process_start_time() -> float:

@@ -162,8 +162,8 @@ class Run:
                 goodput.record_resume(step)
                 resume_step = step if step else None
                 with MetricLogger(self.workdir, enabled=jax.process_index() == 0, resume_step=resume_step) as logger:
-                    loop = _Loop(self, state, step, data, checkpoints, identities, guard, logger, goodput, profiler)
                     with self.signals.hold_signals(), goodput("step"):
+                        loop = _Loop(self, state, step, data, checkpoints, identities, guard, logger, goodput, profiler)
                         state = loop.train()
                     watchdog.report_progress(None)
                     with goodput("checkpoint"):

@@ -73,7 +73,7 @@ def train(workdir, pictures, clip, total, *extra):
 
 def state_of(workdir):
     config = Checkpoints(workdir)
-    step = config.latest_step()
+    step = config.latest_valid_step()
     networks = Networks(config.read_config(step))
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     state, _ = config.restore(step, with_shardings(networks.abstract(), networks.shardings(mesh)))
