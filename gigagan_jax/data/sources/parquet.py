@@ -216,7 +216,9 @@ class ParquetSource(Source):
                 path, lambda: _read_footer(self._storage, path)[1], lambda f: f.serialized_size
             )
             with self._storage.open(path) as opened:
-                file = pyarrow.parquet.ParquetFile(opened, metadata=footer, pre_buffer=True)
+                # With pre_buffer, Arrow's own threads hold the Python file. One that lets go of it while Python
+                # shuts down aborts the process.
+                file = pyarrow.parquet.ParquetFile(opened, metadata=footer, pre_buffer=False)
                 # Reads already run in many threads.
                 return file.read_row_group(group, columns=columns, use_threads=False)
         except (OSError, pyarrow.ArrowException, *_DAMAGE) as e:

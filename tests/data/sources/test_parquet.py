@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gigagan_jax.data.decoding import decode_image
 from gigagan_jax.data.sources import make_source
 from gigagan_jax.data.sources.parquet import ParquetSource
 from gigagan_jax.data.sources.parquet_schema import CAPTION_KEYS, IMAGE_KEYS
+from gigagan_jax.data.storage import Storage
 from tests.parquet_files import cause_of, make_columns, make_picture, write_table
 
 ROOT = Path(__file__).parents[3]
@@ -230,6 +232,22 @@ def test_threads_processes_and_pickles_read_the_same(folder):
         [sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True, cwd=ROOT
     )
     assert completed.stdout.decode().strip() == "caption 9 ü"
+
+
+def test_only_the_calling_thread_reads_a_file(folder, monkeypatch):
+    source = ParquetSource(str(folder))
+    threads = set()
+    read = Storage.read
+
+    def record(storage, *args):
+        threads.add(threading.get_ident())
+        return read(storage, *args)
+
+    monkeypatch.setattr(Storage, "read", record)
+    for i in range(11):
+        source.read(i)
+    # A thread of Arrow that holds a Python file aborts a process that ends meanwhile.
+    assert threads == {threading.get_ident()}
 
 
 def test_files_in_buckets(folder):
