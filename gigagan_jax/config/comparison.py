@@ -28,6 +28,8 @@ FREE_FIELDS = (
     "checkpoint_kimg",
     "snapshot_kimg",
     "log_kimg",
+    # A longer run keeps its ramps by it.
+    "loss.ramp_kimg",
     "micro_batches",
     "remat",
     "evaluators",

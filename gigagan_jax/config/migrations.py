@@ -2,7 +2,7 @@
 
 A stored config has the number of its format under "format"; format 0 has no number. A new field of `Config` needs a
 higher FORMAT and a line in ADDED: the value with which the present code behaves as the code before the field. The present
-default is never used for it. Parameters that move need a higher FORMAT too (parameter_renames.py).
+default is never used for it. A field that takes the place of another has a line in REPLACED. Parameters that move need a higher FORMAT too (parameter_renames.py).
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from gigagan_jax.config.comparison import flatten_fields
 from gigagan_jax.core.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 FORMAT_KEY = "format"
 # Names of fields that are newer than the run. From its first restart on, config.json has them with the values of ADDED.
 WITHOUT_KEY = "begun_without"
@@ -98,6 +98,33 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (1, "health.min_diversity_z", 0.05),
     (1, "health.min_level", 0.005),
     (1, "health.min_exit", 0.001),
+    (3, "loss.match_g_form", "non_saturating"),
+    (3, "loss.match_relativistic", False),
+    (3, "loss.pairing", "separate"),
+    (3, "loss.centring", 0.0),
+    (3, "loss.vision_r1_gamma", 0.0),
+    (3, "loss.vision_smoothing", 0.0),
+    (3, "loss.r1_exits", "sum"),
+    (3, "loss.r1_form", "gradient"),
+    (3, "loss.r1_sigma", 0.01),
+    (3, "loss.r2", False),
+    (3, "loss.ramp_kimg", 0.0),
+    (3, "generator.layer_scale", 0.0),
+    (3, "generator.attention_zero_init", False),
+    (3, "generator.text.residual_gain", 1.0),
+    (3, "discriminator.text.residual_gain", 1.0),
+    (3, "vision_aided.text.residual_gain", 1.0),
+    (3, "discriminator.residual_gain", 1.0),
+    (3, "discriminator.float32_resolution", 0),
+    (3, "discriminator.minibatch_std_equalized", False),
+    (3, "health.evasion", "warn"),
+    (3, "health.drift", "warn"),
+    (3, "health.min_cosine", -0.5),
+    (3, "health.max_drift", 10.0),
+)
+# (format that replaced the field, its name, its successor, values of the successor by those of the field)
+REPLACED: tuple[tuple[int, str, str, dict[Any, Any]], ...] = (
+    (3, "generator.attention_every_block", "generator.attention_placement", {False: "last", True: "every"}),
 )
 # (format that removed the field, name): nothing depends on it any more.
 REMOVED: tuple[tuple[int, str], ...] = ((1, "checkpoint.keep_period_kimg"),)
@@ -132,6 +159,9 @@ def upgrade_config(stored: Any, where: str) -> tuple[dict[str, Any], dict[str, A
     if not (isinstance(without, (list, tuple)) and all(isinstance(name, str) for name in without)):
         raise UserError(f"{where}: {WITHOUT_KEY!r} is no list of names; remove it, or the file")
     # A restart stores the added values, which then look like chosen ones: WITHOUT_KEY remembers them.
+    for since, name, successor, meaning in REPLACED:
+        if since > number:
+            _replace_field(values, name.split("."), successor.split("."), meaning)
     present = flatten_fields(values)
     lacked = {name: present[name] for name in without if name in present}
     for since, name, value in ADDED:
@@ -163,6 +193,14 @@ def _remove_field(values: Any, path: list[str]) -> None:
             # A value in the place of a group: from_dict reports it.
             return
     values.pop(key, None)
+
+
+def _replace_field(values: dict[str, Any], old: list[str], new: list[str], meaning: Mapping[Any, Any]) -> None:
+    value = flatten_fields(values).get(".".join(old))
+    # A value that the field never had stays where it is: from_dict reports it.
+    if isinstance(value, (bool, int, float, str)) and value in meaning:
+        _remove_field(values, old)
+        _set_default(values, new, meaning[value])
 
 
 def _set_default(values: Any, path: list[str], value: Any) -> bool:

@@ -29,6 +29,7 @@ class TransformerConfig:
     depth: int = 4  # (A2)
     heads: int = 8  # (open)
     mlp_ratio: float = 4.0  # (open)
+    residual_gain: float = 1.0  # (open) x + gain f(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +74,22 @@ class GeneratorConfig:
     w_dim: int = 1024  # (A2)
     mapping_depth: int = 4  # (A2)
     mapping_lr_mul: float = 0.01  # (StyleGAN2)
-    w_avg_decay: float = 0.998  # a step; for truncation
+    w_avg_decay: float = 0.0  # a step, of the mean w for truncation; 0: that of G's moving average
     channel_base: int = 16384  # (A2) channels = min(base / resolution, max)
     channel_max: int = 1600  # (A2)
     blocks: tuple[int, ...] = (3, 3, 3, 2, 2)  # (A2) synthesis blocks, two adaptive convolutions each
     bank: tuple[int, ...] = (1, 1, 2, 4, 8)  # (A2) filters N in the bank of each adaptive convolution
     attention_depth: tuple[int, ...] = (0, 2, 2, 1, 0)  # (A2) attention layers at each resolution
-    attention_every_block: bool = (
-        False  # (open) False: after the last block of a resolution, which fits the paper's size
-    )
+    # (open) where a resolution's attention layers are: "spread" over its blocks (eq. 5 alternates them), all behind its
+    # "last" block, or so many behind "every" block
+    attention_placement: str = "spread"
     cross_attention: bool = True  # (A2) text only
     mlp_after_self: bool = True  # (open) feed-forward after self-attention
     mlp_after_cross: bool = True  # (open) and after cross-attention: with both, G has the paper's size
     residual_gain: float = 0.4  # (A2) x + gain * f(x)
     attention_gain: float = 0.3  # (A2)
+    layer_scale: float = 0.0  # first value of a learned gain a channel on each normalised residual branch; 0 is off
+    attention_zero_init: bool = False  # attention branches start at zero (StyleGAN-T, Aurora)
     rgb_gain: float = 1.0  # (open) scale of each ToRGB: the spread of the first images
     pyramid: bool = True  # (sec. 3.2) every level goes to the discriminator; False: only the output
     w_token: bool = True  # (sec. 3.1) w as an extra token of self-attention
@@ -102,6 +105,8 @@ class DiscriminatorConfig:
     channel_base: int = 32768  # (A2)
     channel_max: int = 1536  # (A2)
     blocks: tuple[int, ...] = (1, 2, 2, 2, 2)  # (A2)
+    residual_gain: float = 1.0  # (StyleGAN2: 1) (skip + gain f(x)) / sqrt(1 + gain^2)
+    float32_resolution: int = 0  # (open) resolutions up to this one compute in float32; 0: none
     attention_depth: tuple[int, ...] = (0, 1, 2, 2, 0)  # (A2)
     attention_gain: float = 0.3  # (open) as in G
     mlp: bool = False  # (open) feed-forward after attention: without it D has the paper's size
@@ -112,5 +117,6 @@ class DiscriminatorConfig:
     head_depth: int = 4  # (sec. 3.3) modulated 1x1 convolutions
     head_width: int = 256  # (open)
     minibatch_std: int = 0  # (A2) images a group; 0 is off
+    minibatch_std_equalized: bool = True  # (StyleGAN2) the deviation's channel weighs as each of the others
     text: TransformerConfig = TransformerConfig()
     attention: AttentionConfig = AttentionConfig()

@@ -77,7 +77,9 @@ class HealthConfig:
     """
 
     nonfinite: str = "rollback"  # after `max_skips` steps in a row; "skip": stop then; "warn": go on for ever
-    saturation: str = "warn"  # D is sure of everything
+    saturation: str = "warn"  # D or V is sure of everything
+    evasion: str = "warn"  # D's exits pay for each other in R1
+    drift: str = "warn"  # gradients that grow without end
     penalty: str = "warn"  # R1 far above its usual size
     collapse: str = "warn"  # images that are too much alike
     levels: str = "warn"  # a level of the pyramid, or an exit of D, that does nothing
@@ -90,6 +92,8 @@ class HealthConfig:
     patience: int = 500  # steps in a row that a mean must be beyond its limit
     max_gap: float = 0.98  # mean of sigmoid(D) on real images minus that on generated ones, 0 to 1
     max_penalty: float = 20.0  # R1 over the median of its last 32 values
+    min_cosine: float = -0.5  # between the gradients of D's last exit and of the others, by the real images of a level
+    max_drift: float = 10.0  # gradient norm of a network over the lowest mean that it had since the grace
     min_diversity: float = 0.2  # deviation over a batch of generated images, of that of real ones
     min_diversity_z: float = 0.05  # the same between two images of one caption
     min_level: float = 0.005  # share of a pyramid level in the sizes of what all levels add
@@ -107,12 +111,26 @@ class LossConfig:
     intermediate_match: float = 0.05  # (A2) the same, matching-aware loss
     match_d: float = 1.0  # (A2)
     match_g: float = 1.0  # (A2)
+    # (open) "min_max", "non_saturating", "cooperating" (training/losses.py: MATCH_G) or "off"
+    match_g_form: str = "min_max"
+    match_relativistic: bool = False  # a real image's wrong caption is compared with its own one
+    pairing: str = "separate"  # "relativistic": D compares a generated image with a real one of its caption (R3GAN)
+    centring: float = 0.0  # of (D(x) + D(G))^2 in D's loss; 0 is off
     mismatch_group: int = 16  # (open) neighbours in the batch among which wrong captions are drawn; 0: the whole batch
     clip: tuple[float, float] = (0.0, 0.0)  # (A2: 0.2 to 1.0) contrastive loss, first and last; linear in images
     vision_aided: float = 0.0  # (open) of the vision-aided discriminator in G's loss; 0 is off
+    vision_r1_gamma: float = 0.2048  # (open) R1 of that discriminator by its projected features, as lazy as D's; 0 is off
+    vision_smoothing: float = 0.0  # (open) one-sided label smoothing of its loss, 0 to 0.5
     r1_gamma: tuple[float, float] = (0.2048, 2.048)  # (A2) first and last; linear in images
     r1_interval: int = 16  # (A2) steps
-    r1_levels: str = "full"  # (open) "full": gradient by the full-resolution real image; "all": by every level
+    r1_levels: str = "all"  # (open) "all": gradient by the real image of every level; "full": of the output size only
+    # (open) "signs": exits and levels by their weights in the loss, each exit with a random sign (training/penalties.py);
+    # "sum": of their plain sum, which D evades
+    r1_exits: str = "signs"
+    r1_form: str = "gradient"  # "finite_differences": without a second derivative, for r1_interval=1
+    r1_sigma: float = 0.01  # deviation of the noise of finite differences
+    r2: bool = False  # the same penalty by generated images (R3GAN)
+    ramp_kimg: float = 0.0  # thousands of images over which weights go from first to last; 0: the whole run
 
 
 @dataclasses.dataclass(frozen=True)

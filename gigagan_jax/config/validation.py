@@ -52,6 +52,8 @@ _NOT_NEGATIVE = (
     ),
     *("ema.rampup", "generator.w_avg_decay", "checkpoint.keep_every_kimg", "checkpoint.keep_best"),
     *("loss.match_d", "loss.match_g", "loss.intermediate_gan", "loss.intermediate_match"),
+    *("loss.centring", "loss.vision_r1_gamma", "loss.ramp_kimg", "generator.layer_scale", "discriminator.residual_gain"),
+    *("discriminator.float32_resolution", *(f"{net}.text.residual_gain" for net in (*_NETS, "vision_aided"))),
     *(f"{net}.text.depth" for net in (*_NETS, "vision_aided")),
     "loss.vision_aided",
     *(f"{o}_optimizer.{rate}" for o in "gdv" for rate in ("learning_rate", "weight_decay", "attention_weight_decay")),
@@ -170,7 +172,7 @@ def _check_data(data: Any) -> None:
 
 def _check_health(health: Any) -> None:
     _check_choice("health.nonfinite", health.nonfinite, ("warn", "skip", "rollback"))
-    for name in ("saturation", "penalty", "collapse", "levels", "updates"):
+    for name in ("saturation", "evasion", "drift", "penalty", "collapse", "levels", "updates"):
         _check_choice(f"health.{name}", getattr(health, name), ("off", "warn", "rollback"))
     # 0 is valid: no skips, no rollbacks, no grace period.
     for name in ("max_skips", "max_rollbacks", "grace"):
@@ -259,7 +261,17 @@ def _check_choices(config: Any) -> None:
     _check_choice(
         "generator.adaptive_form", config.generator.adaptive_form, ("auto", "bank", "shift", "im2col", "vmap")
     )
-    _check_choice("loss.r1_levels", config.loss.r1_levels, ("full", "all"))
+    loss = config.loss
+    _check_choice("loss.r1_levels", loss.r1_levels, ("full", "all"))
+    _check_choice("loss.r1_exits", loss.r1_exits, ("signs", "sum"))
+    _check_choice("loss.r1_form", loss.r1_form, ("gradient", "finite_differences"))
+    _check_choice("loss.match_g_form", loss.match_g_form, ("off", "min_max", "non_saturating", "cooperating"))
+    _check_choice("loss.pairing", loss.pairing, ("separate", "relativistic"))
+    _check_choice("generator.attention_placement", config.generator.attention_placement, ("spread", "last", "every"))
+    if not 0 <= loss.vision_smoothing <= 0.5:
+        raise UserError(f"config.loss.vision_smoothing={loss.vision_smoothing}: must be a share, 0 to 0.5")
+    if loss.r1_form == "finite_differences" and not 1e-6 <= loss.r1_sigma < 1:
+        raise UserError(f"config.loss.r1_sigma={loss.r1_sigma}: must be between 1e-6 and 1, as images are in [-1, 1]")
     for net in _NETS:
         attention = getattr(config, net).attention
         _check_choice(f"{net}.attention.kind", attention.kind, ("l2", "dot"))

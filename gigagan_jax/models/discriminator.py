@@ -118,8 +118,12 @@ class Epilogue(nnx.Module):
     def __init__(self, d: DiscriminatorConfig, features: int, *, dtype: Any, rngs: nnx.Rngs):
         self.group = d.minibatch_std
         self.conv = Conv(features, features, kernel=3, dtype=dtype, rngs=rngs)
-        # A convolution of its own for the deviation channel: features + 1 would not divide over a mesh.
-        stat = lambda: Conv(1, features, kernel=3, bias=False, axes=(None, "conv_out"), dtype=dtype, rngs=rngs)
+        # A convolution of its own for the deviation channel: features + 1 would not divide over a mesh. Equalized, it has
+        # the scale that one convolution of all channels would give it.
+        fan_in = features + 1 if d.minibatch_std_equalized else 1
+        stat = lambda: Conv(
+            1, features, kernel=3, fan_in=fan_in, bias=False, axes=(None, "conv_out"), dtype=dtype, rngs=rngs
+        )
         self.conv_std = stat() if self.group else None
         self.dense = Linear(16 * features, features, axes=("conv_in", "conv_out"), dtype=dtype, rngs=rngs)
 

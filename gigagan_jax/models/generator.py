@@ -146,7 +146,7 @@ class SynthesisLevel(nnx.Module):
             return ScannedLayers(layer, depth, remat=remat, rngs=rngs) if depth else None
 
         def block(c_in: int, **kind: bool) -> SynthesisBlock:
-            attention = attention_layers(g.attention_depth[index] if g.attention_every_block else 0)
+            attention = attention_layers(g.attention_depth[index] if g.attention_placement == "every" else 0)
             return SynthesisBlock(
                 g, c_in, features, bank=g.bank[index], attention=attention, dtype=dtype, rngs=rngs, **kind
             )
@@ -157,7 +157,7 @@ class SynthesisLevel(nnx.Module):
         more = lambda: ScannedLayers(lambda: block(features, up=False), same, remat=remat, rngs=rngs)
         self.blocks = more() if same else None
         # Attention after the last block only fits the paper's parameter count (docs/models.md).
-        self.attention = attention_layers(0 if g.attention_every_block else g.attention_depth[index])
+        self.attention = attention_layers(0 if g.attention_placement == "every" else g.attention_depth[index])
         # ToRGB of StyleGAN2: modulated, but not demodulated, so that the style sets the size of what is added.
         self.to_rgb = AdaptiveConv(
             features,

@@ -109,7 +109,7 @@ class CompiledStep:
             R1: jax.jit(
                 self._add_r1,
                 donate_argnums=2,
-                in_shardings=(critics, rest, gradients, batch, everywhere),
+                in_shardings=(critics, rest, gradients, batch, everywhere, frozen),
                 out_shardings=gradients,
                 **options,
             ),
@@ -166,11 +166,17 @@ class CompiledStep:
             return self.step.critic_gradients(self._join_state(critics, rest), batch, key, frozen)
 
     def _add_r1(
-        self, critics: Any, rest: GanState, gradients: CriticGradients, batch: Batch, key: jax.Array
+        self,
+        critics: Any,
+        rest: GanState,
+        gradients: CriticGradients,
+        batch: Batch,
+        key: jax.Array,
+        frozen: Params,
     ) -> CriticGradients:
         self.traces.append(R1)
         with sharding.use_mesh(self.mesh, self.config.rules):
-            return self.step.add_r1(self._join_state(critics, rest), gradients, batch, key)
+            return self.step.add_r1(self._join_state(critics, rest), gradients, batch, key, frozen)
 
     def _update_critics(
         self, critics: Any, rest: GanState, gradients: CriticGradients, lr_scale: jax.Array
@@ -225,7 +231,7 @@ class CompiledStep:
         gradients = self._wait_for_program(CRITICS)(critics, rest, batch, key, frozen)
         if with_r1:
             # R1's gradient is added to D's, in buffers that are given away: no second copy exists.
-            gradients = self._wait_for_program(R1)(critics, rest, gradients, batch, key)
+            gradients = self._wait_for_program(R1)(critics, rest, gradients, batch, key, frozen)
         critics, half = self._wait_for_program(UPDATE)(critics, rest, gradients, scale)
         penalty = half.penalty_metrics(with_r1)
         # G's program sees the critics after their update, as in the whole step.
@@ -372,7 +378,7 @@ class _Compiler:
         if name == CRITICS:
             return self._judges, self._rest, batch, key, frozen
         if name == R1:
-            return self._judges, self._rest, self._gradients.result(), batch, key
+            return self._judges, self._rest, self._gradients.result(), batch, key, frozen
         if name == UPDATE:
             return self._judges, self._rest, self._gradients.result(), scale
         if name == GENERATOR:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gigagan_jax.config import Config
-from gigagan_jax.models.discriminator import entry_levels, prediction_pairs
+from gigagan_jax.models.discriminator import Pair, entry_levels, prediction_pairs
 
 softplus = jax.nn.softplus
 
@@ -19,14 +19,23 @@ def pair_weights(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
     A pair counts as its entry level does, times the intermediate weight unless it leaves by the last exit.
     """
-    levels = entry_levels(config.discriminator)
-    # The paper's weights: the output image counts twice as much as any other level, and all sum to one.
-    level = config.loss.level_weights or tuple((2.0 if i == 0 else 1.0) / (len(levels) + 1) for i in range(len(levels)))
-    last = len(config.resolutions) - 1
+    level = level_weights(config)
     weigh = lambda middle: tuple(
-        level[p.level] * (1.0 if p.exit == last else middle) for p in prediction_pairs(config.discriminator)
+        level[p.level] * (1.0 if is_last_exit(config, p) else middle) for p in prediction_pairs(config.discriminator)
     )
     return weigh(config.loss.intermediate_gan), weigh(config.loss.intermediate_match)
+
+
+def level_weights(config: Config) -> tuple[float, ...]:
+    """Weight of each of `entry_levels` in the GAN loss, high to low (A2)."""
+    count = len(entry_levels(config.discriminator))
+    # The paper's weights: the output image counts twice as much as any other level, and all sum to one.
+    return config.loss.level_weights or tuple((2.0 if i == 0 else 1.0) / (count + 1) for i in range(count))
+
+
+def is_last_exit(config: Config, pair: Pair) -> bool:
+    """Whether a prediction leaves D at its end, and not on the way."""
+    return pair.exit == len(config.resolutions) - 1
 
 
 def over_pairs(
@@ -69,9 +78,36 @@ def match_d(fake: jax.Array, real: jax.Array) -> jax.Array:
     return softplus(real) + softplus(fake)
 
 
-def match_g(fake: jax.Array) -> jax.Array:
-    """Matching-aware loss of G: eq. 8 is a term of the min-max value, so G opposes it, in non-saturating form."""
-    return softplus(-fake)
+# Forms of G's matching-aware loss, of D's logits for generated images with a wrong caption. The paper gives D's term
+# (eq. 8) and says that G has one too.
+MATCH_G: dict[str, Callable[[jax.Array], jax.Array]] = {
+    # G opposes D's term as it stands: its pull vanishes where D is sure.
+    "min_max": lambda fake: -softplus(fake),
+    # The pull stays where D is sure, and then outweighs that of the image's own caption.
+    "non_saturating": lambda fake: softplus(-fake),
+    # G wants what D wants: that an image does not fit a wrong caption.
+    "cooperating": softplus,
+}
+
+
+def relativistic_d(fake: jax.Array, real: jax.Array) -> jax.Array:
+    """Relativistic pairing loss of D: softplus(D(G) - D(x)) (R3GAN: Huang et al., 2024, eq. 2). G's is `real`, `fake` swapped."""
+    return softplus(fake - real)
+
+
+def match_d_relativistic(fake: jax.Array, real: jax.Array, own: jax.Array) -> jax.Array:
+    """`match_d` where a real image is compared with itself: softplus(D(x, wrong) - D(x, own)) + softplus(D(G, wrong))."""
+    return softplus(real - own) + softplus(fake)
+
+
+def centring(fake: jax.Array, real: jax.Array) -> jax.Array:
+    """(D(x) + D(G))^2: holds the logits around zero, where a relativistic loss leaves their mean free."""
+    return jnp.square(real + fake)
+
+
+def smoothed_d(fake: jax.Array, real: jax.Array, smoothing: float) -> jax.Array:
+    """`gan_d` with one-sided label smoothing: a real image is real by 1 - smoothing (Salimans et al., 2016, sec. 3.4)."""
+    return softplus(fake) + (1.0 - smoothing) * softplus(-real) + smoothing * softplus(real)
 
 
 def clip_contrastive(image: jax.Array, own: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
@@ -87,19 +123,6 @@ def clip_contrastive(image: jax.Array, own: jax.Array, text: jax.Array, scale: j
     logits = scale * jnp.einsum("np,mp->nm", image, text, precision=exact)
     # logsumexp minus the own logit is -log softmax, without the exponentials' overflow.
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(image * own, axis=1))
-
-
-def r1_penalty(logit: Callable[[list[jax.Array]], jax.Array], reals: list[jax.Array]) -> jax.Array:
-    """Mean over images of the squared gradient norm of `logit` by the images (Mescheder et al., 2018).
-
-    Args:
-      logit: [N, r, r, 3] per level -> scalar, the sum over images of what D says of them
-      reals: the images to differentiate by
-    """
-    # Of a sum over images: without minibatch deviation an image's gradient does not depend on the others.
-    grads = jax.grad(logit)(reals)
-    # Squares in float32: the sum runs over all pixels of an image.
-    return jnp.asarray(sum(jnp.sum(jnp.square(g.astype(jnp.float32)), axis=(1, 2, 3)).mean() for g in grads))
 
 
 def ramped_weight(ends: tuple[float, float], progress: jax.Array | float) -> jax.Array:

@@ -3,17 +3,18 @@
 `critics` are the parameters of the networks that judge, by name: {"d": D} or {"d": D, "v": V}.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gigagan_jax.config import Config
-from gigagan_jax.models.discriminator import Logits, entry_levels
+from gigagan_jax.models.discriminator import Logits, entry_levels, prediction_pairs
 from gigagan_jax.models.layers.resample import image_pyramid
 from gigagan_jax.models.network import Params
 from gigagan_jax.parallel import sharding
-from gigagan_jax.training import losses
+from gigagan_jax.training import losses, penalties
 from gigagan_jax.training.batch import Batch, batch_axes
 from gigagan_jax.training.diff_augment import augment
 from gigagan_jax.training.health import step_statistics
@@ -63,7 +64,8 @@ class GanObjective:
         c = self.config
         self.weights_gan, self.weights_match = losses.pair_weights(c)
         self.weights_vision = (1.0 / len(c.vision_aided.layers),) * len(c.vision_aided.layers)
-        self.uses_wrong_captions = c.condition == "text" and (c.loss.match_d > 0 or c.loss.match_g > 0)
+        self.match_g = c.loss.match_g if c.loss.match_g_form != "off" else 0.0
+        self.uses_wrong_captions = c.condition == "text" and (c.loss.match_d > 0 or self.match_g > 0)
 
     # -- what the losses share
 
@@ -103,14 +105,21 @@ class GanObjective:
     ) -> list[jax.Array]:
         """V's logits for images [N, S, R, R, 3], each augmented by its own draw -> [N, S, h * w] a layer of the tower"""
         n, s = images.shape[:2]
+        v, t, features = self.vision_inputs(params, frozen, images, batch, key)
+        return [x.reshape(n, s, -1) for x in v(features, t)]
+
+    def vision_inputs(
+        self, params: Params, frozen: Params, images: jax.Array, batch: Batch, key: jax.Array
+    ) -> tuple[Any, jax.Array | None, list[jax.Array]]:
+        """(V, its captions [N * S, D], the projected features [N * S, h, w, C] a layer)"""
+        n, s = images.shape[:2]
         assert self.networks.v is not None
         v = self.networks.v.bind(params)
         # Sources are rows of one batch here: each image is augmented by a draw of its own.
         flat = augment(key, images.reshape(n * s, *images.shape[2:]), self.config.vision_aided.augment)
         features = self.frozen.vision_features(frozen, sharding.constrain(flat, "batch", None, None, None))
         t = v.condition(batch.get("tokens"), batch["label"], batch.get("features"))
-        logits = v(features, None if t is None else jnp.repeat(t, s, axis=0))
-        return [x.reshape(n, s, -1) for x in logits]
+        return v, None if t is None else jnp.repeat(t, s, axis=0), features
 
     # -- the losses
 
@@ -129,20 +138,29 @@ class GanObjective:
         fake, real = logits["fake"], logits["real"]
 
         # eq. 6: the sum over levels and exits, weighted as Table A2 has it.
-        metrics = {"loss/d_gan": losses.over_pairs(losses.gan_d, self.weights_gan, fake.own, real.own)}
+        gan_d = losses.gan_d if c.loss.pairing == "separate" else losses.relativistic_d
+        metrics = {"loss/d_gan": losses.over_pairs(gan_d, self.weights_gan, fake.own, real.own)}
         loss = metrics["loss/d_gan"]
         if self.uses_wrong_captions and c.loss.match_d:
-            metrics["loss/d_match"] = losses.over_pairs(
-                losses.match_d, self.weights_match, fake.wrong, real.wrong, valid=valid
-            )
             # eq. 8: an image with a wrong caption is a fake, a real one too.
+            metrics["loss/d_match"] = self.match_d_loss(fake, real, valid)
             loss += c.loss.match_d * metrics["loss/d_match"]
+        if c.loss.centring:
+            metrics["loss/centring"] = losses.over_pairs(losses.centring, self.weights_gan, fake.own, real.own)
+            loss += c.loss.centring * metrics["loss/centring"]
         if "v" in critics:
             metrics["loss/v"] = self.vision_d_loss(critics["v"], frozen, fakes[0], reals[0], batch, key)
             loss += metrics["loss/v"]
         metrics |= self.logged_logits(fake, real)
         health, thumbnails = step_statistics.measure_discriminator(c, reals[0], fakes[0], real.own, fake.own)
         return loss, LossReport(metrics | {"loss/d": loss}, health, thumbnails)
+
+    def match_d_loss(self, fake: Logits, real: Logits, valid: jax.Array | None) -> jax.Array:
+        """D's matching-aware loss (eq. 8)."""
+        if not self.config.loss.match_relativistic:
+            return losses.over_pairs(losses.match_d, self.weights_match, fake.wrong, real.wrong, valid=valid)
+        logits = (fake.wrong, real.wrong, real.own)
+        return losses.over_pairs(losses.match_d_relativistic, self.weights_match, *logits, valid=valid)
 
     def vision_d_loss(
         self, params: Params, frozen: Params, fake: jax.Array, real: jax.Array, batch: Batch, key: jax.Array
@@ -152,7 +170,8 @@ class GanObjective:
             both = jnp.stack([fake, real], axis=1)
             logits = self.vision_logits(params, frozen, both, batch, jax.random.fold_in(key, 2))
             fake_logits, real_logits = ([x[:, source] for x in logits] for source in (0, 1))
-            return losses.over_pairs(losses.gan_d, self.weights_vision, fake_logits, real_logits)
+            smoothed = functools.partial(losses.smoothed_d, smoothing=self.config.loss.vision_smoothing)
+            return losses.over_pairs(smoothed, self.weights_vision, fake_logits, real_logits)
 
     def logged_logits(self, fake: Logits, real: Logits) -> Metrics:
         """Mean logits of the output image at the last exit."""
@@ -162,23 +181,114 @@ class GanObjective:
             out["logits/wrong"] = real.wrong[place].mean()
         return out
 
-    def r1_loss(self, d_params: Params, gamma: jax.Array, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossReport]:
-        """R1 of D with its weight (sec. 3.3; lazy, Karras et al., 2020). `key` is not used: real images only."""
+    # -- R1
+
+    def r1_loss(
+        self,
+        critics: Params,
+        gamma: jax.Array,
+        g_params: Params,
+        batch: Batch,
+        key: jax.Array,
+        frozen: Params = NO_FROZEN,
+    ) -> tuple[jax.Array, LossReport]:
+        """R1 of D with its weight (sec. 3.3; lazy, Karras et al., 2020), R2 where it is on, and R1 of V."""
+        c = self.config
+        reals = real_levels(batch, c)
+        disc = self.networks.d.bind(critics["d"])
+        own = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
+        images = {"real": reals}
+        if c.loss.r2:
+            key_z, _ = jax.random.split(key)
+            images["fake"] = generated_levels(jax.lax.stop_gradient(self.generate(g_params, batch, key_z)[0]), c)
+        with jax.named_scope("r1"):
+            penalties = self.penalties(disc, images, own, jax.random.fold_in(key, 3))
+            metrics = {f"loss/{'r1' if source == 'real' else 'r2'}": x for source, x in penalties.items()}
+            # Lazy: the penalty of all steps of an interval is paid in one.
+            loss = 0.5 * gamma * c.loss.r1_interval * sum(penalties.values())
+            metrics |= self.measure_exits(jax.lax.stop_gradient(critics["d"]), reals, own)
+        if "v" in critics and c.loss.vision_r1_gamma:
+            metrics["loss/r1_v"] = self.vision_r1(critics["v"], frozen, reals[0], batch, key)
+            loss += 0.5 * c.loss.vision_r1_gamma * c.loss.r1_interval * metrics["loss/r1_v"]
+        return loss, LossReport(metrics | {"loss/d": loss}, {})
+
+    def penalties(
+        self, disc: Any, images: dict[str, list[jax.Array]], own: jax.Array | None, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """The penalty on D's gradient by the images of each source (penalties.py)."""
+        loss = self.config.loss
+        key_signs, key_noise = jax.random.split(key)
+        n, pairs = images["real"][0].shape[0], len(prediction_pairs(self.config.discriminator))
+        in_loss = loss.r1_exits == "signs"
+        keys = {source: jax.random.fold_in(key_signs, i) for i, source in enumerate(images)}
+        signs = {source: penalties.draw_signs(k, n, pairs) if in_loss else None for source, k in keys.items()}
+        count = 1 if loss.r1_levels == "full" else len(images["real"])
+        rest = {source: levels[count:] for source, levels in images.items()}
+        first = {source: levels[:count] for source, levels in images.items()}
+
+        def say(logits: Logits, source: str) -> list[jax.Array]:
+            return penalties.sum_exits(self.config, logits.own, signs[source])[:count]
+
+        if loss.r1_form == "gradient":
+
+            def total(first: dict[str, list[jax.Array]]) -> jax.Array:
+                out = disc({source: [*first[source], *rest[source]] for source in first}, own)
+                return jnp.asarray(sum(x.sum() for source in out for x in say(out[source], source)))
+
+            squares = penalties.squared_gradients(total, first)
+        else:
+            draw = lambda i, x: x + loss.r1_sigma * jax.random.normal(jax.random.fold_in(key_noise, i), x.shape, x.dtype)
+            noisy = {
+                source: [draw(len(levels) * k + i, x) for i, x in enumerate(levels)]
+                for k, (source, levels) in enumerate(first.items())
+            }
+            # One call of D for all: the noisy images are sources of their own.
+            both = images | {f"noisy {source}": [*noisy[source], *rest[source]] for source in images}
+            out = disc(both, own)
+            squares = {
+                source: penalties.squared_differences(
+                    say(out[source], source), say(out[f"noisy {source}"], source), loss.r1_sigma
+                )
+                for source in images
+            }
+        # By the levels' weights in the loss, so that gamma means the same at each of them.
+        weights = losses.level_weights(self.config) if in_loss else (1.0,) * len(images["real"])
+        return {
+            source: jnp.asarray(sum(w * s.mean() for w, s in zip(weights, each, strict=False)))
+            for source, each in squares.items()
+        }
+
+    def measure_exits(self, d_params: Params, reals: list[jax.Array], own: jax.Array | None) -> Metrics:
+        """R1 of the last exit alone, and the cosine between its gradient and that of the other exits' sum, by level."""
         c = self.config
         disc = self.networks.d.bind(d_params)
-        reals = real_levels(batch, c)
-        own = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
-        differentiated = 1 if c.loss.r1_levels == "full" else len(reals)
+        own = None if own is None else jax.lax.stop_gradient(own)
 
-        def logit_sum(images: list[jax.Array]) -> jax.Array:
-            out = disc({"real": [*images, *reals[differentiated:]]}, own)["real"].own
-            return jnp.asarray(sum(x.mean(-1).sum() for x in out))
+        def total(images: dict[str, list[jax.Array]]) -> jax.Array:
+            out = disc(images, own)
+            last, others = (penalties.split_exits(c, out[part].own)[k] for k, part in enumerate(("last", "others")))
+            return jnp.asarray(sum(x.sum() for x in (*last, *others)))
 
-        with jax.named_scope("r1"):
-            penalty = losses.r1_penalty(logit_sum, reals[:differentiated])
-        # Lazy: the penalty of all steps of an interval is paid in one.
-        loss = 0.5 * gamma * c.loss.r1_interval * penalty
-        return loss, LossReport({"loss/r1": penalty, "loss/d": loss}, {})
+        # Twice the same images, as two sources: the gradients of both parts come from one backward pass.
+        grads = penalties.gradients(total, {"last": reals, "others": reals})
+        squares = [jnp.sum(jnp.square(g)) / g.shape[0] for g in grads["last"]]
+        weights = losses.level_weights(c)
+        metrics = {"r1/last_exit": jnp.asarray(sum(w * s for w, s in zip(weights, squares, strict=True)))}
+        resolutions = c.resolutions[::-1]
+        for i, (last, others) in enumerate(zip(grads["last"], grads["others"], strict=True)):
+            # The lowest level has one exit only.
+            if f"r1/cosine/{resolutions[i]}" in step_statistics.r1_measures(c):
+                metrics[f"r1/cosine/{resolutions[i]}"] = penalties.cosine(last, others)
+        return metrics
+
+    def vision_r1(
+        self, params: Params, frozen: Params, real: jax.Array, batch: Batch, key: jax.Array
+    ) -> jax.Array:
+        """R1 of V by its projected features: its heads are all that learns."""
+        v, t, features = self.vision_inputs(params, frozen, real[:, None], batch, jax.random.fold_in(key, 2))
+        total = lambda x: jnp.asarray(sum(y.mean(-1).sum() for y in v(x, t)))
+        squares = penalties.squared_gradients(total, features)
+        return jnp.asarray(sum(w * s.mean() for w, s in zip(self.weights_vision, squares, strict=True)))
 
     def g_loss(
         self,
@@ -201,14 +311,18 @@ class GanObjective:
         images, w = self.generate(params, batch, key_z)
         disc = self.networks.d.bind(critics["d"])
         own, wrong, valid = self.own_and_wrong_captions(disc, batch, key_wrong)
-        fake = disc({"fake": generated_levels(images, c)}, own, wrong)["fake"]
+        sources = {"fake": generated_levels(images, c)}
+        if c.loss.pairing == "relativistic":
+            sources["real"] = real_levels(batch, c)
+        logits = disc(sources, own, wrong)
+        fake = logits["fake"]
 
-        # Non-saturating: G's gradient stays large where D is sure.
-        metrics = {"loss/g_gan": losses.over_pairs(losses.gan_g, self.weights_gan, fake.own)}
+        metrics = {"loss/g_gan": self.adversarial_g_loss(logits)}
         loss = metrics["loss/g_gan"]
-        if self.uses_wrong_captions and c.loss.match_g:
-            metrics["loss/g_match"] = losses.over_pairs(losses.match_g, self.weights_match, fake.wrong, valid=valid)
-            loss += c.loss.match_g * metrics["loss/g_match"]
+        if self.uses_wrong_captions and self.match_g:
+            match_g = losses.MATCH_G[c.loss.match_g_form]
+            metrics["loss/g_match"] = losses.over_pairs(match_g, self.weights_match, fake.wrong, valid=valid)
+            loss += self.match_g * metrics["loss/g_match"]
         if captions is not None:
             metrics["loss/clip"] = self.clip_loss(frozen, images[-1], batch, captions)
             # Table A2: the weight grows over the run.
@@ -219,6 +333,15 @@ class GanObjective:
         metrics["image/spread"] = jnp.std(images[-1], axis=0).mean()
         health, thumbnails = step_statistics.measure_generator(c, images)
         return loss, LossReport(metrics | {"loss/g": loss}, health, thumbnails, w.mean(0))
+
+    def adversarial_g_loss(self, logits: dict[str, Logits]) -> jax.Array:
+        """The GAN loss of G, of what D says with the images' own captions."""
+        fake = logits["fake"].own
+        if self.config.loss.pairing == "relativistic":
+            # The same function as D's with the sources in each other's place.
+            return losses.over_pairs(losses.relativistic_d, self.weights_gan, logits["real"].own, fake)
+        # Non-saturating: G's gradient stays large where D is sure.
+        return losses.over_pairs(losses.gan_g, self.weights_gan, fake)
 
     def clip_loss(self, frozen: Params, image: jax.Array, batch: Batch, captions: jax.Array) -> jax.Array:
         """CLIP contrastive loss (eq. 9)."""

@@ -54,8 +54,9 @@ class HalfStep(NamedTuple):
     sizes: dict[str, tuple[jax.Array, jax.Array]]
 
     def penalty_metrics(self, with_r1: bool) -> Metrics:
-        """The metric that only a step with R1 has. It travels in `checks`, so that both kinds of step hand on the same."""
-        return {"loss/r1": self.checks["loss/r1"]} if with_r1 else {}
+        """The metrics that only a step with R1 has. They travel in `checks`, so that both kinds of step hand on the same."""
+        marks = ("loss/r", "r1/")
+        return {name: x for name, x in self.checks.items() if name.startswith(marks)} if with_r1 else {}
 
 
 class Updates(NamedTuple):
@@ -87,6 +88,7 @@ class TrainStep:
         self.config = networks.config
         self.objective = GanObjective(networks) if objective is None else objective
         self.health_vector = step_statistics.HealthVector(networks)
+        self.r1_metrics = step_statistics.r1_measures(self.config)
 
     def __call__(
         self,
@@ -107,7 +109,7 @@ class TrainStep:
         # Four parts, so that a CPU compiles them as programs of their own (compiled_step.py).
         critics = self.critic_gradients(state, batch, key, frozen)
         if with_r1:
-            critics = self.add_r1(state, critics, batch, key)
+            critics = self.add_r1(state, critics, batch, key, frozen)
         state, half = self.update_critics(state, critics, lr_scale)
         state, metrics = self.update_generator(state, half, batch, key, frozen, lr_scale)
         return state, metrics | half.penalty_metrics(with_r1)
@@ -123,18 +125,20 @@ class TrainStep:
         checks = step_statistics.count_bad_rows(encoded)
         grads, report = self.d_gradients(state, encoded, self.critics_key(state, key), frozen)
         # The vector has an entry for R1 in every step, so that both kinds of step share the parts after this one.
-        checks["loss/r1"] = jnp.asarray(jnp.nan, jnp.float32)
+        checks |= {name: jnp.asarray(jnp.nan, jnp.float32) for name in self.r1_metrics}
         return CriticGradients(grads, report, checks, {k: x for k, x in encoded.items() if k not in batch})
 
-    def add_r1(self, state: GanState, critics: CriticGradients, batch: Batch, key: jax.Array) -> CriticGradients:
-        """Second part, of a step with R1: the penalty's gradient is added to D's."""
-        grads, r1 = self.r1_gradients(state, batch | critics.features, self.critics_key(state, key))
+    def add_r1(
+        self, state: GanState, critics: CriticGradients, batch: Batch, key: jax.Array, frozen: Params = NO_FROZEN
+    ) -> CriticGradients:
+        """Second part, of a step with R1: the penalties' gradients are added to those of D and V."""
+        grads, r1 = self.r1_gradients(state, batch | critics.features, self.critics_key(state, key), frozen)
         metrics = critics.report.metrics
         loss = metrics["loss/d"] + r1.metrics["loss/d"]
         return critics._replace(
-            grads=critics.grads | {"d": jax.tree.map(jnp.add, critics.grads["d"], grads)},
+            grads=jax.tree.map(jnp.add, critics.grads, grads),
             report=critics.report._replace(metrics=metrics | {"loss/d": loss}),
-            checks=critics.checks | {"loss/r1": r1.metrics["loss/r1"]},
+            checks=critics.checks | {name: r1.metrics[name] for name in self.r1_metrics},
         )
 
     def update_critics(
@@ -201,11 +205,19 @@ class TrainStep:
 
         return self.gradients(loss, critic_params(state), batch, key, state.g.params)
 
-    def r1_gradients(self, state: GanState, batch: Batch, key: jax.Array) -> tuple[Params, LossReport]:
-        """Gradient of R1 by D's parameters, and the metrics `loss/r1` and its weighted part of `loss/d`."""
+    def r1_gradients(
+        self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NO_FROZEN
+    ) -> tuple[Params, LossReport]:
+        """Gradient of the penalties by the critics' parameters; `loss/d` is their weighted part of the critics' loss."""
         # By images and not by steps: a changed batch size keeps the schedule.
-        gamma = losses.ramped_weight(self.config.loss.r1_gamma, self.progress(state))
-        return self.gradients(self.objective.r1_loss, state.d.params, batch, key, gamma)
+        gamma = losses.ramped_weight(self.config.loss.r1_gamma, self.ramp_progress(state))
+
+        def loss(
+            critics: Params, gamma: jax.Array, g_params: Params, batch: Batch, key: jax.Array
+        ) -> tuple[jax.Array, LossReport]:
+            return self.objective.r1_loss(critics, gamma, g_params, batch, key, frozen)
+
+        return self.gradients(loss, critic_params(state), batch, key, gamma, state.g.params)
 
     def g_gradients(
         self, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NO_FROZEN
@@ -215,7 +227,7 @@ class TrainStep:
         captions = sharding.constrain(batch["clip_text"], None, None) if "clip_text" in batch else None
 
         def loss(params: Params, critics: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossReport]:
-            return self.objective.g_loss(params, critics, batch, key, frozen, captions, self.progress(state))
+            return self.objective.g_loss(params, critics, batch, key, frozen, captions, self.ramp_progress(state))
 
         return self.gradients(loss, state.g.params, batch, key, critic_params(state))
 
@@ -308,12 +320,14 @@ class TrainStep:
         keep = ema_decay(c, state.images)
         g_ema = jax.tree.map(lambda e, p: p + (e - p) * keep, state.g_ema, g_params)
         # The first step has no average to mix in: it takes w as it is.
-        w_avg = jnp.where(state.step == 0, w, w + (state.w_avg - w) * c.generator.w_avg_decay)
+        keep_w = c.generator.w_avg_decay or keep
+        w_avg = jnp.where(state.step == 0, w, w + (state.w_avg - w) * keep_w)
         return g_ema, w_avg
 
-    def progress(self, state: GanState) -> jax.Array:
-        """Share of the run that is done, 0 to 1."""
-        return jnp.minimum(1.0, state.images.astype(jnp.float32) / (self.config.total_kimg * 1000.0))
+    def ramp_progress(self, state: GanState) -> jax.Array:
+        """How far the weights that change are on their way, 0 to 1."""
+        kimg = self.config.loss.ramp_kimg or self.config.total_kimg
+        return jnp.minimum(1.0, state.images.astype(jnp.float32) / (kimg * 1000.0))
 
 
 def apply_update(

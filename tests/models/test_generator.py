@@ -195,7 +195,7 @@ def test_conditions_and_variants_have_the_same_pyramid(tiny):
         tiny,
         dataclasses.replace(tiny, condition="none"),
         from_dict(imagenet.get_config("tiny")),
-        change(tiny, attention_every_block=True),
+        change(tiny, attention_placement="every"),
         change(tiny, w_token=False, cross_attention=False, mlp_after_self=False),
     ):
         assert shapes(config) == want

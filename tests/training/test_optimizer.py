@@ -107,7 +107,7 @@ def named(tree, is_leaf=None):
 @pytest.fixture(scope="module")
 def parameters(tiny):
     """{name: Spec} of all parameters of both networks, three configs."""
-    every = dataclasses.replace(tiny, generator=dataclasses.replace(tiny.generator, attention_every_block=True))
+    every = dataclasses.replace(tiny, generator=dataclasses.replace(tiny.generator, attention_placement="every"))
     classes = from_dict(imagenet.get_config("tiny"))
     out = {}
     for title, config in (("text", tiny), ("every", every), ("class", classes)):

@@ -103,6 +103,7 @@ class Conv(nnx.Module):
     """k x k convolution, W * 1 / sqrt(k^2 in).
 
     Args:
+      fan_in: channels that share the output with this convolution; 0: its own.
       axes: logical names of the input and output channels.
       down: halve the resolution, with the [1, 3, 3, 1] filter in front of a stride of two.
     """
@@ -113,6 +114,7 @@ class Conv(nnx.Module):
         out_channels: int,
         *,
         kernel: int,
+        fan_in: int = 0,
         down: bool = False,
         bias: bool = True,
         axes: tuple[str | None, str | None] = ("conv_in", "conv_out"),
@@ -120,7 +122,7 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel, self.down, self.dtype = kernel, down, dtype
-        self.scale = 1.0 / math.sqrt(kernel * kernel * in_channels)
+        self.scale = 1.0 / math.sqrt(kernel * kernel * (fan_in or in_channels))
         self.weight = declare_parameter(
             rngs, (kernel, kernel, in_channels, out_channels), ("kernel", "kernel", *axes), std=1.0
         )

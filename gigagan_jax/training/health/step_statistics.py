@@ -25,6 +25,18 @@ REAL_THUMBNAIL_SPREAD = "spread_low"  # a measure that the next half needs, and 
 _THUMBNAIL = 8  # pixels: side of the averages that low-level features are compared on
 
 
+def r1_measures(config: Config) -> tuple[str, ...]:
+    """Names of what a step with R1 tells beside the others; NaN in a step without."""
+    exits = {p.level: 0 for p in prediction_pairs(config.discriminator)}
+    for pair in prediction_pairs(config.discriminator):
+        exits[pair.level] += 1
+    # A level with one exit has no other that could pay for it.
+    several = [config.resolutions[::-1][level] for level, count in exits.items() if count > 1]
+    r2 = ("loss/r2",) if config.loss.r2 else ()
+    v = ("loss/r1_v",) if config.loss.vision_aided and config.loss.vision_r1_gamma else ()
+    return ("loss/r1", *r2, *v, "r1/last_exit", *(f"r1/cosine/{r}" for r in several))
+
+
 # ---------------------------------------------------------------- in the two halves of the step
 
 
@@ -189,7 +201,7 @@ class HealthVector:
         self.names = (
             *("applied/d", "applied/g"),
             *(f"{what}/{name}" for name in INPUTS for what in ("bad", "first")),
-            "loss/r1",
+            *r1_measures(config),
             *self.measures,
             *(name for modules in self.modules.values() for name in modules),
         )
