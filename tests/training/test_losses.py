@@ -1,4 +1,4 @@
-"""The losses against their formulas in NumPy, and the penalty against cases with a known gradient."""
+"""The losses against their formulas in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from gigagan_jax.training import losses
 RNG = np.random.default_rng(0)
 # From the mild to what float32 can only hold when no exponential is taken of it.
 LOGITS = np.concatenate([RNG.normal(0, 3, 40), [0.0, 1e4, -1e4, 88.0, -104.0, 1e30, -1e30]]).astype(np.float32)
+OWN = np.float32(0.7)
 
 
 def softplus(x):
@@ -27,13 +28,30 @@ FORMULAS = {
     "gan_d": (losses.gan_d, lambda fake, real: softplus(fake) + softplus(-real)),
     "gan_g": (losses.gan_g, lambda fake: softplus(-fake)),
     "match_d": (losses.match_d, lambda fake, real: softplus(real) + softplus(fake)),
-    "match_g": (losses.match_g, lambda fake: softplus(-fake)),
+    "min_max": (losses.MATCH_G["min_max"], lambda fake: -softplus(fake)),
+    "non_saturating": (losses.MATCH_G["non_saturating"], lambda fake: softplus(-fake)),
+    "cooperating": (losses.MATCH_G["cooperating"], lambda fake: softplus(fake)),
+    # Real images come second in all of these; the own logit of a relativistic matching term is the third.
+    "relativistic_d": (losses.relativistic_d, lambda fake, real: softplus(fake - real)),
+    "match_d_relativistic": (
+        lambda fake, real: losses.match_d_relativistic(fake, real, jnp.asarray(OWN)),
+        lambda fake, real: softplus(real - OWN) + softplus(fake),
+    ),
+    "smoothed_d": (
+        lambda fake, real: losses.smoothed_d(fake, real, 0.1),
+        lambda fake, real: softplus(fake) + 0.9 * softplus(-real) + 0.1 * softplus(real),
+    ),
 }
 SLOPES = {
     "gan_d": (lambda fake, real: sigmoid(fake), lambda fake, real: -sigmoid(-real)),
     "gan_g": (lambda fake: -sigmoid(-fake),),
     "match_d": (lambda fake, real: sigmoid(fake), lambda fake, real: sigmoid(real)),
-    "match_g": (lambda fake: -sigmoid(-fake),),
+    "min_max": (lambda fake: -sigmoid(fake),),
+    "non_saturating": (lambda fake: -sigmoid(-fake),),
+    "cooperating": (sigmoid,),
+    "relativistic_d": (lambda fake, real: sigmoid(fake - real), lambda fake, real: -sigmoid(fake - real)),
+    "match_d_relativistic": (lambda fake, real: sigmoid(fake), lambda fake, real: sigmoid(real - OWN)),
+    "smoothed_d": (lambda fake, real: sigmoid(fake), lambda fake, real: sigmoid(real) - 0.9),
 }
 
 
@@ -58,12 +76,24 @@ def test_gradient_is_its_formula_at_any_logit(name):
 
 
 def test_who_wants_what():
-    """D raises the logit of real images with their own caption only; G raises that of its images with any caption."""
+    """D raises the logit of real images with their own caption only; G raises that of its images."""
     high, low = jnp.asarray(3.0), jnp.asarray(-3.0)
     assert losses.gan_d(low, high) < losses.gan_d(high, low)
     assert losses.match_d(low, low) < min(losses.match_d(low, high), losses.match_d(high, low))
     assert losses.gan_g(high) < losses.gan_g(low)
-    assert losses.match_g(high) < losses.match_g(low)
+    # The forms of G's matching term differ in who wants what.
+    assert losses.MATCH_G["min_max"](high) < losses.MATCH_G["min_max"](low)
+    assert losses.MATCH_G["non_saturating"](high) < losses.MATCH_G["non_saturating"](low)
+    assert losses.MATCH_G["cooperating"](low) < losses.MATCH_G["cooperating"](high)
+    assert losses.relativistic_d(low, high) < losses.relativistic_d(high, low)
+    assert losses.centring(high, low) == 0 < losses.centring(high, high)
+
+
+def test_the_pull_of_min_max_matching_ends_where_d_is_sure():
+    """Where D knows that a caption is wrong, a non-saturating term pulls at full weight and the min-max one not at all."""
+    pull = lambda form: abs(float(jax.grad(losses.MATCH_G[form])(jnp.asarray(-8.0))))
+    assert pull("min_max") < 1e-3
+    assert pull("non_saturating") > 0.99
 
 
 # ---------------------------------------------------------------- weights
@@ -111,18 +141,18 @@ def test_over_pairs_leaves_out_examples_that_are_not_valid():
     shapes, weights = [(5, 4), (5, 1)], (1.0, 3.0)
     logits = [RNG.normal(size=s).astype(np.float32) for s in shapes]
     valid = np.array([True, False, True, True, False])
-    out = losses.over_pairs(losses.match_g, weights, logits, valid=jnp.asarray(valid))
+    out = losses.over_pairs(losses.gan_g, weights, logits, valid=jnp.asarray(valid))
     # Each example weighs 1 / N, valid or not: a batch of few captions does not shout.
     expected = sum(w * (softplus(-x).mean(-1) * valid).sum() / len(valid) for w, x in zip(weights, logits, strict=True))
     np.testing.assert_allclose(out, expected, rtol=1e-6)
-    grads = jax.grad(lambda x: losses.over_pairs(losses.match_g, weights, x, valid=jnp.asarray(valid)))(logits)
+    grads = jax.grad(lambda x: losses.over_pairs(losses.gan_g, weights, x, valid=jnp.asarray(valid)))(logits)
     for g in grads:
         assert (np.abs(g).max(-1) > 0).tolist() == valid.tolist()
 
 
 def test_over_pairs_with_nothing_valid_is_zero_even_at_extreme_logits():
     logits = [np.full((3, 2), -1e30, np.float32)]
-    loss = lambda x: losses.over_pairs(losses.match_g, (1.0,), x, valid=jnp.zeros(3, bool))
+    loss = lambda x: losses.over_pairs(losses.gan_g, (1.0,), x, valid=jnp.zeros(3, bool))
     value, grads = jax.value_and_grad(loss)(logits)
     assert value == 0
     np.testing.assert_array_equal(grads[0], 0)
@@ -131,41 +161,3 @@ def test_over_pairs_with_nothing_valid_is_zero_even_at_extreme_logits():
 def test_over_pairs_wants_one_weight_a_pair():
     with pytest.raises(ValueError, match="shorter"):
         losses.over_pairs(losses.gan_g, (1.0, 1.0), [jnp.zeros((2, 1))])
-
-
-# ---------------------------------------------------------------- R1
-
-
-def images(*sides):
-    return [RNG.normal(size=(3, r, r, 3)).astype(np.float32) for r in sides]
-
-
-def test_r1_of_a_linear_critic_is_the_squared_norm_of_its_weights():
-    reals = images(8, 4)
-    a = [RNG.normal(size=x.shape[1:]).astype(np.float32) for x in reals]
-    logit = lambda xs: sum((x * w).sum() for x, w in zip(xs, a, strict=True))
-    np.testing.assert_allclose(
-        losses.r1_penalty(logit, reals), sum((w.astype(np.float64) ** 2).sum() for w in a), rtol=1e-6
-    )
-
-
-def test_r1_of_a_quadratic_critic():
-    (x,) = reals = images(4)
-    c = np.array([0.5, -2.0, 3.0], np.float32)  # one factor an image: the mean is over images, squared before it
-    logit = lambda xs: 0.5 * (c[:, None, None, None] * xs[0] ** 2).sum()
-    expected = (c.astype(np.float64) ** 2 * (x.astype(np.float64) ** 2).sum((1, 2, 3))).mean()
-    np.testing.assert_allclose(losses.r1_penalty(logit, reals), expected, rtol=1e-6)
-
-
-def test_r1_does_not_ask_for_the_level_of_the_logit():
-    reals = images(4)
-    critic = lambda shift: lambda xs: jnp.sin(xs[0]).sum() + shift
-    assert losses.r1_penalty(critic(0.0), reals) == losses.r1_penalty(critic(1e4), reals)
-
-
-def test_gradient_of_r1_reaches_the_weights():
-    """d/da |a|^2 = 2 a: the second derivative that the step takes."""
-    reals = images(4)
-    a = RNG.normal(size=(4, 4, 3)).astype(np.float32)
-    grad = jax.grad(lambda w: losses.r1_penalty(lambda xs: (xs[0] * w).sum(), reals))(a)
-    np.testing.assert_allclose(grad, 2 * a, rtol=1e-6)
