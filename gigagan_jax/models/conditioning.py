@@ -21,6 +21,7 @@ from gigagan_jax.models.layers.equalized import (
     Linear,
     RmsNorm,
     ScannedLayers,
+    choose_precision,
     declare_parameter,
     leaky_relu,
     materialize,
@@ -131,7 +132,7 @@ class TextTransformer(nnx.Module):
         x = self.norm(x)
         # A product with one-hot rows instead of a gather: the partitioner keeps it on the example's device.
         at_end = jax.nn.one_hot(end, x.shape[1], dtype=x.dtype)
-        t_global = jnp.einsum("nc,ncd->nd", at_end, x)
+        t_global = jnp.einsum("nc,ncd->nd", at_end, x, precision=choose_precision(x.dtype))
         # The end token went into t_global: positions behind it move up by one, so that the length stays static.
         keep = jnp.arange(x.shape[1] - 1) < end[:, None]
         local = jnp.where(keep[:, :, None], x[:, :-1], x[:, 1:])

@@ -23,6 +23,7 @@ from gigagan_jax.models.layers.equalized import (
     Linear,
     ScannedLayers,
     call_with_remat,
+    choose_precision,
     leaky_relu,
     mark_as_attention,
     normalize,
@@ -165,7 +166,8 @@ class ModulatedHead(nnx.Module):
     """
 
     def __init__(self, d: DiscriminatorConfig, features: int, condition_width: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.unconditional = Conv(features, 1, kernel=1, axes=("conv_in", None), dtype=dtype, rngs=rngs)
+        # Float32, as the last layer of psi: logits are never rounded to the computation's type.
+        self.unconditional = Conv(features, 1, kernel=1, axes=("conv_in", None), rngs=rngs)
         depth = d.head_depth if condition_width else 0
         kind: dict[str, Any] = {"w_dim": condition_width, "kernel": 1, "dtype": dtype, "rngs": rngs}
         self.layers = modulated_head(features, d.head_width, depth, **kind)
@@ -173,7 +175,7 @@ class ModulatedHead(nnx.Module):
     def __call__(self, x: jax.Array, t: jax.Array | None) -> jax.Array:
         """x [N, P, h, w, C], t [N, M, D] -> float32 logits [N, P, M, h * w]; M = 1 without a condition"""
         n, p, h, w, c = x.shape
-        logits = self.unconditional(_merge_copies(x)).reshape(n, p, 1, h * w).astype(jnp.float32)
+        logits = self.unconditional(_merge_copies(x)).reshape(n, p, 1, h * w)
         if t is None:
             return logits
         m = t.shape[1]
@@ -181,15 +183,16 @@ class ModulatedHead(nnx.Module):
         y = jnp.broadcast_to(x.reshape(n, 1, p * h * w, 1, c), (n, m, p * h * w, 1, c)).reshape(n * m, p * h * w, 1, c)
         for layer in self.layers:
             y = layer(y, t.reshape(n * m, -1))
-        return logits + y.reshape(n, m, p, h * w).swapaxes(1, 2).astype(jnp.float32)
+        return logits + y.reshape(n, m, p, h * w).swapaxes(1, 2)
 
 
 class ProjectionHead(nnx.Module):
-    """Projection discriminator: <embedding(c), phi> / sqrt(C) + Conv1x1(phi) (Miyato and Koyama, 2018)."""
+    """Projection discriminator: <embedding(c), phi> / sqrt(C) + Conv1x1(phi) (Miyato and Koyama, 2018); in float32."""
 
     def __init__(self, d: DiscriminatorConfig, features: int, condition_width: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.unconditional = Conv(features, 1, kernel=1, axes=("conv_in", None), dtype=dtype, rngs=rngs)
-        self.embed = Linear(condition_width, features, axes=("embed", None), bias=None, dtype=dtype, rngs=rngs)
+        # `dtype` is that of phi. Every product here gives logits, which are never rounded to it.
+        self.unconditional = Conv(features, 1, kernel=1, axes=("conv_in", None), rngs=rngs)
+        self.embed = Linear(condition_width, features, axes=("embed", None), bias=None, rngs=rngs)
         self.scale = 1.0 / math.sqrt(features)
 
     def __call__(self, x: jax.Array, t: jax.Array | None) -> jax.Array:
@@ -197,8 +200,10 @@ class ProjectionHead(nnx.Module):
         if t is None:
             raise ValueError("a projection head needs a condition")
         n, p, h, w, _ = x.shape
-        logits = self.unconditional(_merge_copies(x)).reshape(n, p, 1, h * w).astype(jnp.float32)
-        by_class = jnp.einsum("nphwc,nmc->npmhw", x, self.embed(t) * self.scale, preferred_element_type=jnp.float32)
+        x = x.astype(jnp.float32)
+        logits = self.unconditional(_merge_copies(x)).reshape(n, p, 1, h * w)
+        exact = choose_precision(x.dtype)
+        by_class = jnp.einsum("nphwc,nmc->npmhw", x, self.embed(t) * self.scale, precision=exact)
         return logits + by_class.reshape(n, p, -1, h * w)
 
 
@@ -210,6 +215,7 @@ class DiscriminatorLevel(nnx.Module):
       index: of the level; 0 is the output image, the last is 4 px and ends in the epilogue.
       condition_width: features of t_D; 0 without a condition.
       remat: recompute each block in the backward pass.
+      dtype: of the computation, float32 up to `d.float32_resolution`; fromRGB and logits are float32 in any.
     """
 
     def __init__(
@@ -220,8 +226,11 @@ class DiscriminatorLevel(nnx.Module):
         features = channels_at(d, resolution)
         below = features if index == last else channels_at(d, resolution // 2)
         same, depth = d.blocks[index] - 1, d.attention_depth[index]
-        self.remat = remat
-        entry = lambda: Conv(3, features, kernel=1, axes=("rgb", "conv_out"), dtype=dtype, rngs=rngs)
+        if resolution <= d.float32_resolution:
+            dtype = jnp.float32
+        self.remat, self.dtype = remat, dtype
+        # Float32: G learns from differences between images that are smaller than bfloat16's steps.
+        entry = lambda: Conv(3, features, kernel=1, axes=("rgb", "conv_out"), rngs=rngs)
         self.entry = entry() if index in entry_levels(d) else None
         block = lambda: ResidualBlock(features, features, down=False, dtype=dtype, rngs=rngs)
         self.blocks = ScannedLayers(block, same, remat=remat, rngs=rngs) if same else None
@@ -250,9 +259,12 @@ class DiscriminatorLevel(nnx.Module):
           ([N, P + S, H / 2, W / 2, C'] for the level below, logits [N, P + S, M, h * w] or None); the last level ends
           at [N, P + S, 1, 1, C].
         """
+        if x is not None:
+            # The level above may compute in another type.
+            x = x.astype(self.dtype)
         if self.entry is not None:
             assert images is not None
-            y = leaky_relu(self.entry(_merge_copies(images)))
+            y = leaky_relu(self.entry(_merge_copies(images))).astype(self.dtype)
             y = y.reshape(*images.shape[:2], *y.shape[1:])
             # Levels that share a stage run as one batch: joined along P, nothing moves between devices.
             x = y if x is None else jnp.concatenate([x, y], axis=1)

@@ -158,7 +158,8 @@ class SynthesisLevel(nnx.Module):
         self.blocks = more() if same else None
         # Attention after the last block only fits the paper's parameter count (docs/models.md).
         self.attention = attention_layers(0 if g.attention_placement == "every" else g.attention_depth[index])
-        # ToRGB of StyleGAN2: modulated, but not demodulated, so that the style sets the size of what is added.
+        # ToRGB of StyleGAN2: modulated, but not demodulated, so that the style sets the size of what is added. In float32:
+        # the image is a sum over levels, and bfloat16 would round the small ones away.
         self.to_rgb = AdaptiveConv(
             features,
             3,
@@ -168,7 +169,7 @@ class SynthesisLevel(nnx.Module):
             gain=g.rgb_gain,
             activation=False,
             out_axis="rgb",
-            dtype=dtype,
+            dtype=jnp.float32,
             rngs=rngs,
         )
 
@@ -180,8 +181,7 @@ class SynthesisLevel(nnx.Module):
         for layers in (self.blocks, self.attention):
             if layers is not None:
                 x = layers(x, w, condition.local, condition.mask)
-        # Float32: the image is a sum over levels, and bfloat16 would round the small ones away.
-        rgb = self.to_rgb(x, w).astype(jnp.float32)
+        rgb = self.to_rgb(x, w)
         image = rgb if image is None else upsample(image) + rgb
         return x, constrain(image, "batch", None, None, None)
 

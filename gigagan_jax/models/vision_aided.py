@@ -14,7 +14,15 @@ from flax import nnx
 from gigagan_jax.config import VisionAidedConfig
 from gigagan_jax.models.conditioning import Conditioner, ConditionSettings
 from gigagan_jax.models.layers.adaptive_conv import modulated_head
-from gigagan_jax.models.layers.equalized import Conv, Linear, declare_parameter, leaky_relu, materialize, normalize
+from gigagan_jax.models.layers.equalized import (
+    Conv,
+    Linear,
+    choose_precision,
+    declare_parameter,
+    leaky_relu,
+    materialize,
+    normalize,
+)
 
 
 class RandomProjection(nnx.Module):
@@ -37,7 +45,8 @@ class RandomProjection(nnx.Module):
         """[N, h, w, C] a layer -> [N, h, w, out] a layer, each position of unit second moment"""
         # A tower's channels differ in size by orders of magnitude; the heads start from inputs of one size.
         unit = lambda x: normalize(x).astype(x.dtype)
-        return [unit(x @ materialize(w, x.dtype)) for x, w in zip(features, self.weights, strict=True)]
+        project = lambda x, w: jnp.matmul(x, materialize(w, x.dtype), precision=choose_precision(x.dtype))
+        return [unit(project(x, w)) for x, w in zip(features, self.weights, strict=True)]
 
 
 class Head(nnx.Module):
@@ -51,7 +60,8 @@ class Head(nnx.Module):
     def __init__(self, v: VisionAidedConfig, condition_width: int, *, dtype: Any, rngs: nnx.Rngs):
         # 3x3 before the caption comes in: the heads first see their neighbourhood.
         self.entry = Conv(v.projection, v.head_width, kernel=3, dtype=dtype, rngs=rngs)
-        self.unconditional = Conv(v.head_width, 1, kernel=1, axes=("conv_in", None), dtype=dtype, rngs=rngs)
+        # Float32, as the last modulated layer: logits are never rounded to the computation's type.
+        self.unconditional = Conv(v.head_width, 1, kernel=1, axes=("conv_in", None), rngs=rngs)
         depth = v.head_depth if condition_width else 0
         kind: dict[str, Any] = {"w_dim": condition_width, "kernel": 3, "dtype": dtype, "rngs": rngs}
         self.layers = modulated_head(v.head_width, v.head_width, depth, **kind)
@@ -59,12 +69,12 @@ class Head(nnx.Module):
     def __call__(self, x: jax.Array, t: jax.Array | None) -> jax.Array:
         """x [N, h, w, C], t [N, D] -> float32 logits [N, h * w]"""
         x = leaky_relu(self.entry(x))
-        logits = self.unconditional(x).astype(jnp.float32)
+        logits = self.unconditional(x)
         if t is not None:
             for layer in self.layers:
                 x = layer(x, t)
             # The two predictions are added as logits, as in the discriminator's heads (eq. 7).
-            logits += x.astype(jnp.float32)
+            logits += x
         return logits.reshape(logits.shape[0], -1)
 
 

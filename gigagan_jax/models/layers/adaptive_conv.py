@@ -21,7 +21,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gigagan_jax.models.layers.equalized import Linear, conv, declare_parameter, leaky_relu, materialize
+from gigagan_jax.models.layers.equalized import (
+    Linear,
+    choose_precision,
+    conv,
+    declare_parameter,
+    leaky_relu,
+    materialize,
+)
 from gigagan_jax.models.layers.resample import upsample
 from gigagan_jax.parallel.sharding import gather_parameter
 
@@ -87,9 +94,10 @@ def mixed_conv(x: jax.Array, bank: jax.Array, mix: jax.Array, form: str = "auto"
         stacked = (x[:, :, :, None, :] * mix[:, None, None, :, None]).reshape(n, h, w, count * c_in)
         return conv(stacked, bank.transpose(1, 2, 0, 3, 4).reshape(k, k, count * c_in, c_out))
     # One kernel a sample: what the next three forms apply.
-    kernels = jnp.einsum("bn,nhwio->bhwio", mix, bank)
+    exact = choose_precision(x.dtype)
+    kernels = jnp.einsum("bn,nhwio->bhwio", mix, bank, precision=exact)
     if k == 1:
-        return jnp.einsum("bhwi,bio->bhwo", x, kernels[:, 0, 0])
+        return jnp.einsum("bhwi,bio->bhwo", x, kernels[:, 0, 0], precision=exact)
     if form == "vmap":
         return jax.vmap(lambda xi, ki: conv(xi[None], ki)[0])(x, kernels)
     pad = (k - 1) // 2
@@ -98,11 +106,13 @@ def mixed_conv(x: jax.Array, bank: jax.Array, mix: jax.Array, form: str = "auto"
     patches = [padded[:, i : i + h, j : j + w] for i in range(k) for j in range(k)]
     if form == "im2col":
         unfolded = jnp.concatenate(patches, -1).reshape(n, h * w, k * k * c_in)
-        return (unfolded @ kernels.reshape(n, k * k * c_in, c_out)).reshape(n, h, w, c_out)
+        kernels = kernels.reshape(n, k * k * c_in, c_out)
+        return jnp.matmul(unfolded, kernels, precision=exact).reshape(n, h, w, c_out)
     if form == "shift":
         kernels = kernels.reshape(n, k * k, c_in, c_out)
         # k^2 batched products that accumulate: no copy of the input k^2 times as large is made.
-        out = sum(p.reshape(n, h * w, c_in) @ kernels[:, i] for i, p in enumerate(patches))
+        product = lambda p, kernel: jnp.matmul(p.reshape(n, h * w, c_in), kernel, precision=exact)
+        out = sum(product(p, kernels[:, i]) for i, p in enumerate(patches))
         return jnp.asarray(out).reshape(n, h, w, c_out)
     raise ValueError(f"unknown form {form!r}")
 
@@ -176,11 +186,17 @@ class AdaptiveConv(nnx.Module):
 def modulated_head(
     channels: int, width: int, depth: int, *, w_dim: int, kernel: int, dtype: Any, rngs: nnx.Rngs
 ) -> nnx.List:
-    """`depth` modulated convolutions to one logit: channels -> width -> ... -> 1, the last neither demodulated nor activated."""
+    """`depth` modulated convolutions to one logit: channels -> width -> ... -> 1.
+
+    The last is neither demodulated nor activated, and computes in float32 whatever `dtype`.
+    """
     widths = [channels, *(width,) * (depth - 1), 1]
     layers = []
     for i in range(depth):
         last = i == depth - 1
-        end: dict[str, Any] = {"demodulate": False, "activation": False, "out_axis": "rgb"} if last else {}
-        layers.append(AdaptiveConv(*widths[i : i + 2], w_dim=w_dim, kernel=kernel, dtype=dtype, rngs=rngs, **end))
+        kind: dict[str, Any] = {"dtype": dtype}
+        if last:
+            # Float32: bfloat16 rounds a logit near 1 to steps of 1/128, and losses act on differences of logits.
+            kind = {"dtype": jnp.float32, "demodulate": False, "activation": False, "out_axis": "rgb"}
+        layers.append(AdaptiveConv(*widths[i : i + 2], w_dim=w_dim, kernel=kernel, rngs=rngs, **kind))
     return nnx.List(layers)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.config import AttentionConfig
-from gigagan_jax.models.layers.equalized import Linear, RmsNorm, leaky_relu, mark_as_attention
+from gigagan_jax.models.layers.equalized import Linear, RmsNorm, choose_precision, leaky_relu, mark_as_attention
 
 
 def attend(
@@ -37,7 +37,8 @@ def attend(
     """
     d = q.shape[-1]
     # Float32 sums: softmax takes differences of logits, which bfloat16 rounds to steps of 1/2 near 100.
-    logits = jnp.einsum("nthd,nshd->nhts", q, k, preferred_element_type=jnp.float32)
+    exact = choose_precision(q.dtype)
+    logits = jnp.einsum("nthd,nshd->nhts", q, k, precision=exact, preferred_element_type=jnp.float32)
     if kind == "dot":
         logits *= 1.0 / math.sqrt(d)
     else:
@@ -53,7 +54,7 @@ def attend(
         logits = jnp.where(jnp.eye(q.shape[1], k.shape[1], dtype=bool), -1e30, logits)
     # Back to the computation's type only after the softmax.
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("nhts,nshd->nthd", weights, v)
+    return jnp.einsum("nhts,nshd->nthd", weights, v, precision=exact)
 
 
 class _Norm(nnx.Module):

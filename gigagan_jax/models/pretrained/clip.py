@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.models.layers.equalized import declare_parameter, materialize
+from gigagan_jax.models.layers.equalized import choose_precision, declare_parameter, materialize
 from gigagan_jax.models.pretrained import vit
 from gigagan_jax.models.pretrained.hub import CONFIG, read_json
 from gigagan_jax.models.pretrained.transformer import Block, Dense, Encoder, LayerNorm
@@ -174,7 +174,7 @@ class ClipText(nnx.Module):
         last = self.norm(hidden.pop())
         # argmax finds the first end of text; rows may be padded with the same id.
         at = jax.nn.one_hot(jnp.argmax(tokens == c.eos_token_id, axis=1), length, dtype=last.dtype)
-        pooled = jnp.einsum("nc,ncd->nd", at, last)
+        pooled = jnp.einsum("nc,ncd->nd", at, last, precision=choose_precision(last.dtype))
         return TextOutput(hidden, last, pooled, None if self.projection is None else self.projection(pooled))
 
 
