@@ -27,7 +27,7 @@ _MAX_CHARTS = 60
 _TRAINING = (
     ("Loss of G and D", ("loss/g", "loss/d")),
     ("Logits of D", ("logits/real", "logits/fake", "logits/wrong")),
-    ("R1 penalty", ("loss/r1",)),
+    ("R1 penalty, and that of D's last exit alone", ("loss/r1", "r1/last_exit", "loss/r2")),
     ("Gradient norms", ("grad_norm/*",)),
     ("Terms of D's loss", ("loss/d_*", "loss/v")),
     ("Terms of G's loss", ("loss/g_*", "loss/clip")),
@@ -39,7 +39,11 @@ _SPEED = (
     ("Goodput: share of wall time in useful steps", ("goodput",)),
 )
 _HEALTH = (
-    ("What D tells apart", ("health/d_*",)),
+    ("What D and V tell apart", ("health/d_gap*", "health/v_gap")),
+    ("Logits of the right sign", ("health/d_right_*",)),
+    ("Cosine of the gradients of D's last exit and of the others", ("r1/cosine/*",)),
+    ("R1 over that of D's last exit alone", ("health/r1_ratio",)),
+    ("Gradient norms over the lowest level that they kept", ("health/drift/*",)),
     ("Diversity, of that of real images", ("health/diversity*",)),
     ("What each level adds to the image", ("health/level/*",)),
     ("Spread of D's exits", ("health/exit/*",)),
@@ -55,6 +59,7 @@ _TRAINING_PREFIXES = (
     "mfu",
     "goodput",
     "health/",
+    "r1/",
     "data/",
 )
 

@@ -148,11 +148,12 @@ class GanObjective:
         if c.loss.centring:
             metrics["loss/centring"] = losses.over_pairs(losses.centring, self.weights_gan, fake.own, real.own)
             loss += c.loss.centring * metrics["loss/centring"]
-        if "v" in critics:
-            metrics["loss/v"] = self.vision_d_loss(critics["v"], frozen, fakes[0], reals[0], batch, key)
-            loss += metrics["loss/v"]
-        metrics |= self.logged_logits(fake, real)
         health, thumbnails = step_statistics.measure_discriminator(c, reals[0], fakes[0], real.own, fake.own)
+        if "v" in critics:
+            metrics["loss/v"], gap = self.vision_d_loss(critics["v"], frozen, fakes[0], reals[0], batch, key)
+            loss += metrics["loss/v"]
+            health["health/v_gap"] = gap
+        metrics |= self.logged_logits(fake, real)
         return loss, LossReport(metrics | {"loss/d": loss}, health, thumbnails)
 
     def match_d_loss(self, fake: Logits, real: Logits, valid: jax.Array | None) -> jax.Array:
@@ -164,14 +165,15 @@ class GanObjective:
 
     def vision_d_loss(
         self, params: Params, frozen: Params, fake: jax.Array, real: jax.Array, batch: Batch, key: jax.Array
-    ) -> jax.Array:
-        """V's own loss, on the output images (sec. 3.3, "Vision-aided discriminator")."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """V's own loss, on the output images (sec. 3.3, "Vision-aided discriminator"), and its health measure."""
         with jax.named_scope("vision_aided"):
             both = jnp.stack([fake, real], axis=1)
             logits = self.vision_logits(params, frozen, both, batch, jax.random.fold_in(key, 2))
             fake_logits, real_logits = ([x[:, source] for x in logits] for source in (0, 1))
             smoothed = functools.partial(losses.smoothed_d, smoothing=self.config.loss.vision_smoothing)
-            return losses.over_pairs(smoothed, self.weights_vision, fake_logits, real_logits)
+            gap = step_statistics.measure_gap(real_logits, fake_logits)
+            return losses.over_pairs(smoothed, self.weights_vision, fake_logits, real_logits), gap
 
     def logged_logits(self, fake: Logits, real: Logits) -> Metrics:
         """Mean logits of the output image at the last exit."""
@@ -222,7 +224,7 @@ class GanObjective:
         in_loss = loss.r1_exits == "signs"
         keys = {source: jax.random.fold_in(key_signs, i) for i, source in enumerate(images)}
         signs = {source: penalties.draw_signs(k, n, pairs) if in_loss else None for source, k in keys.items()}
-        count = 1 if loss.r1_levels == "full" else len(images["real"])
+        count = len(self.penalty_weights())
         rest = {source: levels[count:] for source, levels in images.items()}
         first = {source: levels[:count] for source, levels in images.items()}
 
@@ -251,12 +253,18 @@ class GanObjective:
                 )
                 for source in images
             }
-        # By the levels' weights in the loss, so that gamma means the same at each of them.
-        weights = losses.level_weights(self.config) if in_loss else (1.0,) * len(images["real"])
+        weights = self.penalty_weights()
         return {
-            source: jnp.asarray(sum(w * s.mean() for w, s in zip(weights, each, strict=False)))
+            source: jnp.asarray(sum(w * s.mean() for w, s in zip(weights, each, strict=True)))
             for source, each in squares.items()
         }
+
+    def penalty_weights(self) -> tuple[float, ...]:
+        """Weight of each penalised level in the penalties, high to low."""
+        loss, weights = self.config.loss, losses.level_weights(self.config)
+        # By the levels' weights in the loss, so that gamma means the same at each of them.
+        weights = weights if loss.r1_exits == "signs" else (1.0,) * len(weights)
+        return weights[:1] if loss.r1_levels == "full" else weights
 
     def measure_exits(self, d_params: Params, reals: list[jax.Array], own: jax.Array | None) -> Metrics:
         """R1 of the last exit alone, and the cosine between its gradient and that of the other exits' sum, by level."""
@@ -272,8 +280,9 @@ class GanObjective:
         # Twice the same images, as two sources: the gradients of both parts come from one backward pass.
         grads = penalties.gradients(total, {"last": reals, "others": reals})
         squares = [jnp.sum(jnp.square(g)) / g.shape[0] for g in grads["last"]]
-        weights = losses.level_weights(c)
-        metrics = {"r1/last_exit": jnp.asarray(sum(w * s for w, s in zip(weights, squares, strict=True)))}
+        # Of the levels that R1 penalises, by its weights: what R1 would be without the other exits.
+        paid = zip(self.penalty_weights(), squares, strict=False)
+        metrics = {"r1/last_exit": jnp.asarray(sum(w * s for w, s in paid))}
         resolutions = c.resolutions[::-1]
         for i, (last, others) in enumerate(zip(grads["last"], grads["others"], strict=True)):
             # The lowest level has one exit only.

@@ -96,6 +96,13 @@ def test_a_whole_run(tmp_path):
     config = to_dict(from_dict(get_config("tiny")))
     values = {"loss/g": 1.5, "loss/d": 0.5, "loss/r1": 0.1, "images_per_second": 400.0, "mfu": 0.41, "new/thing": 2.0}
     values |= {"images_per_second_per_chip": 100.0, "health/level/8": 0.3, "data/bad": 3}
+    values |= {
+        "r1/last_exit": 0.1,
+        "r1/cosine/8": 0.3,
+        "health/r1_ratio": 1.0,
+        "health/drift/g": 1.1,
+        "health/v_gap": 0.4,
+    }
     workdir = lay_out(
         tmp_path / "my <run>",
         [metric(i, **values) for i in range(1, 61)],
@@ -124,6 +131,8 @@ def test_a_whole_run(tmp_path):
     for said in (
         "Loss of G and D",
         "R1 penalty",
+        "Cosine of the gradients of D's last exit",
+        "Gradient norms over the lowest level",
         "new/thing",
         "40.damaged",
         "5 kB",
@@ -132,6 +141,11 @@ def test_a_whole_run(tmp_path):
         "by cause: 4",
     ):
         assert said in found.text, said
+    # What no group names is the result of an evaluator: none of training's own measures is among them.
+    between = lambda first, last: text.split(f">{first}</h2>")[1].split(f">{last}</h2>")[0]
+    assert "new/thing" in between("Evaluation", "Health")
+    assert "r1/" not in between("Evaluation", "Health")
+    assert all(name in between("Health", "Data") for name in ("r1/cosine/8", "health/drift/g", "health/v_gap"))
     # of 100 s: 20 + 40 useful, a third of the first 30 repeated, 10 not running
     assert re.search(r"useful steps\s+60.0 %\s+1 min 00 s", found.text)
     assert re.search(r"steps lost in a stop, and repeated\s+10.0 %", found.text)

@@ -93,7 +93,7 @@ def test_a_run_with_all_losses(whole):
     workdir, done = whole
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 6
-    for name in ("loss/clip", "loss/v", "loss/g_v", "loss/g", "loss/d", "grad_norm/v"):
+    for name in ("loss/clip", "loss/v", "loss/g_v", "loss/g", "loss/d", "grad_norm/v", "health/v_gap"):
         assert all(np.isfinite(m[name]) for m in lines), name
     assert (done.stdout + done.stderr).count("further cuts are not reported") == 1
     # No frozen weight in the checkpoint: heads and projections would be there under these names.

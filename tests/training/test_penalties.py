@@ -215,5 +215,18 @@ def test_measured_exits_of_a_linear_critic(two_levels, reals, monkeypatch):
     assert set(out) == {"r1/last_exit", f"r1/cosine/{two_levels.resolution}"}
 
 
+@pytest.mark.parametrize("fields", [{"r1_exits": "sum"}, {"r1_levels": "full"}])
+def test_last_exits_own_penalty_is_on_the_scale_of_r1(two_levels, reals, monkeypatch, fields):
+    """Where the other exits say nothing both are one number, whatever the levels and their weights are."""
+    objective = objective_of(two_levels, **fields)
+    last, low = (RNG.normal(size=x.shape[1:]).astype(np.float32) for x in reals)
+    critic = linear_critic(last, 0 * last, low)
+    monkeypatch.setattr(objective.networks.d, "bind", lambda params: critic)
+    own = float(objective.measure_exits({}, reals, None)["r1/last_exit"])
+    paid = float(objective.penalties(critic, {"real": reals}, None, jax.random.key(0))["real"])
+    assert own == pytest.approx(paid, rel=1e-5)
+    assert own == pytest.approx(square(last) + (square(low) if "r1_exits" in fields else 0.0), rel=1e-5)
+
+
 def test_cosine_of_nothing_is_zero():
     assert float(penalties.cosine(jnp.zeros(3), jnp.ones(3))) == 0.0

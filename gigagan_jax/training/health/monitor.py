@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gigagan_jax.config import Config
+from gigagan_jax.training.health.drift import DriftMeter
+from gigagan_jax.training.health.limits import CURES, R1_RATIO, make_limits, measure_r1_ratio
 from gigagan_jax.training.health.step_statistics import MARK, StepStatistics
 
 # R1 is compared with the median of its last values: a mean would follow the spike that it must detect.
@@ -23,16 +25,6 @@ _INPUT_NAMES = {
     "features": "caption embedding (features)",
     "clip_text": "caption embedding (clip_text)",
 }
-# Advice at the end of each message.
-_CURES = {
-    "nonfinite": "a lower learning rate (config.g_optimizer.learning_rate, config.d_optimizer.learning_rate) or a larger "
-    "config.loss.r1_gamma is the usual cure; mend the data where an input is named",
-    "saturation": "a larger config.loss.r1_gamma, a lower config.d_optimizer.learning_rate or more data usually helps",
-    "penalty": "a lower config.d_optimizer.learning_rate usually helps; single spikes pass",
-    "collapse": "a larger config.loss.r1_gamma, a larger batch or config.discriminator.minibatch_std=4 usually helps",
-    "levels": "config.loss.level_weights that give the level more, or a larger config.generator.rgb_gain usually helps",
-    "updates": "look at the learning rates and at the gradient norms of the network (grad_norm/...)",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +32,7 @@ class Finding:
     """A problem of the training, and the action taken.
 
     step, kimg: time of the detection
-    name: "nonfinite", "saturation", "penalty", "collapse", "levels" or "updates"
+    name: "nonfinite", "saturation", "evasion", "drift", "penalty", "collapse", "levels" or "updates"
     module: location: a module of a network, an input, a loss or a measure
     value, threshold: the measured value and its limit; None without such a number
     action: "warn", "skip", "rollback" or "stop"
@@ -55,51 +47,6 @@ class Finding:
     threshold: float | None
     action: str
     text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Limit:
-    """A limit for the running mean of a measure.
-
-    finding: name of the finding beyond the limit
-    measure: name of the measure
-    field: field of HealthConfig that holds the limit
-    above: whether values above the limit are the problem
-    words: message with a placeholder for the value
-    """
-
-    finding: str
-    measure: str
-    field: str
-    above: bool
-    words: str
-
-
-def _make_limits(measures: Sequence[str]) -> list[_Limit]:
-    limits = [
-        _Limit("saturation", "d_gap", "max_gap", True, "D tells real from generated images by {value:.3f} of 1"),
-        _Limit("collapse", "diversity", "min_diversity", False, "images vary by {value:.3f} of what real ones do"),
-        _Limit("collapse", "diversity_low", "min_diversity", False, "8 px averages vary by {value:.3f} of real ones"),
-        _Limit("collapse", "diversity_z", "min_diversity_z", False, "images of one caption differ by {value:.3f} only"),
-    ]
-    for measure in (m.removeprefix(MARK) for m in measures):
-        kind, _, which = measure.partition("/")
-        net = which.upper()
-        # Double braces: the message is formatted again, with the value.
-        if kind == "level":
-            words = f"level {which} adds {{value:.4f}} of the image"
-            limits.append(_Limit("levels", measure, "min_level", False, words))
-        elif kind == "exit":
-            words = f"the exit of D at {which} px says the same of all images (deviation {{value:.2g}})"
-            limits.append(_Limit("levels", measure, "min_exit", False, words))
-        # Measured at learning rate 1: a low rate alone must not look like vanishing updates.
-        elif kind == "direction":
-            words = f"the updates of {net} vanish (root mean square {{value:.2g}})"
-            limits.append(_Limit("updates", measure, "min_update", False, words))
-        elif kind == "update":
-            words = f"{net} changes by {{value:.2g}} of its parameters' norm a step"
-            limits.append(_Limit("updates", measure, "max_update", True, words))
-    return limits
 
 
 class HealthMonitor:
@@ -117,7 +64,7 @@ class HealthMonitor:
     """
 
     def __init__(self, config: Config, measures: Sequence[str]):
-        self.config, self.limits = config, _make_limits(measures)
+        self.config, self.limits = config, make_limits(config, measures)
         self.lr_scale, self.skipped, self.rollbacks = 1.0, 0, 0
         self.findings: list[Finding] = []
         # Skipped steps since the last applied one.
@@ -128,6 +75,8 @@ class HealthMonitor:
         # Consecutive steps with a mean beyond its limit, by "finding:measure".
         self._held: dict[str, int] = {}
         self._penalties: list[float] = []
+        # By network.
+        self._drift: dict[str, DriftMeter] = {}
 
     # ---------------------------------------------------------------- checkpoint
 
@@ -142,6 +91,7 @@ class HealthMonitor:
             "counts": dict(self._counts),
             "held": dict(self._held),
             "penalties": list(self._penalties),
+            "drift": {net: meter.state() for net, meter in self._drift.items()},
             "findings": [dataclasses.asdict(f) for f in self.findings],
         }
 
@@ -154,6 +104,7 @@ class HealthMonitor:
         self.rollbacks, self._in_a_row = int(state["rollbacks"]), int(state["in_a_row"])
         self._means, self._counts, self._held = (dict(state[k]) for k in ("means", "counts", "held"))
         self._penalties = list(state["penalties"])
+        self._drift = {net: self._make_meter(of_net) for net, of_net in state["drift"].items()}
         self.findings = [Finding(**f) for f in state["findings"]]
 
     def restore_after_rollback(self, state: Mapping[str, Any] | None) -> None:
@@ -178,6 +129,10 @@ class HealthMonitor:
         *before, last = self._penalties or [math.nan]
         if len(before) >= _MIN_PENALTIES:
             values["penalty"] = last / (statistics.median(before) or math.inf)
+        if R1_RATIO in self._means:
+            values[R1_RATIO] = self._means[R1_RATIO]
+        factors = {f"drift/{net}": meter.factor for net, meter in self._drift.items()}
+        values |= {name: factor for name, factor in factors.items() if math.isfinite(factor)}
         return {f"{MARK}{name}": value for name, value in values.items()}
 
     # ---------------------------------------------------------------- judgement
@@ -205,7 +160,9 @@ class HealthMonitor:
             self._in_a_row = 0
             # The first steps of a GAN are far from any limit that holds later.
             if step > self.config.health.grace:
-                found = self._judge_limits(step, images, reading.values)
+                found = self._judge_limits(step, images, reading)
+                found += self._judge_penalty(step, images, reading.values["loss/r1"])
+                found += self._judge_drift(step, images, reading)
         self.findings = [*self.findings, *found][-_MAX_FINDINGS:]
         return found
 
@@ -250,29 +207,53 @@ class HealthMonitor:
         power = self._in_a_row & (self._in_a_row - 1) == 0
         return [finding] if action != "warn" or power else []
 
-    def _judge_limits(self, step: int, images: int, values: Mapping[str, float]) -> list[Finding]:
+    def _judge_limits(self, step: int, images: int, reading: StepStatistics) -> list[Finding]:
         c = self.config.health
+        values = {**reading.values, f"{MARK}{R1_RATIO}": measure_r1_ratio(reading.values)}
         found = []
         for limit in self.limits:
-            policy, value = getattr(c, limit.finding), values[f"{MARK}{limit.measure}"]
+            policy, value = getattr(c, limit.finding), values[limit.entry]
             if policy == "off" or not math.isfinite(value):
                 continue
+            window, patience = limit.durations(self.config)
             # A plain mean until the window is full, then an exponential one with that time constant.
-            n = self._counts[limit.measure] = min(self._counts.get(limit.measure, 0) + 1, c.window)
+            n = self._counts[limit.measure] = min(self._counts.get(limit.measure, 0) + 1, window)
             mean = self._means.get(limit.measure, 0.0)
             mean = self._means[limit.measure] = mean + (value - mean) / n
-            threshold = getattr(c, limit.field)
-            key = f"{limit.finding}:{limit.measure}"
-            beyond = n >= c.window and (mean > threshold if limit.above else mean < threshold)
-            self._held[key] = self._held.get(key, 0) + 1 if beyond else 0
+            threshold = limit.threshold(c)
+            beyond = n >= window and (mean > threshold if limit.above else mean < threshold)
             # Equal, not greater: one finding each time that the mean leaves its range.
-            if self._held[key] == c.patience:
+            if self._count_held(limit.finding, limit.measure, beyond) == patience:
                 side = "more" if limit.above else "less"
-                text = f"{limit.words.format(value=mean)}, {side} than {threshold:g} for {c.patience} steps"
+                steps = patience * (self.config.loss.r1_interval if limit.is_lazy else 1)
+                text = f"{limit.words.format(value=mean)}, {side} than {threshold:g} for {steps} steps"
                 action = self._choose_action(policy)
                 module = limit.measure
                 found.append(self._make_finding(step, images, limit.finding, module, mean, threshold, action, text))
-        return found + self._judge_penalty(step, images, values["loss/r1"])
+        return found
+
+    def _judge_drift(self, step: int, images: int, reading: StepStatistics) -> list[Finding]:
+        c = self.config.health
+        if c.drift == "off":
+            return []
+        found = []
+        # A lazy penalty is paid in one step of many, at a size of its own, which grows with its weight.
+        has_penalty = self.config.loss.r1_interval > 1 and reading.has_r1
+        for net, norm in reading.gradient_norms().items():
+            meter = self._drift.setdefault(net, self._make_meter())
+            if net == "g" or not has_penalty:
+                # D judges for G too: a D that is sure of everything is flat around the images.
+                held = self._held.get("saturation:v_gap" if net == "v" else "saturation:d_gap", 0)
+                # The count stands still while the policy is "off".
+                meter.add_norm(norm, is_saturated=c.saturation != "off" and held > 0)
+            if self._count_held("drift", f"drift/{net}", meter.factor > c.max_drift) == c.patience:
+                text = (
+                    f"the gradient norm of {net.upper()} is {meter.factor:.3g} times the lowest level that it kept, "
+                    f"more than {c.max_drift:g} for {c.patience} steps"
+                )
+                action, module = self._choose_action(c.drift), f"drift/{net}"
+                found.append(self._make_finding(step, images, "drift", module, meter.factor, c.max_drift, action, text))
+        return found
 
     def _judge_penalty(self, step: int, images: int, value: float) -> list[Finding]:
         c = self.config.health
@@ -283,13 +264,21 @@ class HealthMonitor:
         median = (statistics.median(self._penalties) if enough else 0.0) or math.inf
         self._penalties = [*self._penalties, value][-_PENALTY_WINDOW:]
         beyond = value > c.max_penalty * median
-        self._held["penalty:r1"] = self._held.get("penalty:r1", 0) + 1 if beyond else 0
         # At the first value of a spike, without the patience of the other limits.
-        if self._held["penalty:r1"] != 1:
+        if self._count_held("penalty", "r1", beyond) != 1:
             return []
         text = f"R1 is {value:.3g}, {value / median:.0f} times its median of {median:.3g} (limit {c.max_penalty:g})"
         action = self._choose_action(c.penalty)
         return [self._make_finding(step, images, "penalty", "loss/r1", value, c.max_penalty * median, action, text)]
+
+    def _count_held(self, finding: str, measure: str, beyond: bool) -> int:
+        """Counts consecutive readings of a measure beyond its limit."""
+        key = f"{finding}:{measure}"
+        self._held[key] = self._held.get(key, 0) + 1 if beyond else 0
+        return self._held[key]
+
+    def _make_meter(self, state: Mapping[str, Any] | None = None) -> DriftMeter:
+        return DriftMeter(self.config.health.window, self.config.health.patience, state)
 
     def _choose_action(self, policy: str) -> str:
         return policy if policy == "warn" else self._rollback_or_stop(policy)
@@ -311,4 +300,5 @@ class HealthMonitor:
         action: str,
         text: str,
     ) -> Finding:
-        return Finding(step, images / 1000, name, module, value, threshold, action, f"{text}; {_CURES[name]}")
+        cure = CURES.get(f"{name}:{module}", CURES[name])
+        return Finding(step, images / 1000, name, module, value, threshold, action, f"{text}; {cure}")

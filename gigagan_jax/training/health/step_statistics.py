@@ -5,6 +5,7 @@ Everything comes from what the step computes anyway: sums over gradients for the
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,6 +38,12 @@ def r1_measures(config: Config) -> tuple[str, ...]:
     return ("loss/r1", *r2, *v, "r1/last_exit", *(f"r1/cosine/{r}" for r in several))
 
 
+def gap_measures(config: Config) -> tuple[str, ...]:
+    """Names of `measure_gap` at D's last exit, one for each of `entry_levels`."""
+    lower = (config.resolutions[::-1][i] for i in entry_levels(config.discriminator)[1:])
+    return ("d_gap", *(f"d_gap/{r}" for r in lower))
+
+
 # ---------------------------------------------------------------- in the two halves of the step
 
 
@@ -49,6 +56,20 @@ def shrink_to_thumbnails(images: jax.Array) -> jax.Array:
 
 def deviation_over_batch(images: jax.Array) -> jax.Array:
     return jnp.std(images, axis=0).mean()
+
+
+def measure_gap(real: Sequence[jax.Array], fake: Sequence[jax.Array], *, is_relativistic: bool = False) -> jax.Array:
+    """How far a critic tells real from generated images; 0: not at all, 1: it is sure of all.
+
+    Args:
+      real, fake: logits [N, h * w] of each prediction, which all count alike
+      is_relativistic: whether only the difference of the two logits has a meaning (R3GAN)
+    """
+    # sigmoid(a) - sigmoid(-a) of the difference a: the same range as that of two sigmoids.
+    paired = lambda r, f: jnp.tanh((r - f) / 2).mean()
+    alone = lambda r, f: jax.nn.sigmoid(r).mean() - jax.nn.sigmoid(f).mean()
+    gaps = [(paired if is_relativistic else alone)(r, f) for r, f in zip(real, fake, strict=True)]
+    return jnp.asarray(sum(gaps)) / len(gaps)
 
 
 def measure_discriminator(
@@ -65,11 +86,16 @@ def measure_discriminator(
     """
     small_real, small_fake = shrink_to_thumbnails(real), shrink_to_thumbnails(fake)
     spread, low = deviation_over_batch(real), deviation_over_batch(small_real)
-    # The output image at the last exit: the prediction that a D without scales would have.
-    place = -len(entry_levels(config.discriminator))
-    r, f = real_logits[place], fake_logits[place]
+    # The last exit has a prediction for each level. That of the output image is what a D without scales would have.
+    count = len(entry_levels(config.discriminator))
+    r, f = real_logits[-count], fake_logits[-count]
+    is_relativistic = config.loss.pairing == "relativistic"
+    gaps = [
+        measure_gap([r], [f], is_relativistic=is_relativistic)
+        for r, f in zip(real_logits[-count:], fake_logits[-count:], strict=True)
+    ]
     measures = {
-        "health/d_gap": jax.nn.sigmoid(r).mean() - jax.nn.sigmoid(f).mean(),
+        **{f"{MARK}{name}": gap for name, gap in zip(gap_measures(config), gaps, strict=True)},
         "health/d_right_real": (r > 0).mean(),
         "health/d_right_fake": (f < 0).mean(),
         "health/spread_real": spread,
@@ -191,7 +217,9 @@ class HealthVector:
         self.measures = tuple(
             f"{MARK}{name}"
             for name in (
-                *("d_gap", "d_right_real", "d_right_fake"),
+                *gap_measures(config),
+                *(("v_gap",) if "v" in self.modules else ()),
+                *("d_right_real", "d_right_fake"),
                 *("spread_real", "diversity", "diversity_low", "diversity_z"),
                 *(f"level/{r}" for r in config.resolutions),
                 *(f"exit/{r}" for r in exits),
@@ -253,6 +281,17 @@ class StepStatistics:
     def measures(self) -> dict[str, float]:
         """The measures under the names that they are logged by."""
         return {k: self.values[k] for k in self._vector.measures}
+
+    @property
+    def has_r1(self) -> bool:
+        """Was R1 part of the step?"""
+        return math.isfinite(self.values["loss/r1"])
+
+    def gradient_norms(self) -> dict[str, float]:
+        """{network: norm of its gradient}"""
+        # The squares of modules add up in float64.
+        modules = self._vector.modules
+        return {net: math.sqrt(sum(self.values[name] for name in names)) for net, names in modules.items()}
 
     def bad_inputs(self) -> dict[str, tuple[int, int]]:
         """{entry of the batch: (how many examples are not finite, row of the first)}"""

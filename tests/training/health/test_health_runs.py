@@ -222,7 +222,10 @@ def test_back_to_before_a_run_went_wrong(compiled, tmp_path, refused):
     config = tiny(saturation="rollback", max_rollbacks=1, **settings)
     run = FaultyRun(config, tmp_path, compiled, {})
     refused(run.train, "stopped at step 6", "saturation in d_gap", "0 skipped, 1 rollbacks")
-    assert [(f["step"], f["action"]) for f in report(tmp_path)["findings"]] == [(6, "rollback"), (6, "stop")]
+    # Of the output image and of the level below it.
+    assert [(f["step"], f["module"], f["action"]) for f in report(tmp_path)["findings"]] == [
+        (6, module, action) for action in ("rollback", "stop") for module in ("d_gap", "d_gap/4")
+    ]
     assert checkpoints(tmp_path) == [2, 4]  # that of step 4 anew
     assert checkpoints(tmp_path, 4)["reorders"] == [[2 * BATCH, 1]]
 

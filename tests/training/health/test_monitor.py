@@ -1,22 +1,17 @@
-"""What is judged of a step: the measures against closed forms, and the monitor with its policies."""
+"""What is judged of the steps: the findings of the monitor, its policies and its state."""
 
 import dataclasses
 import json
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.digits import get_config
 from gigagan_jax.config import from_dict
-from gigagan_jax.models.layers.resample import upsample
-from gigagan_jax.training.batch import abstract_batch
 from gigagan_jax.training.health import step_statistics
 from gigagan_jax.training.health.monitor import HealthMonitor
 from gigagan_jax.training.state import Networks
-from gigagan_jax.training.step import TrainStep
 
 BATCH = 16
 MODULE = "generator/levels/1/to_rgb"
@@ -35,101 +30,6 @@ def networks():
     return Networks(tiny())
 
 
-# ---------------------------------------------------------------- measures
-
-
-def measures_of_d(config, real, fake, real_logit, fake_logit):
-    n = len(real)
-    exits = [np.full((n, 1), x, np.float32) for x in (0.0, 1.0, 2.0)]
-    real_logits = [real_logit + 0 * x for x in exits]
-    fake_logits = [fake_logit + 0 * x for x in exits]
-    return step_statistics.measure_discriminator(config, real, fake, real_logits, fake_logits)[0]
-
-
-def test_measures_of_the_discriminators_half():
-    config, rng = tiny(), np.random.default_rng(0)
-    real = rng.normal(size=(64, 8, 8, 3)).astype(np.float32)
-    sure = measures_of_d(config, real, 0.5 * real, 20.0, -20.0)
-    assert sure["health/d_gap"] == pytest.approx(1, abs=1e-6)
-    assert sure["health/d_right_real"] == sure["health/d_right_fake"] == 1
-    assert sure["health/diversity"] == pytest.approx(0.5, rel=1e-5)
-    assert sure["health/exit/8"] == pytest.approx(20)
-    lost = measures_of_d(config, real, np.broadcast_to(real[:1], real.shape), -1.0, -1.0)
-    assert lost["health/d_gap"] == 0
-    assert (lost["health/d_right_real"], lost["health/d_right_fake"]) == (0, 1)
-    assert lost["health/diversity"] == pytest.approx(0, abs=1e-6)
-    assert lost["health/diversity_low"] == pytest.approx(0, abs=1e-6)
-    assert lost["health/exit/4"] == lost["health/exit/8"] == 0
-
-
-def test_share_of_each_level():
-    config, rng = tiny(), np.random.default_rng(0)
-    low = rng.normal(size=(4, 4, 4, 3)).astype(np.float32)
-    idle, _ = step_statistics.measure_generator(config, [jnp.asarray(low), upsample(jnp.asarray(low))])
-    assert idle["health/level/4"] == pytest.approx(1)
-    assert idle["health/level/8"] == pytest.approx(0, abs=1e-6)
-    only, _ = step_statistics.measure_generator(
-        config, [jnp.zeros((4, 4, 4, 3)), jnp.asarray(rng.normal(size=(4, 8, 8, 3)))]
-    )
-    assert only["health/level/4"] == 0
-    assert only["health/level/8"] == pytest.approx(1)
-
-
-def test_deviation_within_captions():
-    """Images by the caption alone have none; images by z alone have as much as there is over all captions."""
-    rng = np.random.default_rng(0)
-    by_caption = rng.normal(size=(500, 8, 8, 3)).astype(np.float32)
-    spread = jnp.std(by_caption, axis=0).mean()
-    assert step_statistics.diversity_within_captions(by_caption, by_caption, spread) == 0
-    other = rng.normal(size=by_caption.shape).astype(np.float32)
-    assert step_statistics.diversity_within_captions(by_caption, other, spread) == pytest.approx(1, rel=0.01)
-
-
-def test_sizes_of_an_update():
-    params, updates = {"a": np.full((3, 4), 2.0), "b": np.full(4, 2.0)}, {"a": np.full((3, 4), 0.5), "b": np.zeros(4)}
-    relative, rms = step_statistics.update_sizes(updates, params, 0.1)
-    assert relative == pytest.approx(0.1 * math.sqrt(12 * 0.25) / math.sqrt(16 * 4))
-    assert rms == pytest.approx(math.sqrt(12 * 0.25 / 16))
-
-
-def test_bad_rows():
-    features = np.zeros((6, 3, 2), np.float32)
-    batch = {"image": np.zeros((6, 8, 8, 3), np.uint8), "features": features}
-    clean = step_statistics.count_bad_rows(batch)
-    assert (clean["bad/features"], clean["first/features"], bool(step_statistics.any_bad(clean))) == (0, -1, False)
-    features[2, 1, 0], features[4, 0, 1] = np.inf, np.nan
-    rows = step_statistics.count_bad_rows(batch)
-    assert (rows["bad/features"], rows["first/features"]) == (2, 2)
-    assert (rows["bad/image"], rows["first/image"], rows["bad/clip_text"]) == (0, -1, 0)
-    assert step_statistics.any_bad(rows)
-
-
-def test_every_parameter_belongs_to_a_module_that_is_watched(networks):
-    p = step_statistics.HealthVector(networks)
-    assert len(set(p.names)) == len(p.names)
-    assert MODULE in p.modules["g"]
-    assert {
-        "discriminator/levels/0/down",
-        "discriminator/levels/1/head",
-        "discriminator/conditioner/transformer",
-    } <= set(p.modules["d"])
-
-
-def test_a_step_in_parts_has_the_same_vector():
-    """Two micro-batches: what is kept of each part comes together again."""
-    config = dataclasses.replace(tiny(), micro_batches=2)
-    nets = Networks(config)
-    step = TrainStep(nets)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    run = lambda state, batch, key: step(state, batch, key, with_r1=False)
-    _, metrics = jax.eval_shape(run, nets.abstract(), abstract_batch(config), key)
-    assert metrics["health"].shape == (len(step.health_vector.names),)
-    assert all(x.shape == () for k, x in metrics.items() if k != "health")
-
-
-# ---------------------------------------------------------------- the monitor
-
-
 class Judge:
     """A monitor that is told values of a healthy step, but for those that are given."""
 
@@ -137,13 +37,14 @@ class Judge:
         self.probe = step_statistics.HealthVector(networks)
         self.monitor = HealthMonitor(tiny(**fields), self.probe.measures)
         self.step = 0
-        good = {"d_gap": 0.5, "d_right_real": 0.8, "d_right_fake": 0.8, "spread_real": 0.5}
+        good = {"d_gap": 0.5, "d_gap/4": 0.5, "d_right_real": 0.8, "d_right_fake": 0.8, "spread_real": 0.5}
         self.healthy = dict.fromkeys(self.probe.names, 1.0)
         self.healthy |= {f"bad/{k}": 0.0 for k in step_statistics.INPUTS} | {
             f"first/{k}": -1.0 for k in step_statistics.INPUTS
         }
         self.healthy |= {f"health/{k}": v for k, v in good.items()}
-        self.healthy |= {f"health/update/{net}": 1e-3 for net in "gd"} | {"loss/r1": math.nan}
+        self.healthy |= {f"health/update/{net}": 1e-3 for net in "gd"}
+        self.healthy |= dict.fromkeys(step_statistics.r1_measures(self.monitor.config), math.nan)
 
     def __call__(self, steps=1, losses=dict, **values):
         found = []
@@ -157,12 +58,28 @@ class Judge:
 
 
 SHORT = {"grace": 10, "window": 5, "patience": 20}
+R1 = {"loss__r1": 2.0, "r1__last_exit": 2.0, "r1__cosine__8": 0.3}
+
+
+def go_lazily(judge, readings, **values):
+    """So many steps with R1, each the first of an interval; returns the findings."""
+    interval = judge.monitor.config.loss.r1_interval
+    return [f for _ in range(readings) for f in judge(1, **(R1 | values)) + judge(interval - 1)]
+
+
+def continued(judge):
+    """The judge with another monitor, which has the state of the first, through JSON."""
+    state = json.loads(json.dumps(judge.monitor.state(), allow_nan=False))
+    judge.monitor = HealthMonitor(judge.monitor.config, judge.probe.measures)
+    judge.monitor.restore(state)
+    return judge
 
 
 @pytest.mark.parametrize(
     "name, measure, value",
     [
         ("saturation", "d_gap", 0.999),
+        ("saturation", "d_gap/4", 0.999),
         ("collapse", "diversity", 0.1),
         ("collapse", "diversity_low", 0.1),
         ("collapse", "diversity_z", 0.01),
@@ -208,6 +125,118 @@ def test_a_spike_of_the_penalty(networks):
     assert "50 times its median of 2" in found.text
     assert judge.monitor.log_values()["health/penalty"] == 50
     assert judge(1) == []
+
+
+# With window 100, patience 500 and R1 in each 16th step: 8 readings and 32.
+LAZY = {"grace": 0, "window": 100, "patience": 500, "penalty": "off"}
+
+
+@pytest.mark.parametrize(
+    "bad, module, threshold, words",
+    [
+        ({"r1__cosine__8": -0.9}, "r1/cosine/8", -0.5, "by images of 8 px cancel each other (cosine -0.90)"),
+        # Paid: 0.1 of the last exit's own.
+        ({"r1__last_exit": 20.0}, "r1_ratio", 0.5, "R1 is 0.10 of what D's last exit alone would pay"),
+    ],
+)
+def test_exits_that_pay_for_each_other(networks, bad, module, threshold, words):
+    judge = Judge(networks, **LAZY)
+    assert judge.monitor.config.loss.r1_interval == 16
+    # The mean is full after 8 readings, and the eighth is the first that counts.
+    assert go_lazily(judge, 7 + 31, **bad) == []
+    (found,) = go_lazily(continued(judge), 1, **bad)
+    assert (found.name, found.module, found.threshold, found.action) == ("evasion", module, threshold, "warn")
+    assert f"{words}, less than {threshold:g} for 512 steps; " in found.text
+    assert 'config.loss.r1_exits="signs"' in found.text
+    assert go_lazily(judge, 60, **bad) == []
+    assert go_lazily(judge, 60) == []
+    # Means of R1 are of readings, and not of steps: eight of them are more than gone after sixty.
+    assert len(go_lazily(judge, 60, **bad)) == 1
+    off = Judge(networks, evasion="off", **LAZY)
+    assert go_lazily(off, 60, **bad) == []
+
+
+def test_the_ratio_of_r1_is_logged(networks):
+    judge = Judge(networks, **LAZY)
+    assert "health/r1_ratio" not in judge.monitor.log_values()
+    go_lazily(judge, 1, r1__last_exit=8.0)
+    go_lazily(judge, 1)
+    # Of the running mean, also in a step without R1, and in a process that has just begun.
+    assert continued(judge).monitor.log_values()["health/r1_ratio"] == pytest.approx((0.25 + 1) / 2)
+    go_lazily(judge, 1, r1__last_exit=0.0)
+    assert judge.monitor.log_values()["health/r1_ratio"] == pytest.approx((0.25 + 1) / 2)
+
+
+def gradient(judge, net, norm):
+    """Entries of a step in which a network's gradient has this norm."""
+    names = judge.probe.modules[net]
+    return dict.fromkeys(names, norm**2 / len(names))
+
+
+def test_gradients_that_grow(networks):
+    judge = Judge(networks, **SHORT)
+    # The grace, then a full window and `patience` steps: the level that later ones are compared with.
+    judge(10 + 4 + 19, **gradient(judge, "g", 2.0))
+    assert "health/drift/g" not in judge.monitor.log_values()
+    judge(1, **gradient(judge, "g", 2.0))
+    assert judge.monitor.log_values()["health/drift/g"] == pytest.approx(1, rel=1e-5)
+    assert judge(100, **gradient(judge, "g", 18.0)) == []
+    assert judge.monitor.log_values()["health/drift/g"] == pytest.approx(9, rel=1e-5)
+    assert judge(19, **gradient(judge, "g", 50.0)) == []
+    (found,) = continued(judge)(1, **gradient(judge, "g", 50.0))
+    assert (found.name, found.module, found.threshold, found.action) == ("drift", "drift/g", 10.0, "warn")
+    assert found.value == pytest.approx(25 * math.exp(-(0.8**20) * math.log(25 / 9)), rel=1e-5)
+    words = "the gradient norm of G is 24.7 times the lowest level that it kept, more than 10 for 20 steps; "
+    assert words in found.text
+    assert judge.monitor.log_values()["health/drift/d"] == pytest.approx(1, rel=1e-5)
+    assert judge(60, **gradient(judge, "g", 50.0)) == []
+    off = Judge(networks, drift="off", **SHORT)
+    assert off(40, **gradient(off, "g", 2.0)) + off(100, **gradient(off, "g", 50.0)) == []
+    assert not any("drift" in name for name in off.monitor.log_values())
+
+
+def test_steps_with_lazy_r1_are_no_drift_of_d(networks):
+    """D's gradient holds R1 then, by a weight that may grow."""
+    judge = Judge(networks, **SHORT)
+    r1 = R1 | gradient(judge, "d", 1e4)
+    found = [f for _ in range(40) for f in judge(1, **r1) + judge(1, **gradient(judge, "d", 1.0))]
+    assert found == []
+    assert judge.monitor.log_values()["health/drift/d"] == pytest.approx(1, rel=1e-5)
+    # Where every step has R1, D's norm has it always.
+    always = Judge(networks, **SHORT)
+    always.monitor.config = dataclasses.replace(
+        always.monitor.config, loss=dataclasses.replace(always.monitor.config.loss, r1_interval=1)
+    )
+    always(60, **(R1 | gradient(always, "d", 1.0)))
+    assert len(always(60, **(R1 | gradient(always, "d", 30.0)))) == 1
+
+
+def test_a_saturated_d_sets_no_level_for_drift(networks):
+    """Its gradients are small as long as it is sure of everything."""
+    judge = Judge(networks, **SHORT)
+    judge(60, **gradient(judge, "d", 5.0))
+    judge(8, health__d_gap=1.0)
+    judge(200, health__d_gap=1.0, **gradient(judge, "d", 0.01))
+    assert judge(100, **gradient(judge, "d", 5.0)) == []
+    # The mean, which follows, is below its level for a while after D is sure of everything.
+    assert judge.monitor.log_values()["health/drift/d"] == pytest.approx(1, rel=0.1)
+    # The same with a D that is not sure: it learned less for a while, and learns more again.
+    judge = Judge(networks, **SHORT)
+    judge(60, **gradient(judge, "d", 5.0))
+    judge(200, **gradient(judge, "d", 0.01))
+    assert [f.module for f in judge(100, **gradient(judge, "d", 5.0))] == ["drift/d"]
+
+
+def test_a_checkpoint_from_before_a_measure(networks):
+    """Its state lacks the reference: that begins with the first steps after it."""
+    judge = Judge(networks, **SHORT)
+    judge(60, **gradient(judge, "g", 2.0))
+    state = judge.monitor.state()
+    del state["drift"]
+    judge.monitor.restore(state)
+    assert "health/drift/g" not in judge.monitor.log_values()
+    judge(24, **gradient(judge, "g", 50.0))
+    assert judge.monitor.log_values()["health/drift/g"] == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -271,20 +300,19 @@ def test_a_finding_may_ask_for_a_rollback(networks):
 def test_the_monitor_goes_on_from_its_state(networks):
     """Stopped anywhere, through JSON: the same findings in the same steps, and the same state at the end."""
     values = [
-        {"health__d_gap": 0.9 + 0.1 * math.sin(i / 40), "loss__r1": 1.0 + 50.0 * (i % 37 == 0)}
+        {"health__d_gap": 0.9 + 0.1 * math.sin(i / 40), "loss__r1": 1.0 + 50.0 * (i % 37 == 0), "r1__last_exit": 5.0}
+        | {MODULE: math.exp(i / 30)}
         | ({"applied__g": 0.0} if i % 60 in (47, 48, 49, 50) else {})
         for i in range(300)
     ]
     whole, cut = Judge(networks, max_gap=0.95, **SHORT), Judge(networks, max_gap=0.95, **SHORT)
     expected = [f for v in values for f in whole(**v)]
-    assert len({f.name for f in expected}) == 3
+    assert {f.name for f in expected} == {"saturation", "penalty", "evasion", "drift", "nonfinite"}
     assert any("number 4 of at most" in f.text for f in expected)  # in a row, over a restart before the third of them
     found = []
     for i, v in enumerate(values):
         if i % 7 == 0:
-            state = json.loads(json.dumps(cut.monitor.state(), allow_nan=False))
-            cut.monitor = HealthMonitor(cut.monitor.config, cut.probe.measures)
-            cut.monitor.restore(state)
+            continued(cut)
         found += cut(**v)
     assert found == expected
     assert cut.monitor.state() == whole.monitor.state()
@@ -292,5 +320,7 @@ def test_the_monitor_goes_on_from_its_state(networks):
 
 def test_settings_that_cannot_be(refused):
     refused(lambda: tiny(collapse="skip"), "config.health.collapse='skip'", "'rollback'")
+    refused(lambda: tiny(evasion="skip"), "config.health.evasion='skip'", "'rollback'")
+    refused(lambda: tiny(drift="skip"), "config.health.drift='skip'", "'rollback'")
     refused(lambda: tiny(nonfinite="off"), "config.health.nonfinite='off'", "'skip'")
     refused(lambda: tiny(rollback_lr=0.0), "config.health.rollback_lr=0.0")
