@@ -19,7 +19,7 @@ from gigagan_jax import cli
 from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
 from gigagan_jax.checkpoint.workdir import open_workdir, with_original_settings
 from gigagan_jax.config import Config, MeshConfig, flatten_fields, from_dict, parameter_renames, to_dict
-from gigagan_jax.config.migrations import ADDED, FORMAT, upgrade_config, with_format
+from gigagan_jax.config.migrations import ADDED, FORMAT, REPLACED, upgrade_config, with_format
 from gigagan_jax.inference.sampler import Sampler
 from gigagan_jax.models.layers.equalized import Linear
 from gigagan_jax.models.network import Network
@@ -100,7 +100,7 @@ def test_a_field_that_a_stored_config_lacks_is_what_its_code_did(tmp_path, caplo
     values, lacked = upgrade_config(stored, "x")
     assert from_dict(values).loss.mismatch_group == 0
     assert {"loss.mismatch_group", "health.nonfinite", "mesh.slices"} <= lacked.keys()
-    asked = from_dict(json.loads((FIXTURES / "digits" / "config.json").read_text()))
+    asked = from_dict(upgrade_config(json.loads((FIXTURES / "digits" / "config.json").read_text()), "y")[0])
     assert asked.loss.mismatch_group != 0
     with caplog.at_level(logging.INFO):
         config = with_original_settings(workdir, asked)
@@ -111,6 +111,16 @@ def test_a_field_that_a_stored_config_lacks_is_what_its_code_did(tmp_path, caplo
         assert with_original_settings(workdir, asked) == config
     assert cli.load_config(str(workdir / "config.json"), ()) == config
     assert with_original_settings(tmp_path / "other", asked) == asked
+
+
+def test_a_field_that_took_the_place_of_another():
+    """Its value says what the other's did; one that the other never had is reported."""
+    placement = lambda **g: upgrade_config({"generator": g}, "x")[0]["generator"].get("attention_placement")
+    assert placement(attention_every_block=False) == "last"
+    assert placement(attention_every_block=True) == "every"
+    values, lacked = upgrade_config({"generator": {"attention_every_block": 3}}, "x")
+    assert values["generator"]["attention_every_block"] == 3
+    assert "generator.attention_placement" not in lacked
 
 
 def test_formats_that_are_none(refused, tmp_path):
@@ -134,7 +144,7 @@ def test_formats_that_are_none(refused, tmp_path):
 def test_every_field_is_in_the_first_format_or_in_the_table():
     """A new field: raise migrations.FORMAT, add a line to ADDED, and a line here only where a field is removed."""
     first = set((FIXTURES / "fields_of_format_1.txt").read_text().split())
-    later = {name for came, name, _ in ADDED if came > 1}
+    later = {name for came, name, _ in ADDED if came > 1} | {successor for _, _, successor, _ in REPLACED}
     assert not first & later
     now = flatten_fields(to_dict(Config())).keys()
     assert now <= first | later, f"no line in migrations.ADDED for {sorted(now - first - later)}"
