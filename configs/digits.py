@@ -3,7 +3,7 @@
     python -m gigagan_jax.train --config=configs/digits.py --workdir=runs/digits
 
 The matching-aware loss is for D only: on so small a model the opposing term of G slows the learning of captions.
-About 14 minutes on two cores: 234 images/s, and 50 s to compile. It ends by judging 600 fresh images (README).
+15 to 18 minutes on two cores: 173 to 205 images/s, and 50 s to compile. It ends by judging 600 fresh images.
 Data: the 1,797 real digits that ship with scikit-learn, each with eight wordings of its caption.
 """
 

@@ -26,7 +26,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.vision_aided.path = "openai/clip-vit-base-patch32"
     c.loss.vision_aided = 1.0
     c.data.crop = "center"
-    c.data.caption_dropout = 0.1
     c.remat = False  # 16 images a v5p chip leave room for what the backward pass keeps: a quarter of the work less
     if arg == "tiny":
         shrink(c)
@@ -42,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def make_small(c: ConfigDict) -> None:
-    """One or two blocks a resolution, at most 384 channels."""
+    """One to three blocks a resolution, at most 384 channels."""
     c.dtype, c.batch_size = "float32", 2
     g, d = c.generator, c.discriminator
     g.blocks, d.blocks = (2, 1, 1, 1, 1), (1, 1, 2, 2, 3)

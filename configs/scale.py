@@ -3,12 +3,15 @@
     python -m gigagan_jax.train --config=configs/scale.py:10b --workdir=DIR --config.data.path='gs://bucket/{00000..01234}.tar'
 
 The rule. Width and depth of configs/laion.py grow by one factor m, 1.21, 1.72 and 2.48, in G and D alike: parameters by
-about m^3, and D keeps its share (0.57 of G). Depth costs no compile time, since equal blocks are one scanned program; width
-alone would make the largest array, which one chip holds whole while it is used, grow as the model does.
+about m^3, and D keeps its share (0.57 of G). Depth costs little compile time, since equal blocks are one scanned
+program, or up to three with attention between them; width alone would make the largest array, which one chip holds whole
+while it is used, grow as the model does.
   - Widths (channels, w, T, attention, heads of D) are the multiple of 128 next to m times that of laion.py: matrix units
     are full, and every mesh of up to fsdp x tensor = 128 divides. z, the filter banks and the frozen networks stay.
-  - Depths (blocks, attention layers, layers of T) are m times that of laion.py, rounded. Residual gains of G go by m^-1/2,
-    so that the variance of a sum over m times as many branches stays.
+  - Depths (blocks, attention layers, layers of T) are m times that of laion.py, rounded. Residual gains go by m^-1/2:
+    those of G, of D's attention and of T, so that the variance of a sum over m times as many branches stays. That of D's
+    blocks, (skip + gain f(x)) / sqrt(1 + gain^2), too: of the variance a block keeps 1 / (1 + gain^2), so that what is
+    left of the image after m times as many is about the same.
   - Learning rate 0.0025 / m. A hidden layer's output moves by a full step where Adam's step goes by 1 / width (muP: Yang et
     al., 2022). With an equalized learning rate a weight is stored times sqrt(width), so half of that is already there:
     m^-1/2 is left. m times as many branches of gain m^-1/2, all of which move the sum the same way, ask for another m^-1/2
@@ -50,7 +53,9 @@ def get_config(arg: str = "1b") -> ConfigDict:
         net.text.heads = net.text.width // 64
     g.w_dim, d.head_width = width(g.w_dim), width(d.head_width)
     g.residual_gain, g.attention_gain = g.residual_gain / m**0.5, g.attention_gain / m**0.5
-    d.attention_gain /= m**0.5
+    d.residual_gain, d.attention_gain = d.residual_gain / m**0.5, d.attention_gain / m**0.5
+    for text in (g.text, d.text):
+        text.residual_gain /= m**0.5
     for o in (c.g_optimizer, c.d_optimizer):
         o.learning_rate /= m
     c.mesh.data, c.mesh.fsdp = -1, 64 if size == "10b" else 16

@@ -2,7 +2,8 @@
 
 A stored config has the number of its format under "format"; format 0 has no number. A new field of `Config` needs a
 higher FORMAT and a line in ADDED: the value with which the present code behaves as the code before the field. The present
-default is never used for it. A field that takes the place of another has a line in REPLACED. Parameters that move need a higher FORMAT too (parameter_renames.py).
+default is never used for it. A field that takes the place of another has a line in REPLACED. Parameters that move need a
+higher FORMAT too (parameter_renames.py).
 """
 
 from collections.abc import Iterable, Mapping

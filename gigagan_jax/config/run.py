@@ -119,7 +119,9 @@ class LossConfig:
     mismatch_group: int = 16  # (open) neighbours in the batch among which wrong captions are drawn; 0: the whole batch
     clip: tuple[float, float] = (0.0, 0.0)  # (A2: 0.2 to 1.0) contrastive loss, first and last; linear in images
     vision_aided: float = 0.0  # (open) of the vision-aided discriminator in G's loss; 0 is off
-    vision_r1_gamma: float = 0.2048  # (open) R1 of that discriminator by its projected features, as lazy as D's; 0 is off
+    vision_r1_gamma: float = (
+        0.2048  # (open) R1 of that discriminator by its projected features, as lazy as D's; 0 is off
+    )
     vision_smoothing: float = 0.0  # (open) one-sided label smoothing of its loss, 0 to 0.5
     r1_gamma: tuple[float, float] = (0.2048, 2.048)  # (A2) first and last; linear in images
     r1_interval: int = 16  # (A2) steps

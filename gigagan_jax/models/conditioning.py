@@ -98,17 +98,18 @@ class ByteEncoder(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Pre-norm self-attention and feed-forward, x + f(x); padding is not looked at."""
+    """Pre-norm self-attention and feed-forward, x + gain * f(x); padding is not looked at."""
 
     def __init__(self, config: TransformerConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.gain = config.residual_gain
         # Dot products, as in the text encoder that T continues.
         attention = AttentionConfig(heads=config.heads, head_dim=config.width // config.heads, kind="dot")
         self.attention = SelfAttention(config.width, attention, dtype=dtype, rngs=rngs)
         self.feed_forward = FeedForward(config.width, config.mlp_ratio, "rms", dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        x += self.attention(x, mask=mask)
-        return x + self.feed_forward(x)
+        x += self.gain * self.attention(x, mask=mask)
+        return x + self.gain * self.feed_forward(x)
 
 
 class TextTransformer(nnx.Module):

@@ -18,7 +18,6 @@ from gigagan_jax.models.conditioning import Conditioner, ConditionSettings
 from gigagan_jax.models.layers.adaptive_conv import modulated_head
 from gigagan_jax.models.layers.attention import FeedForward, SelfAttention
 from gigagan_jax.models.layers.equalized import (
-    SQRT2,
     Conv,
     Linear,
     ScannedLayers,
@@ -72,9 +71,18 @@ def _merge_copies(x: jax.Array) -> jax.Array:
 
 
 class ResidualBlock(nnx.Module):
-    """StyleGAN2's residual block: (skip + conv1(conv0(x))) / sqrt(2), at half the resolution when `down`."""
+    """StyleGAN2's residual block: (skip + gain * conv1(conv0(x))) / sqrt(1 + gain^2).
 
-    def __init__(self, in_channels: int, out_channels: int, *, down: bool, dtype: Any, rngs: nnx.Rngs):
+    Args:
+      in_channels, out_channels: channels before and after; they may differ only where `down`.
+      down: give half the resolution.
+      gain: of the branch; 1 is StyleGAN2's.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, down: bool, gain: float = 1.0, dtype: Any, rngs: nnx.Rngs
+    ):
+        self.gain = gain
         self.conv0 = Conv(in_channels, in_channels, kernel=3, dtype=dtype, rngs=rngs)
         self.conv1 = Conv(in_channels, out_channels, kernel=3, down=down, dtype=dtype, rngs=rngs)
         self.skip = (
@@ -87,8 +95,8 @@ class ResidualBlock(nnx.Module):
         # Main branch at full resolution, downsampled in its second convolution.
         y = leaky_relu(self.conv1(leaky_relu(self.conv0(h))))
         h = h if self.skip is None else self.skip(h)
-        # Two branches of unit variance add up to two: the division keeps one (StyleGAN2).
-        y = (h + y) / SQRT2
+        # Branches of variance 1 and gain^2 add up to 1 + gain^2: the division keeps 1 (StyleGAN2).
+        y = (h + self.gain * y) / math.sqrt(1.0 + self.gain**2)
         return constrain(y.reshape(*x.shape[:2], *y.shape[1:]), "batch", None, None, None, "channels")
 
 
@@ -232,7 +240,8 @@ class DiscriminatorLevel(nnx.Module):
         # Float32: G learns from differences between images that are smaller than bfloat16's steps.
         entry = lambda: Conv(3, features, kernel=1, axes=("rgb", "conv_out"), rngs=rngs)
         self.entry = entry() if index in entry_levels(d) else None
-        block = lambda: ResidualBlock(features, features, down=False, dtype=dtype, rngs=rngs)
+        gain = d.residual_gain
+        block = lambda: ResidualBlock(features, features, down=False, gain=gain, dtype=dtype, rngs=rngs)
         self.blocks = ScannedLayers(block, same, remat=remat, rngs=rngs) if same else None
         layer = lambda: AttentionLayer(d, features, dtype=dtype, rngs=rngs)
         self.attention = ScannedLayers(layer, depth, remat=remat, rngs=rngs) if depth else None
@@ -240,7 +249,7 @@ class DiscriminatorLevel(nnx.Module):
         if index == last:
             self.down = Epilogue(d, features, dtype=dtype, rngs=rngs)
         else:
-            self.down = ResidualBlock(features, below, down=True, dtype=dtype, rngs=rngs)
+            self.down = ResidualBlock(features, below, down=True, gain=gain, dtype=dtype, rngs=rngs)
         head = ModulatedHead if d.head == "modulated" else ProjectionHead
         is_exit = index in {pair.exit for pair in prediction_pairs(d)}
         self.head = head(d, below, condition_width, dtype=dtype, rngs=rngs) if is_exit else None

@@ -1,5 +1,7 @@
 """The 64 px text-to-image generator: T, M and the synthesis network (sec. 3.1 and 3.2, Fig. 4)."""
 
+import itertools
+from collections import Counter
 from typing import Any
 
 import jax
@@ -12,10 +14,13 @@ from gigagan_jax.models.layers.adaptive_conv import AdaptiveConv
 from gigagan_jax.models.layers.attention import CrossAttention, FeedForward, SelfAttention
 from gigagan_jax.models.layers.equalized import (
     Conv,
+    RmsNorm,
     ScannedLayers,
+    Segment,
     call_with_remat,
     declare_parameter,
     mark_as_attention,
+    materialize,
 )
 from gigagan_jax.models.layers.resample import upsample
 from gigagan_jax.parallel.sharding import constrain
@@ -24,6 +29,26 @@ from gigagan_jax.parallel.sharding import constrain
 def channels_at(g: GeneratorConfig, resolution: int) -> int:
     """Channels of the generator's features at `resolution` (A2: min(base / resolution, max))."""
     return min(g.channel_base // resolution, g.channel_max)
+
+
+def spread_attention(blocks: int, depth: int) -> tuple[int, ...]:
+    """Blocks, counted from 1, behind which a resolution's attention layers are: the k-th of d behind ceil(k B / d)."""
+    return tuple(-(-k * blocks // depth) for k in range(1, depth + 1))
+
+
+def group_segments(places: tuple[int, ...]) -> tuple[Segment, ...]:
+    """The layers of a resolution behind its first block, for stacks of (blocks, attention layers).
+
+    Args:
+      places: of the attention layers, in rising order; the last is the number of blocks.
+
+    Returns:
+      as few segments as equal distances next to each other allow: each is a program of its own.
+    """
+    depths = Counter(places)
+    # The first block is no part of the stack.
+    units = [(end - start, depths[end]) for start, end in itertools.pairwise([1, *sorted(depths)])]
+    return tuple(Segment(len(list(group)), counts) for counts, group in itertools.groupby(units))
 
 
 class AttentionLayer(nnx.Module):
@@ -40,10 +65,11 @@ class AttentionLayer(nnx.Module):
         self.gain = g.attention_gain
         # Sec. 3.1: w as one more token tells attention of the style.
         extra = g.w_dim if g.w_token else 0
-        feed_forward = lambda: FeedForward(features, a.mlp_ratio, a.norm, dtype=dtype, rngs=rngs)
-        self.attention = SelfAttention(features, a, extra_features=extra, dtype=dtype, rngs=rngs)
+        kind: dict[str, Any] = {"zero_init": g.attention_zero_init, "dtype": dtype, "rngs": rngs}
+        feed_forward = lambda: FeedForward(features, a.mlp_ratio, a.norm, **kind)
+        self.attention = SelfAttention(features, a, extra_features=extra, **kind)
         self.self_mlp = feed_forward() if g.mlp_after_self else None
-        cross = lambda: CrossAttention(features, context_width, a, dtype=dtype, rngs=rngs)
+        cross = lambda: CrossAttention(features, context_width, a, **kind)
         self.cross = cross() if context_width else None
         self.cross_mlp = feed_forward() if context_width and g.mlp_after_cross else None
         mark_as_attention(self)
@@ -66,6 +92,8 @@ class AttentionLayer(nnx.Module):
 
 class SynthesisBlock(nnx.Module):
     """Residual block of two adaptive 3x3 convolutions, followed by attention layers (eq. 5).
+
+    x + gain * f(x), or with `g.layer_scale` x + scale * f(norm(x)): a scale a channel is learned (StyleGAN-T).
 
     Args:
       g: sizes and gains.
@@ -95,6 +123,10 @@ class SynthesisBlock(nnx.Module):
         # The first convolution takes the change of channels and resolution; the second keeps both.
         self.conv0 = conv(in_channels, up)
         self.conv1 = None if single else conv(out_channels, False)
+        # The branch sees inputs of one size however far the stream has grown; the stream itself is left as it is.
+        self.norm = RmsNorm(in_channels, dtype=dtype, rngs=rngs) if g.layer_scale else None
+        scale = lambda: declare_parameter(rngs, (out_channels,), ("channels",), mean=g.layer_scale)
+        self.layer_scale = scale() if g.layer_scale else None
         # A skip without a convolution where shapes allow it: the identity needs no parameters.
         changes = in_channels != out_channels
         self.skip = Conv(in_channels, out_channels, kernel=1, bias=False, dtype=dtype, rngs=rngs) if changes else None
@@ -102,15 +134,17 @@ class SynthesisBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, w: jax.Array, local: jax.Array | None, mask: jax.Array | None) -> jax.Array:
         """x [N, H, W, in] -> [N, H', W', out]"""
+        h = x if self.norm is None else self.norm(x)
         with jax.named_scope("conv0"):
-            h = self.conv0(x, w)
+            h = self.conv0(h, w)
         if self.conv1 is not None:
             with jax.named_scope("conv1"):
                 h = self.conv1(h, w)
         with jax.named_scope("skip"):
             # A 1x1 convolution commutes with upsampling: before it, the same costs a quarter.
             x = x if self.skip is None else self.skip(x)
-        x = (upsample(x) if self.up else x) + self.gain * h
+        gain = self.gain if self.layer_scale is None else materialize(self.layer_scale, h.dtype)
+        x = (upsample(x) if self.up else x) + gain * h
         if self.attention is not None:
             x = self.attention(x, w, local, mask)
         return constrain(x, "batch", None, None, "channels")
@@ -156,8 +190,12 @@ class SynthesisLevel(nnx.Module):
         same = g.blocks[index] - 1
         more = lambda: ScannedLayers(lambda: block(features, up=False), same, remat=remat, rngs=rngs)
         self.blocks = more() if same else None
-        # Attention after the last block only fits the paper's parameter count (docs/models.md).
-        self.attention = attention_layers(0 if g.attention_placement == "every" else g.attention_depth[index])
+        # One stack wherever its layers are: a placement changes no parameter, only the order of application.
+        depth = 0 if g.attention_placement == "every" else g.attention_depth[index]
+        self.attention = attention_layers(depth)
+        places = spread_attention(g.blocks[index], depth) if g.attention_placement == "spread" else ()
+        # Where all attention is behind the last block there is nothing to interleave.
+        self.segments = group_segments(places) if len(set(places)) > 1 else ()
         # ToRGB of StyleGAN2: modulated, but not demodulated, so that the style sets the size of what is added. In float32:
         # the image is a sum over levels, and bfloat16 would round the small ones away.
         self.to_rgb = AdaptiveConv(
@@ -178,9 +216,15 @@ class SynthesisLevel(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """(features, image) of the level below -> those of this level: [N, H, W, C], float32 [N, H, W, 3]"""
         x = call_with_remat(self.entry, self.remat, x, w, condition.local, condition.mask)
-        for layers in (self.blocks, self.attention):
-            if layers is not None:
-                x = layers(x, w, condition.local, condition.mask)
+        context = (w, condition.local, condition.mask)
+        if self.segments:
+            assert self.blocks is not None
+            assert self.attention is not None
+            x = ScannedLayers.interleave((self.blocks, self.attention), self.segments, x, *context)
+        else:
+            for layers in (self.blocks, self.attention):
+                if layers is not None:
+                    x = layers(x, *context)
         rgb = self.to_rgb(x, w)
         image = rgb if image is None else upsample(image) + rgb
         return x, constrain(image, "batch", None, None, None)

@@ -26,6 +26,7 @@ from gigagan_jax.telemetry.console import TrainingProgress
 from gigagan_jax.telemetry.goodput import Goodput
 from gigagan_jax.telemetry.metrics import MetricLogger
 from gigagan_jax.telemetry.profiler import Profiler
+from gigagan_jax.training import losses
 from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.health.recovery import HealthGuard
 from gigagan_jax.training.input_pipeline import make_pipeline
@@ -186,8 +187,10 @@ class Run:
             return self.networks.init(self.mesh), 0
         _log.info("resume: restoring checkpoint %d", latest)
         checkpoints.check_frozen(latest, identities)
-        self._warn_of_rising_rates(checkpoints.read_config(latest))
+        before = checkpoints.read_config(latest)
+        self._warn_of_rising_rates(before)
         state, position = checkpoints.restore(latest, self.abstract_state())
+        self._warn_of_moved_ramps(before, int(state.images))
         # From the example after the last one trained on: none is lost, none comes twice.
         data.restore(position)
         # Checkpoints written before there was a monitor have no entry for it.
@@ -206,6 +209,22 @@ class Run:
                     name,
                     optimizer.decay_kimg,
                 )
+
+    def _warn_of_moved_ramps(self, before: Config, images: int) -> None:
+        """A run of another length has its ramps elsewhere: a weight of the loss may jump at the resume."""
+        end = lambda config: config.loss.ramp_kimg or config.total_kimg
+        was, now = (losses.ramped_weights(config, images) for config in (before, self.config))
+        jumps = [f"loss.{name} from {was[name]:.5g} to {x:.5g}" for name, x in now.items() if x != was[name]]
+        if jumps:
+            _log.warning(
+                "weights jump at this resume, %.10g kimg into the run: %s; their ramps ended at %.10g kimg and now end at %.10g: "
+                "--config.loss.ramp_kimg=%.10g keeps the old ramps",
+                images / 1000,
+                ", ".join(jumps),
+                end(before),
+                end(self.config),
+                end(before),
+            )
 
 
 class _Pending(NamedTuple):

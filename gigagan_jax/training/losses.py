@@ -110,7 +110,28 @@ def smoothed_d(fake: jax.Array, real: jax.Array, smoothing: float) -> jax.Array:
     return softplus(fake) + (1.0 - smoothing) * softplus(-real) + smoothing * softplus(real)
 
 
-def clip_contrastive(image: jax.Array, own: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
+def caption_weights(null: jax.Array) -> jax.Array:
+    """Weights float32 [N, 1] by which a mean over the global batch is one over its captions that are not null.
+
+    They are all 0 where every caption is. A micro-batch takes its rows of them: the mean over parts is that of the batch.
+
+    Args:
+      null: bool [N], rows of the global batch with the null caption
+    """
+    counted = ~null
+    # One and not zero: a batch of null captions alone has a mean of 0.
+    weight = null.shape[0] / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1.0)
+    return jnp.where(counted, weight, 0.0)[:, None]
+
+
+def clip_contrastive(
+    image: jax.Array,
+    own: jax.Array,
+    text: jax.Array,
+    scale: jax.Array,
+    weights: jax.Array | None = None,
+    counted: jax.Array | None = None,
+) -> jax.Array:
     """CLIP contrastive loss (eq. 9), image to text: -log softmax over the captions of the global batch, at the own one.
 
     Args:
@@ -118,11 +139,29 @@ def clip_contrastive(image: jax.Array, own: jax.Array, text: jax.Array, scale: j
       own: [N, P] normalised embeddings of their captions
       text: [M, P] those of all captions of the global batch, the own ones among them
       scale: CLIP's logit scale (100 in the published networks)
+      weights: float32 [N, 1], `caption_weights` of the images; None for 1
+      counted: bool [M], those of `text` that are not null; None for all
     """
     exact = jax.lax.Precision.HIGHEST  # the scale multiplies what rounding does to a cosine
     logits = scale * jnp.einsum("np,mp->nm", image, text, precision=exact)
+    if counted is not None:
+        # Finite: minus infinity in a whole row makes its gradient NaN, whatever its weight.
+        logits = jnp.where(counted, logits, -1e30)
     # logsumexp minus the own logit is -log softmax, without the exponentials' overflow.
-    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(image * own, axis=1))
+    each = jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(image * own, axis=1)
+    return jnp.mean(each if weights is None else each * weights[:, 0])
+
+
+def ramp_progress(config: Config, images: jax.Array) -> jax.Array:
+    """How far the weights that change are on their way after so many real images, 0 to 1."""
+    kimg = config.loss.ramp_kimg or config.total_kimg
+    return jnp.minimum(1.0, images.astype(jnp.float32) / (kimg * 1000.0))
+
+
+def ramped_weights(config: Config, images: int) -> dict[str, float]:
+    """The weights that change, by their field in `loss`, after so many real images."""
+    progress = ramp_progress(config, jnp.uint32(images))
+    return {name: float(ramped_weight(getattr(config.loss, name), progress)) for name in ("r1_gamma", "clip")}
 
 
 def ramped_weight(ends: tuple[float, float], progress: jax.Array | float) -> jax.Array:

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from gigagan_jax.config import Config
+
 
 def same_caption(tokens: jax.Array | None, labels: jax.Array | None) -> jax.Array:
     """bool [N, N]: examples with equal captions, or with equal labels where labels are known (not negative).
@@ -23,20 +25,36 @@ def same_caption(tokens: jax.Array | None, labels: jax.Array | None) -> jax.Arra
     return parts[0] if len(parts) == 1 else parts[0] | parts[1]
 
 
-def draw_mismatch(key: jax.Array, tokens: jax.Array | None, labels: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def masks_null_captions(config: Config) -> bool:
+    """Whether a batch may hold null captions.
+
+    They are then no wrong captions, and are left out of the contrastive loss and of the mean w.
+    """
+    may_have = config.data.caption_dropout > 0 or config.data.captions == "optional"
+    return config.condition == "text" and may_have
+
+
+def draw_mismatch(
+    key: jax.Array, tokens: jax.Array | None, labels: jax.Array | None, null: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """For each example, another one whose caption is not its own.
 
     A random cycle through the whole batch, which has no fixed point and uses each caption once. Where the cycle meets an
-    equal caption, another is drawn evenly from those that differ.
+    equal caption or the null caption, another is drawn evenly from those that differ.
 
     Args:
       tokens: int32 [N, C] or None
       labels: int32 [N], negative where unknown, or None
+      null: bool [N], where the caption is the null caption, or None where there is none
 
     Returns:
-      (index int32 [N], valid bool [N]); not valid where every caption of the batch is the example's own.
+      (index int32 [N], valid bool [N]); not valid where every caption of the batch is the example's own, or null.
     """
     same = same_caption(tokens, labels)
+    if null is not None:
+        # The null caption says nothing that an image could contradict: it fits all of them. An image with the null
+        # caption still gets a wrong one: that pair is as false as any, but for the rare caption that the image has lost.
+        same = same | null[None, :]
     n = same.shape[0]
     key_order, key_draw = jax.random.split(key)
     # Each example takes the caption of the next in a random cycle: none meets its own, all are used.
@@ -60,7 +78,12 @@ def group_size(n: int, most: int) -> int:
 
 
 def draw_wrong_captions(
-    key: jax.Array, t: jax.Array, tokens: jax.Array | None, labels: jax.Array | None, most: int
+    key: jax.Array,
+    t: jax.Array,
+    tokens: jax.Array | None,
+    labels: jax.Array | None,
+    most: int,
+    null: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """What each example's wrong caption is encoded as; see `draw_mismatch`.
 
@@ -69,7 +92,7 @@ def draw_wrong_captions(
 
     Args:
       t: [N, D] encoded captions
-      tokens, labels: as `draw_mismatch` takes them
+      tokens, labels, null: as `draw_mismatch` takes them
       most: examples a group, see `group_size`
 
     Returns:
@@ -81,7 +104,7 @@ def draw_wrong_captions(
     # With one group the draws are those of `draw_mismatch` itself, which the tests compare.
     keys = key[None] if groups == 1 else jax.random.split(key, groups)
     split = lambda x: None if x is None else x.reshape(groups, size, *x.shape[1:])
-    index, valid = jax.vmap(draw_mismatch)(keys, split(tokens), split(labels))
+    index, valid = jax.vmap(draw_mismatch)(keys, split(tokens), split(labels), split(null))
     # A product with a permutation matrix stays within its group, where a gather would be partitioned as a global one.
     pick = jax.nn.one_hot(index, size, dtype=t.dtype)
     wrong = jnp.einsum("gij,gjd->gid", pick, split(t), precision=jax.lax.Precision.HIGHEST)

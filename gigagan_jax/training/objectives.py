@@ -13,12 +13,13 @@ from gigagan_jax.config import Config
 from gigagan_jax.models.discriminator import Logits, entry_levels, prediction_pairs
 from gigagan_jax.models.layers.resample import image_pyramid
 from gigagan_jax.models.network import Params
+from gigagan_jax.models.pretrained.text_encoder import text_spec
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training import losses, penalties
 from gigagan_jax.training.batch import Batch, batch_axes
 from gigagan_jax.training.diff_augment import augment
 from gigagan_jax.training.health import step_statistics
-from gigagan_jax.training.mismatched_captions import draw_wrong_captions
+from gigagan_jax.training.mismatched_captions import draw_wrong_captions, masks_null_captions
 from gigagan_jax.training.state import Networks
 
 NO_FROZEN: Params = {}  # the frozen networks of a config that asks for none
@@ -31,7 +32,7 @@ class LossReport(NamedTuple):
     metrics: scalars for the log
     health: scalars for the health vector (health/step_statistics.py)
     thumbnails: [N, 8, 8, 3] of the generated images; None in R1's part
-    w: [w_dim] mean of w; None in the critics' half
+    w: [w_dim] mean of w, over captions that are not null; None in the critics' half
     """
 
     metrics: Metrics
@@ -66,6 +67,8 @@ class GanObjective:
         self.weights_vision = (1.0 / len(c.vision_aided.layers),) * len(c.vision_aided.layers)
         self.match_g = c.loss.match_g if c.loss.match_g_form != "off" else 0.0
         self.uses_wrong_captions = c.condition == "text" and (c.loss.match_d > 0 or self.match_g > 0)
+        # Decided by the config: without null captions the program has no masks.
+        self.null_text = text_spec(c.text) if masks_null_captions(c) else None
 
     # -- what the losses share
 
@@ -78,6 +81,10 @@ class GanObjective:
             features = self.frozen.encode_captions(frozen, batch["tokens"], batch.get("clip_tokens"))
         # Placed as the batch is: each device keeps its own examples.
         return batch | {k: sharding.constrain(x, *batch_axes(k)) for k, x in features.items()}
+
+    def null_captions(self, batch: Batch) -> jax.Array | None:
+        """bool [N], rows of the batch with the null caption; None where the config has no such rows."""
+        return None if self.null_text is None else self.null_text.is_null(batch["tokens"])
 
     def generate(self, params: Params, batch: Batch, key: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         """Generated pyramids for the captions of the batch -> (images low to high, w [N, w_dim])"""
@@ -97,7 +104,8 @@ class GanObjective:
         own = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
         if own is None or not self.uses_wrong_captions:
             return own, None, None
-        wrong, valid = draw_wrong_captions(key, own, batch["tokens"], batch["label"], self.config.loss.mismatch_group)
+        tokens, null, most = batch["tokens"], self.null_captions(batch), self.config.loss.mismatch_group
+        wrong, valid = draw_wrong_captions(key, own, tokens, batch["label"], most, null)
         return own, sharding.constrain(wrong, "batch", None), valid
 
     def vision_logits(
@@ -239,7 +247,9 @@ class GanObjective:
 
             squares = penalties.squared_gradients(total, first)
         else:
-            draw = lambda i, x: x + loss.r1_sigma * jax.random.normal(jax.random.fold_in(key_noise, i), x.shape, x.dtype)
+            draw = lambda i, x: (
+                x + loss.r1_sigma * jax.random.normal(jax.random.fold_in(key_noise, i), x.shape, x.dtype)
+            )
             noisy = {
                 source: [draw(len(levels) * k + i, x) for i, x in enumerate(levels)]
                 for k, (source, levels) in enumerate(first.items())
@@ -290,9 +300,7 @@ class GanObjective:
                 metrics[f"r1/cosine/{resolutions[i]}"] = penalties.cosine(last, others)
         return metrics
 
-    def vision_r1(
-        self, params: Params, frozen: Params, real: jax.Array, batch: Batch, key: jax.Array
-    ) -> jax.Array:
+    def vision_r1(self, params: Params, frozen: Params, real: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:
         """R1 of V by its projected features: its heads are all that learns."""
         v, t, features = self.vision_inputs(params, frozen, real[:, None], batch, jax.random.fold_in(key, 2))
         total = lambda x: jnp.asarray(sum(y.mean(-1).sum() for y in v(x, t)))
@@ -308,12 +316,15 @@ class GanObjective:
         frozen: Params = NO_FROZEN,
         captions: jax.Array | None = None,
         progress: jax.Array | float = 0.0,
+        counted: jax.Array | None = None,
     ) -> tuple[jax.Array, LossReport]:
         """Loss of G: GAN, matching-aware, CLIP and vision-aided.
 
         Args:
+          batch: with "caption_weights" [N, 1] (losses.py) where captions may be null
           captions: [M, P] CLIP embeddings of all captions of the global batch, for eq. 9
           progress: share of the run that is done, for weights that change
+          counted: bool [M], those of `captions` that are not null; None for all
         """
         c = self.config
         key_z, key_wrong = jax.random.split(key)
@@ -333,7 +344,7 @@ class GanObjective:
             metrics["loss/g_match"] = losses.over_pairs(match_g, self.weights_match, fake.wrong, valid=valid)
             loss += self.match_g * metrics["loss/g_match"]
         if captions is not None:
-            metrics["loss/clip"] = self.clip_loss(frozen, images[-1], batch, captions)
+            metrics["loss/clip"] = self.clip_loss(frozen, images[-1], batch, captions, counted)
             # Table A2: the weight grows over the run.
             loss += losses.ramped_weight(c.loss.clip, progress) * metrics["loss/clip"]
         if "v" in critics:
@@ -341,6 +352,8 @@ class GanObjective:
             loss += c.loss.vision_aided * metrics["loss/g_v"]
         metrics["image/spread"] = jnp.std(images[-1], axis=0).mean()
         health, thumbnails = step_statistics.measure_generator(c, images)
+        # Truncation pulls towards the w of captions: nobody samples the null caption.
+        w = w if "caption_weights" not in batch else w * batch["caption_weights"]
         return loss, LossReport(metrics | {"loss/g": loss}, health, thumbnails, w.mean(0))
 
     def adversarial_g_loss(self, logits: dict[str, Logits]) -> jax.Array:
@@ -352,13 +365,16 @@ class GanObjective:
         # Non-saturating: G's gradient stays large where D is sure.
         return losses.over_pairs(losses.gan_g, self.weights_gan, fake)
 
-    def clip_loss(self, frozen: Params, image: jax.Array, batch: Batch, captions: jax.Array) -> jax.Array:
+    def clip_loss(
+        self, frozen: Params, image: jax.Array, batch: Batch, captions: jax.Array, counted: jax.Array | None
+    ) -> jax.Array:
         """CLIP contrastive loss (eq. 9)."""
         with jax.named_scope("clip_loss"):
             # With CLIP's own logit scale, as it was trained.
             embedding, scale = self.frozen.embed_images(frozen, image)
             embedding = sharding.constrain(embedding, "batch", None)
-            return losses.clip_contrastive(embedding, batch["clip_text"], captions, scale)
+            weights = batch.get("caption_weights")
+            return losses.clip_contrastive(embedding, batch["clip_text"], captions, scale, weights, counted)
 
     def vision_g_loss(
         self, params: Params, frozen: Params, image: jax.Array, batch: Batch, key: jax.Array

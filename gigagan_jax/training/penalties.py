@@ -50,10 +50,12 @@ def sum_exits(config: Config, logits: Sequence[jax.Array], signs: jax.Array | No
 
 def split_exits(config: Config, logits: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
     """(the last exit, the plain sum of the others), each [N] for each of `entry_levels`; zero where there is no other."""
-    last, others = {}, {}
+    last: dict[int, jax.Array] = {}
+    others: dict[int, jax.Array] = {}
     for pair, x in zip(prediction_pairs(config.discriminator), logits, strict=True):
         found = last if losses.is_last_exit(config, pair) else others
-        found[pair.level] = found.get(pair.level, 0.0) + x.mean(-1)
+        mean = x.mean(-1)
+        found[pair.level] = found[pair.level] + mean if pair.level in found else mean
     return [last[i] for i in sorted(last)], [others.get(i, jnp.zeros_like(last[i])) for i in sorted(last)]
 
 

@@ -175,7 +175,7 @@ class TrainStep:
         assert half.report.thumbnails is not None
         assert report.thumbnails is not None
         assert report.w is not None
-        averages = self.averages(state, updates.nets["g"].params, report.w)
+        averages = self.averages(state, updates.nets["g"].params, report.w, self.objective.null_captions(batch))
         g_ema, w_avg = step_statistics.keep_if_sound(updates.applied, averages, (state.g_ema, state.w_avg))
 
         health = half.report.health | report.health
@@ -225,9 +225,15 @@ class TrainStep:
         """Gradient of G's loss against the critics that are in the state."""
         # Negatives are the captions of the global batch, whatever micro-batch an image is in: gathered once.
         captions = sharding.constrain(batch["clip_text"], None, None) if "clip_text" in batch else None
+        null, counted = self.objective.null_captions(batch), None
+        if null is not None:
+            # Of the global batch too: a micro-batch with more null captions than others weighs less.
+            batch = batch | {"caption_weights": losses.caption_weights(null)}
+            counted = sharding.constrain(~null, None)
 
         def loss(params: Params, critics: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossReport]:
-            return self.objective.g_loss(params, critics, batch, key, frozen, captions, self.ramp_progress(state))
+            progress = self.ramp_progress(state)
+            return self.objective.g_loss(params, critics, batch, key, frozen, captions, progress, counted)
 
         return self.gradients(loss, state.g.params, batch, key, critic_params(state))
 
@@ -313,21 +319,31 @@ class TrainStep:
         axes = self.networks.trained()[name][0].axes()
         return Net(jax.tree.map(sharding.gather_update, net.params, axes), net.opt)
 
-    def averages(self, state: GanState, g_params: Params, w: jax.Array) -> tuple[Params, jax.Array]:
-        """(moving average of G, moving average of w)"""
+    def averages(
+        self, state: GanState, g_params: Params, w: jax.Array, null: jax.Array | None = None
+    ) -> tuple[Params, jax.Array]:
+        """(moving average of G, moving average of w)
+
+        Args:
+          w: [w_dim] mean of w over the captions of the batch that are not null
+          null: bool [N], rows of the global batch with the null caption; None where there are none
+        """
         c = self.config
         # A half-life in images: the average means the same at any batch size.
         keep = ema_decay(c, state.images)
         g_ema = jax.tree.map(lambda e, p: p + (e - p) * keep, state.g_ema, g_params)
         # The first step has no average to mix in: it takes w as it is.
         keep_w = c.generator.w_avg_decay or keep
-        w_avg = jnp.where(state.step == 0, w, w + (state.w_avg - w) * keep_w)
-        return g_ema, w_avg
+        first = state.step == 0
+        if null is not None:
+            # A batch of null captions alone has no mean w: a first one leaves the start to the next.
+            first |= ~jnp.any(state.w_avg)
+        w_avg = jnp.where(first, w, w + (state.w_avg - w) * keep_w)
+        return g_ema, w_avg if null is None else jnp.where(jnp.all(null), state.w_avg, w_avg)
 
     def ramp_progress(self, state: GanState) -> jax.Array:
         """How far the weights that change are on their way, 0 to 1."""
-        kimg = self.config.loss.ramp_kimg or self.config.total_kimg
-        return jnp.minimum(1.0, state.images.astype(jnp.float32) / (kimg * 1000.0))
+        return losses.ramp_progress(self.config, state.images)
 
 
 def apply_update(

@@ -1,10 +1,12 @@
 """Every config file and variant: it validates, and its whole train step passes abstract evaluation at no cost."""
 
 import importlib
+import math
 import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from configs import ablation, scale
@@ -143,6 +145,27 @@ def test_sizes_are_the_papers(name, g, d):
     networks = Networks(from_dict(config_module(name).get_config()))
     assert networks.g.count() == pytest.approx(g, rel=0.05)
     assert networks.d.count() == pytest.approx(d, rel=0.05)
+
+
+def test_residual_gains_fall_with_the_depth():
+    base = from_dict(config_module("laion").get_config())
+    gains = lambda c: np.array(
+        [
+            *(c.generator.residual_gain, c.generator.attention_gain, c.generator.text.residual_gain),
+            *(c.discriminator.residual_gain, c.discriminator.attention_gain, c.discriminator.text.residual_gain),
+        ]
+    )
+    for size, m in scale.SIZES.items():
+        got = from_dict(scale.get_config(size))
+        np.testing.assert_allclose(gains(got) * m**0.5, gains(base))
+        # The heads of V stand on a transformer of no layers.
+        assert got.vision_aided == base.vision_aided
+        # m times the branches of variance gain^2 have the variance of before, but for the rounding of depths.
+        sums = lambda c: sum(c.generator.blocks) * c.generator.residual_gain**2
+        assert sums(got) == pytest.approx(sums(base), rel=0.1)
+        # The first image's share of what leaves D's blocks: 1 / (1 + gain^2) a block.
+        share = lambda c: sum(c.discriminator.blocks) * math.log1p(c.discriminator.residual_gain**2)
+        assert share(got) == pytest.approx(share(base), rel=0.25)
 
 
 @pytest.mark.parametrize("size, g", [("1b", 1e9), ("3b", 3e9), ("10b", 10e9)])

@@ -10,7 +10,7 @@ import pytest
 from gigagan_jax.config import TransformerConfig
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.models import conditioning
-from gigagan_jax.models.conditioning import Conditioner, ConditionSettings, TextTransformer
+from gigagan_jax.models.conditioning import Conditioner, ConditionSettings, TextTransformer, TransformerBlock
 
 LENGTH = 16
 CAPTIONS = ("a cat", "", "ab", "a caption too long for the row it is to fit in")
@@ -50,6 +50,23 @@ def test_shapes_and_masks(conditioner):
     np.testing.assert_array_equal(c.mask, np.sort(np.asarray(c.mask), axis=1)[:, ::-1], err_msg="what is seen is first")
     assert np.isfinite(c.local).all()
     assert np.isfinite(c.global_).all()
+
+
+def test_residual_gain_scales_each_branch_of_t(build):
+    gain = 0.7
+    config = TransformerConfig(width=8, depth=1, heads=2, mlp_ratio=2.0, residual_gain=gain)
+    module, params = build(lambda rngs: TransformerBlock(config, dtype=jnp.float32, rngs=rngs))
+    x, mask = normal(0, 2, 5, 8), np.arange(5)[None] < np.array([[5], [3]])
+
+    def branches(p):
+        block = module.bind(p)
+        y = x + gain * block.attention(x, mask=mask)
+        return y, y + gain * block.feed_forward(y), block(x, mask)
+
+    y, want, got = jax.jit(branches)(params)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert np.abs(y - x).max() > 0.1
+    assert np.abs(want - y).max() > 0.1
 
 
 def test_t_global_is_the_end_and_t_local_all_but_it(build):

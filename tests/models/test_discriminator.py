@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from torch.nn import functional
 
 from configs import imagenet
@@ -221,9 +222,11 @@ def test_every_parameter_has_a_gradient(small, build):
 # ---------------------------------------------------------------- parts
 
 
-@pytest.mark.parametrize("down", [False, True])
-def test_residual_block_parity_with_torch(build, down):
-    module, params = build(lambda rngs: ResidualBlock(4, 6 if down else 4, down=down, dtype=jnp.float32, rngs=rngs))
+@pytest.mark.parametrize("down, gain", [(False, 1.0), (True, 1.0), (False, 0.6)])
+def test_residual_block_parity_with_torch(build, down, gain):
+    module, params = build(
+        lambda rngs: ResidualBlock(4, 6 if down else 4, down=down, gain=gain, dtype=jnp.float32, rngs=rngs)
+    )
     params["conv0"]["bias"] = jnp.asarray(normal(1, 4))
     x = normal(0, 2, 3, 8, 8, 4)
     got = jax.jit(lambda p, x: module.bind(p)(x))(params, x)
@@ -239,8 +242,15 @@ def test_residual_block_parity_with_torch(build, down):
         skip = functional.conv2d(blur(flat, 1), weight(p["skip"]), stride=2)
     else:
         h, skip = functional.conv2d(h, weight(p["conv1"]), p["conv1"]["bias"], padding=1), flat
-    want = ((skip + act(h)) / math.sqrt(2)).permute(0, 2, 3, 1).reshape(got.shape)
+    want = ((skip + gain * act(h)) / math.sqrt(1 + gain**2)).permute(0, 2, 3, 1).reshape(got.shape)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_residual_gain_is_that_of_every_block(tiny):
+    d = nnx.eval_shape(lambda: make_discriminator(change(tiny, residual_gain=0.6), nnx.Rngs(0)))
+    *halving, last = d.levels
+    assert [level.down.gain for level in halving] == [0.6, 0.6]
+    assert [level.blocks.layer.gain for level in (halving[1], last)] == [0.6, 0.6]
 
 
 def test_minibatch_std_formula_and_isolation():

@@ -160,7 +160,7 @@ def test_a_lowering_for_a_tpu_has_one_loop_a_stack_sharding():
 
 @pytest.mark.slow
 def test_the_step_of_laion_lowered_for_a_tpu_keeps_its_loops_sharding():
-    """Every stack of two layers or more in G, D and the frozen towers is a loop forward and one backward."""
+    """Stacks of two layers or more in G, D and the frozen towers are loops, forward and backward."""
     from configs.laion import get_config
     from gigagan_jax.config import from_dict
 

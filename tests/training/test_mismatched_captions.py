@@ -136,6 +136,36 @@ def test_a_clash_is_mended_by_any_caption_that_differs():
     assert counts[6:].min() > 240  # 300 expected, standard deviation 14
 
 
+@pytest.mark.parametrize("n", [2, 3, 8, 17])
+def test_the_null_caption_is_never_a_wrong_one(n):
+    """An image with the null caption still gets a caption, but for where all others are null or of its own class."""
+    rng = np.random.default_rng(n)
+    cases = 200
+    tokens, labels = random_batches(rng, cases, n)
+    rate = np.arange(cases)[:, None] / (cases - 1)
+    tokens[rng.random((cases, n)) < rate] = tokenize.null_tokens()
+    null = (tokens == tokenize.null_tokens()).all(-1)
+    mismatch = jax.jit(jax.vmap(draw_mismatch))
+    index, valid = jax.device_get(mismatch(jax.random.split(jax.random.key(n), cases), tokens, labels, null))
+    assert null.any(1).sum() > null.all(1).sum() > 0
+    for case in range(cases):
+        allowed = ~same_by_hand(tokens[case], labels[case]) & ~null[case][None]
+        np.testing.assert_array_equal(valid[case], allowed.any(1))
+        rows = np.flatnonzero(valid[case])
+        assert allowed[rows, index[case, rows]].all()
+    assert (valid & null).any()
+
+
+def test_a_batch_without_null_captions_has_the_draws_of_one_that_cannot_have_them():
+    tokens = tokenize([f"caption {i // 2}" for i in range(16)])
+    plain, masked = (
+        draw_mismatch(jax.random.key(0), tokens, None),
+        draw_mismatch(jax.random.key(0), tokens, None, np.zeros(16, bool)),
+    )
+    for a, b in zip(plain, masked, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("shape", [(4, 2, 1), (2, 2, 2)])
 def test_a_sharded_batch_gets_the_captions_it_gets_on_one_device(shape):
     rng = np.random.default_rng(1)
@@ -187,6 +217,19 @@ def test_a_group_of_one_caption_has_no_wrong_one_whatever_the_others_have():
     np.testing.assert_array_equal(valid, np.arange(32) >= 16)
 
 
+def test_null_captions_of_a_group_are_no_wrong_ones():
+    """A group of null captions but for one: it has no wrong caption, and is that of all others."""
+    captions = [""] * 15 + ["a cat"] + [f"caption {i % 5}" if i % 5 else "" for i in range(16)]
+    tokens = tokenize(captions)
+    null = np.array([c == "" for c in captions])
+    t, valid = draw_wrong_captions(jax.random.key(0), encoded(32), tokens, None, 16, null)
+    place = np.asarray(t[:, 0]).astype(int)
+    np.testing.assert_array_equal(valid, np.arange(32) != 15)
+    assert set(place[:15]) == {15}
+    assert not null[place[16:]].any()
+    assert (place[16:] >= 16).all()
+
+
 def test_one_group_is_the_whole_batch():
     tokens = tokenize([f"caption {i}" for i in range(16)])
     index, _ = draw_mismatch(jax.random.key(1), tokens, None)
@@ -231,10 +274,15 @@ CAPTIONS = ["a cat", "a dog", "a cat", "", "a bird", "a cat", "", "a dog", "a ca
 LABELS = [-1, 3, -1, -1, 3, -1, -1, -1, 5, -1, -1, -1, -1, -1, -1, -1]
 
 
-@pytest.mark.parametrize("micro_batches, shape", [(1, (1, 1, 1)), (2, (1, 1, 1)), (2, (4, 2, 1)), (4, (2, 2, 1))])
-def test_every_micro_batch_on_every_shard_is_mismatched(step_parts, micro_batches, shape):
-    """Through TrainStep.gradients and TrainStep.captions: t[:, 1] is another caption of the same micro-batch."""
+@pytest.mark.parametrize(
+    "micro_batches, shape, dropout",
+    [(1, (1, 1, 1), 0.0), (2, (1, 1, 1), 0.1), (2, (4, 2, 1), 0.0), (4, (2, 2, 1), 0.1)],
+)
+def test_every_micro_batch_on_every_shard_is_mismatched(step_parts, micro_batches, shape, dropout):
+    """Through TrainStep.gradients: `wrong` is another caption of the same micro-batch, not null where captions are dropped."""
     config, networks, params = step_parts
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, caption_dropout=dropout))
+    networks = Networks(config)
     step = TrainStep(networks)
     step.config = dataclasses.replace(config, micro_batches=micro_batches)
     mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
@@ -269,14 +317,16 @@ def test_every_micro_batch_on_every_shard_is_mismatched(step_parts, micro_batche
     _, part = np.unique(np.round(notes["part"], 5), return_inverse=True)
     assert np.bincount(part).tolist() == [n // micro_batches] * micro_batches
 
-    same = same_by_hand(batch["tokens"], batch["label"])
+    forbidden = same_by_hand(batch["tokens"], batch["label"])
+    if dropout:
+        forbidden |= np.array([c == "" for c in CAPTIONS])
     close = np.abs(wrong[:, None] - own[None]).max(-1) < 1e-4 * np.abs(own).max()
     together = part[:, None] == part[None]
-    np.testing.assert_array_equal(notes["valid"] > 0.5, (together & ~same).any(1))
+    np.testing.assert_array_equal(notes["valid"] > 0.5, (together & ~forbidden).any(1))
     for i in np.flatnonzero(notes["valid"] > 0.5):
         assert not close[i, i]
         assert not (close[i] & (batch["tokens"] == batch["tokens"][i]).all(1)).any()
-        assert (close[i] & together[i] & ~same[i]).any()
+        assert (close[i] & together[i] & ~forbidden[i]).any()
     assert (notes["valid"] > 0.5).any()
 
 

@@ -230,3 +230,17 @@ def test_last_exits_own_penalty_is_on_the_scale_of_r1(two_levels, reals, monkeyp
 
 def test_cosine_of_nothing_is_zero():
     assert float(penalties.cosine(jnp.zeros(3), jnp.ones(3))) == 0.0
+
+
+def test_r1_of_the_vision_aided_discriminator_is_by_its_features(two_levels, reals, monkeypatch):
+    objective = objective_of(two_levels)
+    layers = len(objective.weights_vision)
+    features = [RNG.normal(size=(N, 2, 2, 4)).astype(np.float32) for _ in range(layers)]
+    a = [RNG.normal(size=x.shape[1:]).astype(np.float32) for x in features]
+    # Four predictions a layer: R1 is of their mean.
+    heads = lambda xs, t: [
+        jnp.einsum("nhwc,hwc->n", x, w)[:, None] * jnp.ones((1, 4)) for x, w in zip(xs, a, strict=True)
+    ]
+    monkeypatch.setattr(objective, "vision_inputs", lambda *args: (heads, None, features))
+    out = objective.vision_r1({}, {}, reals[0], {}, jax.random.key(0))
+    assert float(out) == pytest.approx(np.mean([square(w) for w in a]), rel=1e-5)

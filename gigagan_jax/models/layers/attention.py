@@ -74,6 +74,7 @@ class SelfAttention(nnx.Module):
     Args:
       features: channels C of the tokens.
       extra_features: size of the extra token before projection; 0 for none.
+      zero_init: the last projection starts at zero, and with it the branch.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class SelfAttention(nnx.Module):
         config: AttentionConfig,
         *,
         extra_features: int = 0,
+        zero_init: bool = False,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -97,7 +99,7 @@ class SelfAttention(nnx.Module):
         )
         # Values keep a projection of their own; only the logits need the tie.
         self.to_value = Linear(features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
-        self.out = Linear(inner, features, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.out = Linear(inner, features, axes=("heads", "embed"), zero_init=zero_init, dtype=dtype, rngs=rngs)
         self.to_extra = (
             Linear(extra_features, features, axes=("style", None), dtype=dtype, rngs=rngs) if extra_features else None
         )
@@ -127,10 +129,18 @@ class CrossAttention(nnx.Module):
     Args:
       features: channels C of the queries.
       context_features: channels of the text tokens.
+      zero_init: the last projection starts at zero, and with it the branch.
     """
 
     def __init__(
-        self, features: int, context_features: int, config: AttentionConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
+        self,
+        features: int,
+        context_features: int,
+        config: AttentionConfig,
+        *,
+        zero_init: bool = False,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
     ):
         self.heads, self.head_dim = config.heads, round(config.head_dim * config.dim_multiplier)
         inner = self.heads * self.head_dim
@@ -139,7 +149,7 @@ class CrossAttention(nnx.Module):
         self.to_query = Linear(features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
         self.to_key = Linear(context_features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
         self.to_value = Linear(context_features, inner, axes=("embed", "heads"), bias=None, dtype=dtype, rngs=rngs)
-        self.out = Linear(inner, features, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.out = Linear(inner, features, axes=("heads", "embed"), zero_init=zero_init, dtype=dtype, rngs=rngs)
         mark_as_attention(self)
 
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -158,14 +168,30 @@ class CrossAttention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """norm -> C x ratio -> leaky ReLU -> C branch (without the residual)."""
+    """norm -> C x ratio -> leaky ReLU -> C branch (without the residual).
 
-    def __init__(self, features: int, ratio: float, norm: str, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    Args:
+      features: channels C.
+      ratio: hidden features, times C.
+      norm: kind of the normalisation before the branch.
+      zero_init: the last projection starts at zero, and with it the branch.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        ratio: float,
+        norm: str,
+        *,
+        zero_init: bool = False,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         hidden = round(features * ratio)
         # Before the branch: the residual stream itself stays unnormalised.
         self.norm = _Norm(features, norm, dtype=dtype, rngs=rngs)
         self.up = Linear(features, hidden, axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, features, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, features, axes=("mlp", "embed"), zero_init=zero_init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(leaky_relu(self.up(self.norm(x))))

@@ -6,14 +6,14 @@ axis name per dimension (see parallel/sharding.py) and the way it is drawn, so t
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.models.layers.resample import blur, downsample
-from gigagan_jax.models.layers.scan import scan
+from gigagan_jax.models.layers.scan import Body, scan
 from gigagan_jax.parallel.sharding import gather_parameter
 
 SQRT2 = math.sqrt(2.0)
@@ -77,6 +77,7 @@ class Linear(nnx.Module):
       axes: logical axis names of W.
       bias: value the bias starts at; None for no bias.
       lr_mul: learning-rate multiplier; W is drawn from N(0, 1 / lr_mul^2).
+      zero_init: W starts at zero instead.
       dtype: of the computation.
     """
 
@@ -88,13 +89,15 @@ class Linear(nnx.Module):
         axes: tuple[str | None, str | None],
         bias: float | None = 0.0,
         lr_mul: float = 1.0,
+        zero_init: bool = False,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         # lr_mul divides the drawn values and multiplies the used ones: the output is the same, an update is lr_mul
         # times smaller.
         self.scale, self.lr_mul, self.dtype = lr_mul / math.sqrt(in_features), lr_mul, dtype
-        self.weight = declare_parameter(rngs, (in_features, out_features), axes, std=1.0 / lr_mul)
+        std = 0.0 if zero_init else 1.0 / lr_mul
+        self.weight = declare_parameter(rngs, (in_features, out_features), axes, std=std)
         self.bias = None if bias is None else declare_parameter(rngs, (out_features,), (axes[1],), mean=bias / lr_mul)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -175,6 +178,13 @@ class RmsNorm(nnx.Module):
         return (normalize(x, eps=1e-6) * materialize(self.gain, jnp.float32)).astype(self.dtype)
 
 
+class Segment(NamedTuple):
+    """Layers of several stacks in turn: `repeats` times, `counts[i]` layers of stack i."""
+
+    repeats: int
+    counts: tuple[int, ...]
+
+
 class ScannedLayers(nnx.Module):
     """`count` modules of one shape with their parameters stacked on a leading axis "layers" and applied by `scan`.
 
@@ -204,13 +214,52 @@ class ScannedLayers(nnx.Module):
 
     def __call__(self, x: Any, *args: Any) -> Any:
         """x -> layer_count(... layer_1(x, *args) ..., *args)"""
+        body, params = self._split(args)
+        return scan(body, x, params, self.count)[0]
+
+    def _split(self, args: tuple) -> tuple[Body, Any]:
+        # The body of a scan over these layers, and the stacked parameters.
         # The graph is the same for all layers: what changes from trip to trip are the parameters.
         graph, params = nnx.split(self.layer)
-        body = lambda p, h, *a: nnx.merge(graph, p)(h, *a)
+        layer = lambda p, h, *a: nnx.merge(graph, p)(h, *a)
         if self.remat:
             # Inside the scan: one layer's activations exist at a time in the backward pass.
-            body = jax.checkpoint(body)
-        return scan(lambda h, p: (body(p, h, *args), None), x, nnx.to_pure_dict(params), self.count)[0]
+            layer = jax.checkpoint(layer)
+        return lambda h, p: (layer(p, h, *args), None), nnx.to_pure_dict(params)
+
+    @staticmethod
+    def interleave(stacks: Sequence["ScannedLayers"], segments: Sequence[Segment], x: Any, *args: Any) -> Any:
+        """Applies layers of several stacks in turn, each stack's in their order; every segment is one scan.
+
+        Args:
+          stacks: layers that take and return the same kind of x.
+          segments: how many layers of which stack come next; together, all of every stack.
+          x: what the first layer takes.
+          args: what every layer takes besides.
+        """
+        bodies, stacked = zip(*(stack._split(args) for stack in stacks), strict=True)
+        cut = [_cut_stack(params, [(s.repeats, s.counts[i]) for s in segments]) for i, params in enumerate(stacked)]
+        for segment, *parts in zip(segments, *cut, strict=True):
+
+            def run_once(h: Any, params: Any, counts: tuple[int, ...] = segment.counts) -> tuple[Any, None]:
+                for body, p, count in zip(bodies, params, counts, strict=True):
+                    if count:
+                        h, _ = scan(body, h, p, count)
+                return h, None
+
+            x, _ = scan(run_once, x, parts, segment.repeats)
+        return x
+
+
+def _cut_stack(stacked: Any, sizes: Sequence[tuple[int, int]]) -> list[Any]:
+    # A tree of arrays [layers, ...] -> one of arrays [repeats, count, ...] for each size, of None for a count of 0.
+    def cut(leaf: jax.Array) -> list[jax.Array | None]:
+        # One split: its gradient is one concatenation.
+        parts = iter(jax.lax.split(leaf, [repeats * count for repeats, count in sizes if count], axis=0))
+        return [next(parts).reshape(*size, *leaf.shape[1:]) if size[1] else None for size in sizes]
+
+    leaves, structure = jax.tree.flatten(stacked)
+    return [jax.tree.unflatten(structure, own) for own in zip(*map(cut, leaves), strict=True)]
 
 
 def call_with_remat(block: nnx.Module, remat: bool, x: Any, *args: Any) -> Any:

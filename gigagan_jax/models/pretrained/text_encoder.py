@@ -34,6 +34,16 @@ class TextSpec:
     vocab_size: int
     end_id: int
 
+    @property
+    def begins(self) -> bool:
+        """Whether a row begins with a token of its own, before the text."""
+        return self.encoder != "t5"
+
+    def is_null(self, tokens: jax.Array) -> jax.Array:
+        """bool [N], rows of the null caption in tokens int32 [N, C]: those that end before any text."""
+        # The end token never stands in a text (data/tokenizers.py), so one place tells.
+        return tokens[:, int(self.begins)] == self.end_id
+
     def end_position(self, tokens: jax.Array) -> jax.Array:
         """Index of the first end-of-text token, int32 [N], in tokens int32 [N, C]."""
         return jnp.argmax(tokens == self.end_id, axis=1).astype(jnp.int32)
@@ -76,5 +86,5 @@ def tokenizer_options(config: TextConfig) -> dict[str, Any]:
         "folder": folder,
         "vocab_size": spec.vocab_size,
         "end_id": spec.end_id,
-        "begins": spec.encoder == "clip",
+        "begins": spec.begins,
     }
