@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from configs import scale
-from gigagan_jax.config import from_dict
+from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.models import generator
 from gigagan_jax.models.build import build_discriminator, build_generator
 from gigagan_jax.models.conditioning import Condition
 from gigagan_jax.models.generator import AttentionLayer, SynthesisBlock, SynthesisLevel
+from gigagan_jax.models.network import Network
 from gigagan_jax.parallel import sharding
 
 # (blocks B, attention layers d) of a resolution -> blocks behind which they are: ceil(k B / d).
@@ -141,6 +142,33 @@ def test_level_is_the_loop_over_its_layers_with_the_same_gradients(monkeypatch, 
         text = str(jax.make_jaxpr(scanned)(params, x, w, local))
         # One over the two segments, and one in it over the two blocks of each.
         assert text.count(" scan[") == 2
+
+
+def test_gradients_of_spread_layers_do_not_depend_on_the_mesh_sharding(tiny):
+    """Two blocks and two attention layers in turn, cut over data, fsdp and tensor."""
+    g = dataclasses.replace(settings(tiny, 2, 2, "spread"), mlp_after_self=False, mlp_after_cross=False)
+    make = lambda rngs: SynthesisLevel(g, 1, WIDTH, CONTEXT, remat=True, dtype=jnp.float32, rngs=rngs)
+    module = Network("level", make)
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape, np.float32)
+    inputs = normal(8, 4, 4, WIDTH), normal(8, WIDTH), normal(8, 3, CONTEXT)
+
+    def measure(config, devices):
+        mesh = sharding.make_mesh(config, jax.devices()[:devices])
+        params = module.init(0, module.shardings(mesh, DEFAULT_RULES))
+
+        def loss(p, x, w, local):
+            with sharding.use_mesh(mesh, DEFAULT_RULES):
+                out, _ = module.bind(p)(x, None, w, Condition(None, local, jnp.ones((8, 3), bool)))
+            return jnp.sin(out).sum()
+
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("fsdp", "data")))
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params, *jax.device_put(inputs, rows))
+
+    one, many = measure(MeshConfig(), 1), measure(MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max()), one, many)
+    cut = many["blocks"]["layer"]["conv1"]["filters"], many["attention"]["layer"]["cross"]["out"]["weight"]
+    assert not any(x.sharding.is_fully_replicated for x in cut)
 
 
 def trace(build, g):
