@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss.match_d, c.loss.match_g = 0.5, 0.0
     c.loss.r1_gamma, c.loss.r1_levels = (0.02, 0.02), "all"
     for o in (c.g_optimizer, c.d_optimizer):
-        o.decay_kimg, o.final_ratio = 80.0, 0.05
+        o.learning_rate, o.decay_kimg, o.final_ratio = 0.0035, 130.0, 0.05
     c.ema.half_life_kimg = 10.0
     c.snapshot.prompts = tuple(
         f"a handwritten {n}" for n in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -103,7 +103,13 @@ def mean_penalty(objective: GanObjective, d_params: Params, batch: Batch, key: j
 
 
 def compare_precisions(
-    config: Config, state: GanState, batch: Batch, key: jax.Array, frozen: Params = NO_FROZEN
+    config: Config,
+    state: GanState,
+    batch: Batch,
+    key: jax.Array,
+    frozen: Params = NO_FROZEN,
+    *,
+    with_r1: bool = True,
 ) -> dict[str, float]:
     """Cosine between the gradients in bfloat16 and in float32 of each network, on one batch and the same draws.
 
@@ -111,15 +117,18 @@ def compare_precisions(
       config: of the run; its dtype is not used.
       state: parameters of G, D and V.
       frozen: parameters of the frozen networks, in float32.
+      with_r1: compare the penalty's gradient by D too, which takes as long to compile as the others.
 
     Returns:
-      {"g": ..., "d": ..., and "v" and "r1" where the config has them}; "r1" is the penalty's gradient by D.
+      {"g": ..., "d": ..., "v" where the config has it, "r1" where it is asked for}
     """
-    found = {dtype: _gradients(config, dtype, state, batch, key, frozen) for dtype in ("bfloat16", "float32")}
+    found = {dtype: _gradients(config, dtype, state, batch, key, frozen, with_r1) for dtype in ("bfloat16", "float32")}
     return {name: _cosine_of_trees(found["bfloat16"][name], found["float32"][name]) for name in found["float32"]}
 
 
-def _gradients(config: Config, dtype: str, state: GanState, batch: Batch, key: jax.Array, frozen: Params) -> Any:
+def _gradients(
+    config: Config, dtype: str, state: GanState, batch: Batch, key: jax.Array, frozen: Params, with_r1: bool
+) -> Any:
     step = TrainStep(Networks(dataclasses.replace(config, dtype=dtype)))
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     frozen = jax.tree.map(cast, frozen)
@@ -130,6 +139,8 @@ def _gradients(config: Config, dtype: str, state: GanState, batch: Batch, key: j
         # One half after the other on the same parameters: no update comes between them.
         critics, _ = step.d_gradients(state, encoded, key, frozen)
         g, _ = step.g_gradients(state, encoded, key, frozen)
+        if not with_r1:
+            return critics | {"g": g}
         r1, _ = step.r1_gradients(state, encoded, key, frozen)
         return critics | {"g": g, "r1": r1["d"]}
 

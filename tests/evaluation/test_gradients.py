@@ -11,6 +11,8 @@ from gigagan_jax.training.objectives import GanObjective
 from gigagan_jax.training.state import Networks
 from tests.fixtures.make_trained import load_trained
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def digits():
@@ -35,12 +37,11 @@ def test_the_exits_of_a_trained_discriminator_do_not_pay_for_each_other(digits):
 
 def test_gradients_of_the_trained_digits_in_bfloat16(digits):
     config, state, batch = digits
-    cosines = gradients.compare_precisions(config, state, batch, jax.random.key(0))
-    assert cosines.keys() == {"g", "d", "r1"}
-    assert min(cosines["g"], cosines["d"]) >= 0.99
+    cosines = gradients.compare_precisions(config, state, batch, jax.random.key(0), with_r1=False)
+    assert cosines.keys() == {"g", "d"}
+    assert min(cosines.values()) >= 0.99
 
 
-@pytest.mark.slow
 def test_gradients_of_a_trained_text_model_in_bfloat16():
     """All losses: a CLIP reads the captions and judges the images, V stands on its tower."""
     folder = "tests/fixtures/trained/clip"
@@ -48,6 +49,6 @@ def test_gradients_of_a_trained_text_model_in_bfloat16():
     mesh = gradients.single_device_mesh()
     batch = gradients.read_batch(config, mesh)
     frozen, _ = Networks(dataclasses.replace(config, dtype="float32")).frozen.load(mesh)
-    cosines = gradients.compare_precisions(config, state, batch, jax.random.key(0), frozen)
-    assert cosines.keys() == {"g", "d", "v", "r1"}
-    assert min(cosines[net] for net in "gdv") >= 0.99
+    cosines = gradients.compare_precisions(config, state, batch, jax.random.key(0), frozen, with_r1=False)
+    assert cosines.keys() == {"g", "d", "v"}
+    assert min(cosines.values()) >= 0.99
