@@ -110,6 +110,7 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (3, "loss.r1_sigma", 0.01),
     (3, "loss.r2", False),
     (3, "loss.ramp_kimg", 0.0),
+    (3, "loss.mask_null_captions", False),
     (3, "generator.layer_scale", 0.0),
     (3, "generator.attention_zero_init", False),
     (3, "generator.text.residual_gain", 1.0),

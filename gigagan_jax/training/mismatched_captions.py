@@ -31,7 +31,7 @@ def masks_null_captions(config: Config) -> bool:
     They are then no wrong captions, and are left out of the contrastive loss and of the mean w.
     """
     may_have = config.data.caption_dropout > 0 or config.data.captions == "optional"
-    return config.condition == "text" and may_have
+    return config.condition == "text" and may_have and config.loss.mask_null_captions
 
 
 def draw_mismatch(

@@ -101,6 +101,8 @@ def test_configs_have_no_null_captions_until_they_are_asked_for():
     assert masks_null_captions(config_of())
     assert masks_null_captions(config_of(data__caption_dropout=0.0, data__captions="optional"))
     assert not masks_null_captions(config_of(data__caption_dropout=0.0))
+    # As runs of earlier code.
+    assert not masks_null_captions(config_of(loss__mask_null_captions=False))
     classes = config_of(condition="class", num_classes=10, snapshot__prompts=("1",))
     assert not masks_null_captions(classes)
     batch = {"tokens": ByteTokenizer(48)(["", "a"])}
