@@ -43,14 +43,13 @@ def verb(argv: Sequence[str]) -> int:
         for e in exits
     ]
     print(format_table(rows, ("level", "last exit", "other exits", "all exits", "cosine")))
-    own = gradients.level_weighted(config, exits)
+    own = gradients.last_exit_penalty(objective, exits)
     paid = gradients.mean_penalty(objective, state.d.params, encoded, jax.random.key(0))
-    print(f"R1 that is paid: {paid:.3g}; the last exits' own, by the levels' weights: {own:.3g}")
+    print(f"R1 that is paid: {paid:.3g}; that of the last exits alone: {own:.3g}")
     if args.precision:
         small = {k: x[: networks.config.batch_size] for k, x in batch.items()}
-        for name, cosine in gradients.compare_precisions(
-            networks.config, state, small, jax.random.key(0), frozen
-        ).items():
+        cosines = gradients.compare_precisions(config, state, small, jax.random.key(0), frozen)
+        for name, cosine in cosines.items():
             print(f"gradient of {name}: cosine of bfloat16 and float32 {cosine:.4f}")
     evaded = min(e.cosine for e in exits) < MIN_COSINE or not 1 / MAX_FACTOR <= paid / own <= MAX_FACTOR
     print("the penalty is evaded" if evaded else "no exit pays for another")

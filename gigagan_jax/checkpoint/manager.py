@@ -139,6 +139,13 @@ class Checkpoints:
             self._verified_steps.add(step)
         return step
 
+    def require_valid_step(self) -> int:
+        """`latest_valid_step`. Raises UserError where the run has no finished checkpoint."""
+        step = self.latest_valid_step()
+        if step is None:
+            raise UserError(f"{self.folder.parent} has no finished checkpoint yet: wait for the run's first one")
+        return step
+
     def _find_latest_valid(self) -> int | None:
         damaged: dict[int, str] = {}
         for step in reversed(self.all_steps()):

@@ -88,7 +88,7 @@ class GeneratorConfig:
     mlp_after_cross: bool = True  # (open) and after cross-attention: with both, G has the paper's size
     residual_gain: float = 0.4  # (A2) x + gain * f(x)
     attention_gain: float = 0.3  # (A2)
-    layer_scale: float = 0.0  # first value of a learned gain a channel on each normalised residual branch; 0 is off
+    layer_scale: float = 0.0  # first value of a learned gain a channel, in the place of residual_gain; 0 is off
     attention_zero_init: bool = False  # attention branches start at zero (StyleGAN-T, Aurora)
     rgb_gain: float = 1.0  # (open) scale of each ToRGB: the spread of the first images
     pyramid: bool = True  # (sec. 3.2) every level goes to the discriminator; False: only the output

@@ -93,7 +93,7 @@ class HealthConfig:
     max_gap: float = 0.98  # mean of sigmoid(D) on real images minus that on generated ones, 0 to 1
     max_penalty: float = 20.0  # R1 over the median of its last 32 values
     min_cosine: float = -0.5  # between the gradients of D's last exit and of the others, by the real images of a level
-    max_drift: float = 10.0  # gradient norm of a network over the lowest mean that it had since the grace
+    max_drift: float = 10.0  # gradient norm of a network over the lowest level that it kept since the grace
     min_diversity: float = 0.2  # deviation over a batch of generated images, of that of real ones
     min_diversity_z: float = 0.05  # the same between two images of one caption
     min_level: float = 0.005  # share of a pyramid level in the sizes of what all levels add

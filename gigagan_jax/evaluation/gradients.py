@@ -10,10 +10,9 @@ import numpy as np
 
 from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
 from gigagan_jax.config import Config, MeshConfig
-from gigagan_jax.core.errors import UserError
 from gigagan_jax.models.network import Params
 from gigagan_jax.parallel import sharding
-from gigagan_jax.training import losses, penalties
+from gigagan_jax.training import penalties
 from gigagan_jax.training.batch import Batch, batch_shardings
 from gigagan_jax.training.input_pipeline import make_pipeline
 from gigagan_jax.training.objectives import NO_FROZEN, GanObjective, real_levels
@@ -45,9 +44,7 @@ def restore_parameters(workdir: Path, mesh: Any) -> tuple[Networks, GanState]:
       UserError: there is no finished checkpoint, or it is damaged.
     """
     checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest_valid_step()
-    if step is None:
-        raise UserError(f"{workdir} has no finished checkpoint yet: wait for the run's first one")
+    step = checkpoints.require_valid_step()
     networks = Networks(checkpoints.read_config(step))
     abstract, where = networks.abstract(), networks.shardings(mesh)
     names = ("g", "d") if networks.v is None else ("g", "d", "v")
@@ -67,14 +64,7 @@ def measure_exits(objective: GanObjective, d_params: Params, batch: Batch) -> li
     def compute(d_params: Params, batch: Batch) -> dict[str, list[jax.Array]]:
         disc = objective.networks.d.bind(d_params)
         own = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
-        reals = real_levels(batch, c)
-
-        def total(images: dict[str, list[jax.Array]]) -> jax.Array:
-            out = disc(images, own)
-            last, others = (penalties.split_exits(c, out[part].own)[k] for k, part in enumerate(("last", "others")))
-            return jnp.asarray(sum(x.sum() for x in (*last, *others)))
-
-        return penalties.gradients(total, {"last": reals, "others": reals})
+        return objective.exit_gradients(disc, real_levels(batch, c), own)
 
     grads = compute(d_params, batch)
     mean_square = lambda g: float(jnp.square(g).sum() / g.shape[0])
@@ -116,7 +106,7 @@ def compare_precisions(
     Args:
       config: of the run; its dtype is not used.
       state: parameters of G, D and V.
-      frozen: parameters of the frozen networks, in float32.
+      frozen: parameters of the frozen networks; cast to both precisions.
       with_r1: compare the penalty's gradient by D too, which takes as long to compile as the others.
 
     Returns:
@@ -160,9 +150,10 @@ def read_batch(config: Config, mesh: Any) -> Batch:
     return {k: jax.device_put(rows[k], where) for k, where in batch_shardings(config, mesh).items()}
 
 
-def level_weighted(config: Config, exits: list[ExitGradients]) -> float:
-    """The last exits' own penalty, over levels by their weights in the loss."""
-    return sum(w * e.last for w, e in zip(losses.level_weights(config), exits, strict=True))
+def last_exit_penalty(objective: GanObjective, exits: list[ExitGradients]) -> float:
+    """What the run's penalty would be if D had its last exit only."""
+    # Levels that are not penalised come last and have no weight.
+    return sum(w * e.last for w, e in zip(objective.penalty_weights(), exits, strict=False))
 
 
 def single_device_mesh() -> Any:

@@ -13,7 +13,6 @@ import numpy as np
 
 from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.config import Config, MeshConfig
-from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.sampler import Sampler
 from gigagan_jax.models.network import Params
 from gigagan_jax.parallel import sharding
@@ -52,9 +51,7 @@ class TextToImage:
           UserError: no finished checkpoint, a damaged one, or another text encoder than the model was trained with.
         """
         checkpoints = Checkpoints(Path(workdir))
-        step = checkpoints.latest_valid_step()
-        if step is None:
-            raise UserError(f"{workdir} has no finished checkpoint yet: wait for the run's first one")
+        step = checkpoints.require_valid_step()
         config = checkpoints.read_config(step)
         if text_path is not None:
             config = dataclasses.replace(config, text=dataclasses.replace(config.text, path=text_path))

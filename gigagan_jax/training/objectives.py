@@ -212,10 +212,10 @@ class GanObjective:
             key_z, _ = jax.random.split(key)
             images["fake"] = generated_levels(jax.lax.stop_gradient(self.generate(g_params, batch, key_z)[0]), c)
         with jax.named_scope("r1"):
-            penalties = self.penalties(disc, images, own, jax.random.fold_in(key, 3))
-            metrics = {f"loss/{'r1' if source == 'real' else 'r2'}": x for source, x in penalties.items()}
+            paid = self.penalties(disc, images, own, jax.random.fold_in(key, 3))
+            metrics = {f"loss/{'r1' if source == 'real' else 'r2'}": x for source, x in paid.items()}
             # Lazy: the penalty of all steps of an interval is paid in one.
-            loss = 0.5 * gamma * c.loss.r1_interval * sum(penalties.values())
+            loss = 0.5 * gamma * c.loss.r1_interval * sum(paid.values())
             metrics |= self.measure_exits(jax.lax.stop_gradient(critics["d"]), reals, own)
         if "v" in critics and c.loss.vision_r1_gamma:
             metrics["loss/r1_v"] = self.vision_r1(critics["v"], frozen, reals[0], batch, key)
@@ -279,16 +279,8 @@ class GanObjective:
     def measure_exits(self, d_params: Params, reals: list[jax.Array], own: jax.Array | None) -> Metrics:
         """R1 of the last exit alone, and the cosine between its gradient and that of the other exits' sum, by level."""
         c = self.config
-        disc = self.networks.d.bind(d_params)
         own = None if own is None else jax.lax.stop_gradient(own)
-
-        def total(images: dict[str, list[jax.Array]]) -> jax.Array:
-            out = disc(images, own)
-            last, others = (penalties.split_exits(c, out[part].own)[k] for k, part in enumerate(("last", "others")))
-            return jnp.asarray(sum(x.sum() for x in (*last, *others)))
-
-        # Twice the same images, as two sources: the gradients of both parts come from one backward pass.
-        grads = penalties.gradients(total, {"last": reals, "others": reals})
+        grads = self.exit_gradients(self.networks.d.bind(d_params), reals, own)
         squares = [jnp.sum(jnp.square(g)) / g.shape[0] for g in grads["last"]]
         # Of the levels that R1 penalises, by its weights: what R1 would be without the other exits.
         paid = zip(self.penalty_weights(), squares, strict=False)
@@ -299,6 +291,18 @@ class GanObjective:
             if f"r1/cosine/{resolutions[i]}" in step_statistics.r1_measures(c):
                 metrics[f"r1/cosine/{resolutions[i]}"] = penalties.cosine(last, others)
         return metrics
+
+    def exit_gradients(self, disc: Any, reals: list[jax.Array], own: jax.Array | None) -> dict[str, list[jax.Array]]:
+        """Gradients by the real images of each level: of the "last" exit, and of the plain sum of the "others"."""
+
+        def total(images: dict[str, list[jax.Array]]) -> jax.Array:
+            out = disc(images, own)
+            last, _ = penalties.split_exits(self.config, out["last"].own)
+            _, others = penalties.split_exits(self.config, out["others"].own)
+            return jnp.asarray(sum(x.sum() for x in (*last, *others)))
+
+        # Twice the same images, as two sources: the gradients of both parts come from one backward pass.
+        return penalties.gradients(total, {"last": reals, "others": reals})
 
     def vision_r1(self, params: Params, frozen: Params, real: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:
         """R1 of V by its projected features: its heads are all that learns."""

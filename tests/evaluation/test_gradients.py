@@ -30,7 +30,7 @@ def test_the_exits_of_a_trained_discriminator_do_not_pay_for_each_other(digits):
     for e in exits:
         expected = e.last + e.others + 2 * e.cosine * np.sqrt(e.last * e.others)
         assert e.plain_sum == pytest.approx(expected, rel=1e-3)
-    own = gradients.level_weighted(config, exits)
+    own = gradients.last_exit_penalty(objective, exits)
     paid = gradients.mean_penalty(objective, state.d.params, batch, jax.random.key(0), draws=2)
     assert 0.5 < paid / own < 2
 

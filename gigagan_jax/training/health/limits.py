@@ -22,13 +22,29 @@ CURES = {
     "saturation": "a larger config.loss.r1_gamma, a lower config.d_optimizer.learning_rate or more data usually helps",
     "saturation:v_gap": "a larger config.loss.vision_r1_gamma, a lower config.v_optimizer.learning_rate or "
     "config.loss.vision_smoothing usually helps",
-    "evasion": 'with config.loss.r1_exits="signs" and r1_levels="all" no exit can pay for another; where they are set, a '
-    "larger config.loss.r1_gamma usually helps",
+    "evasion": 'with config.loss.r1_exits="signs" and r1_levels="all", in a new workdir, no exit can pay for another; where '
+    "they are set, a larger config.loss.r1_gamma usually helps",
     "drift": 'a larger config.loss.r1_gamma, config.loss.r1_exits="signs" or a lower learning rate usually helps',
     "penalty": "a lower config.d_optimizer.learning_rate usually helps; single spikes pass",
     "collapse": "a larger config.loss.r1_gamma, a larger batch or config.discriminator.minibatch_std=4 usually helps",
     "levels": "config.loss.level_weights that give the level more, or a larger config.generator.rgb_gain usually helps",
     "updates": "look at the learning rates and at the gradient norms of the network (grad_norm/...)",
+}
+
+
+# (finding, field of the limit, whether values above it are the problem, message) of measures of which there are several, or
+# that only some runs have, by the start of their names.
+_FAMILIES = {
+    "d_gap/": ("saturation", "max_gap", True, "D tells real from generated images of {which} px by {value:.3f} of 1"),
+    "v_gap": ("saturation", "max_gap", True, "V tells real from generated images by {value:.3f} of 1"),
+    "level/": ("levels", "min_level", False, "level {which} adds {value:.4f} of the image"),
+    "exit/": (
+        *("levels", "min_exit", False),
+        "the exit of D at {which} px says the same of all images (deviation {value:.2g})",
+    ),
+    # Measured at learning rate 1: a low rate alone must not look like vanishing updates.
+    "direction/": ("updates", "min_update", False, "the updates of {which} vanish (root mean square {value:.2g})"),
+    "update/": ("updates", "max_update", True, "{which} changes by {value:.2g} of its parameters' norm a step"),
 }
 
 
@@ -84,28 +100,11 @@ def make_limits(config: Config, measures: Sequence[str]) -> list[Limit]:
         Limit("collapse", "diversity_z", "min_diversity_z", False, "images of one caption differ by {value:.3f} only"),
     ]
     for measure in (m.removeprefix(MARK) for m in measures):
-        kind, _, which = measure.partition("/")
-        net = which.upper()
-        # Double braces: the message is formatted again, with the value.
-        if kind == "d_gap" and which:
-            words = f"D tells real from generated images of {which} px by {{value:.3f}} of 1"
-            limits.append(Limit("saturation", measure, "max_gap", True, words))
-        elif kind == "v_gap":
-            words = "V tells real from generated images by {value:.3f} of 1"
-            limits.append(Limit("saturation", measure, "max_gap", True, words))
-        elif kind == "level":
-            words = f"level {which} adds {{value:.4f}} of the image"
-            limits.append(Limit("levels", measure, "min_level", False, words))
-        elif kind == "exit":
-            words = f"the exit of D at {which} px says the same of all images (deviation {{value:.2g}})"
-            limits.append(Limit("levels", measure, "min_exit", False, words))
-        # Measured at learning rate 1: a low rate alone must not look like vanishing updates.
-        elif kind == "direction":
-            words = f"the updates of {net} vanish (root mean square {{value:.2g}})"
-            limits.append(Limit("updates", measure, "min_update", False, words))
-        elif kind == "update":
-            words = f"{net} changes by {{value:.2g}} of its parameters' norm a step"
-            limits.append(Limit("updates", measure, "max_update", True, words))
+        kind, slash, which = measure.partition("/")
+        if kind + slash in _FAMILIES:
+            finding, limit, above, words = _FAMILIES[kind + slash]
+            # A network's name is one letter; a resolution has no capitals.
+            limits.append(Limit(finding, measure, limit, above, words.replace("{which}", which.upper())))
     return limits + _make_evasion_limits(config)
 
 

@@ -4,6 +4,7 @@ level adds to them, how large the updates are. The monitor judges it, on the hos
 Everything comes from what the step computes anyway: sums over gradients for their norms, images and logits of both halves.
 """
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,9 +29,7 @@ _THUMBNAIL = 8  # pixels: side of the averages that low-level features are compa
 
 def r1_measures(config: Config) -> tuple[str, ...]:
     """Names of what a step with R1 tells beside the others; NaN in a step without."""
-    exits = {p.level: 0 for p in prediction_pairs(config.discriminator)}
-    for pair in prediction_pairs(config.discriminator):
-        exits[pair.level] += 1
+    exits = collections.Counter(p.level for p in prediction_pairs(config.discriminator))
     # A level with one exit has no other that could pay for it.
     several = [config.resolutions[::-1][level] for level, count in exits.items() if count > 1]
     r2 = ("loss/r2",) if config.loss.r2 else ()
