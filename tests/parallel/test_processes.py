@@ -220,10 +220,11 @@ def test_what_one_has_to_say_ends_all(tmp_path):
 
 def test_processes_with_different_settings_do_not_train(tmp_path):
     """Their parameters would differ, and nothing would say so."""
+    rate = small().g_optimizer.learning_rate
     codes, errors = run_two(tmp_path / "run", "--config.g_optimizer.learning_rate=0.1")
     assert codes == [2, 2]
     assert errors[1][0].startswith(
-        "error: process 1 differs from process 0: config.g_optimizer.learning_rate is 0.1 here and 0.0025 there; start all"
+        f"error: process 1 differs from process 0: config.g_optimizer.learning_rate is 0.1 here and {rate} there; start all"
     )
     assert errors[0] == [f"error: process 1 failed, and with it this one: {errors[1][0].removeprefix('error: ')}"]
 
