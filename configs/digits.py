@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.name = "digits"
     c.resolution = 16
     c.batch_size = 16
-    c.total_kimg = 185.0
+    c.total_kimg = 220.0
     c.checkpoint_kimg = 20.0
     c.snapshot_kimg = 20.0
     c.log_kimg = 1.0
@@ -50,8 +50,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss.match_d, c.loss.match_g = 0.5, 0.0
     c.loss.r1_gamma, c.loss.r1_levels = (0.02, 0.02), "all"
     for o in (c.g_optimizer, c.d_optimizer):
-        o.learning_rate, o.decay_kimg, o.final_ratio = 0.0035, 130.0, 0.05
-    c.ema.half_life_kimg = 10.0
+        o.learning_rate, o.decay_kimg, o.final_ratio = 0.0035, 150.0, 0.02
+    c.ema.half_life_kimg, c.ema.rampup = 25.0, 0.15
     c.snapshot.prompts = tuple(
         f"a handwritten {n}" for n in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     )

@@ -9,7 +9,7 @@ from gigagan_jax.config.comparison import (
     is_fixed,
 )
 from gigagan_jax.config.config import Config
-from gigagan_jax.config.data import SOURCE_KINDS, DataConfig, FilterConfig
+from gigagan_jax.config.data import SOURCE_KINDS, DataConfig, FilterConfig, ShapesConfig
 from gigagan_jax.config.model import (
     AttentionConfig,
     ClipConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "LossConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "ShapesConfig",
     "SnapshotConfig",
     "TextConfig",
     "TransformerConfig",

@@ -3,7 +3,7 @@
 import dataclasses
 
 # Kinds of data sources: data/sources/__init__.py opens them.
-SOURCE_KINDS = ("tar", "folder", "arrayrecord", "tfds", "parquet", "digits")
+SOURCE_KINDS = ("tar", "folder", "arrayrecord", "tfds", "parquet", "digits", "shapes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,21 @@ class FilterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShapesConfig:
+    """Scenes that are drawn (data/sources/shapes.py), for `data.source="shapes"`."""
+
+    examples: int = 1_000_000  # scenes of an epoch
+    max_objects: int = 1  # 1: single objects; 2, 3: groups, pairs and trios too
+    side: int = 32  # pixels, 16 to 256; the run's resolution spares a resize
+    held_out: bool = True  # leave out the pairs of shape and color that are never trained
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where captioned images come from and what is done to them on the host."""
 
-    # "tar" (webdataset), "folder", "arrayrecord", "tfds", "parquet", "digits" (scikit-learn's, no path); "auto": by the path
+    # "tar" (webdataset), "folder", "arrayrecord", "tfds", "parquet", "digits" and "shapes" (no path); "auto": by the path
     source: str = "auto"
     path: str = (
         ""  # files or folder; addresses (gs://, s3://), ranges {00000..01234}, wildcards; tfds: the data set's name
@@ -45,6 +56,7 @@ class DataConfig:
     label_key: str = "label"  # tfds, parquet: feature that holds the class
     split: str = "train"  # tfds
     filters: FilterConfig = FilterConfig()
+    shapes: ShapesConfig = ShapesConfig()
     clean_captions: bool = False  # strip markup, web addresses and control characters, join blanks (data/captions.py)
     crop: str = (
         "center"  # after the short side is resized: "center" or "random"; whole image: "none" squeezes, "pad" pads

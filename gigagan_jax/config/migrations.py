@@ -12,7 +12,7 @@ from typing import Any
 from gigagan_jax.config.comparison import flatten_fields
 from gigagan_jax.core.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 FORMAT_KEY = "format"
 # Names of fields that are newer than the run. From its first restart on, config.json has them with the values of ADDED.
 WITHOUT_KEY = "begun_without"
@@ -123,6 +123,11 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (3, "health.drift", "warn"),
     (3, "health.min_cosine", -0.5),
     (3, "health.max_drift", 10.0),
+    (4, "data.shapes.examples", 1_000_000),
+    (4, "data.shapes.max_objects", 1),
+    (4, "data.shapes.side", 32),
+    (4, "data.shapes.held_out", True),
+    (4, "data.shapes.seed", 0),
 )
 # (format that replaced the field, its name, its successor, values of the successor by those of the field)
 REPLACED: tuple[tuple[int, str, str, dict[Any, Any]], ...] = (

@@ -290,9 +290,9 @@ def _check_choices(config: Any) -> None:
 
 def _check_evaluators(config: Any) -> None:
     for name in config.evaluators:
-        _check_choice("evaluators", name, ("digits",))
-    if "digits" in config.evaluators and config.condition != "text":
-        raise UserError("config.evaluators: 'digits' asks for digits by captions and needs config.condition='text'")
+        _check_choice("evaluators", name, ("digits", "shapes"))
+        if config.condition != "text":
+            raise UserError(f"config.evaluators: {name!r} asks by captions and needs config.condition='text'")
 
 
 def _check_condition(config: Any) -> None:

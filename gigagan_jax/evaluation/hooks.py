@@ -11,6 +11,7 @@ from gigagan_jax.core.workdir_files import SNAPSHOTS_FOLDER
 from gigagan_jax.data.sources.digits import digit_captions
 from gigagan_jax.data.transforms import resize_and_crop
 from gigagan_jax.evaluation.digits import IMAGES_PER_DIGIT, DigitsJudge
+from gigagan_jax.evaluation.shapes import ShapesJudge
 from gigagan_jax.inference.images import draw_grid, save_png, side_by_side
 from gigagan_jax.inference.sampler import Sampler, prompts_and_seeds
 from gigagan_jax.telemetry.metrics import MetricLogger
@@ -52,7 +53,7 @@ def digits_hook(config: Config, sampler: Sampler, workdir: Path) -> Hook:
         resize = lambda x: resize_and_crop(x, config.resolution, crop="center", filter=config.data.resize_filter)
         # Training knows several captions for a digit: they are used in turn.
         captions = [digit_captions(d)[i % len(digit_captions(d))] for d in range(10) for i in range(IMAGES_PER_DIGIT)]
-        seeds = [_FIRST_FRESH_SEED + i for i in range(len(captions))]
+        seeds = [FIRST_FRESH_SEED + i for i in range(len(captions))]
         images = sampler(state.g_ema, state.w_avg, captions, seeds)
         judged = DigitsJudge(resize).judge_images(images, np.repeat(np.arange(10), IMAGES_PER_DIGIT))
         if jax.process_index() == 0:
@@ -64,10 +65,28 @@ def digits_hook(config: Config, sampler: Sampler, workdir: Path) -> Hook:
     return judge_digits
 
 
+def shapes_hook(config: Config, sampler: Sampler, workdir: Path) -> Hook:
+    """Returns a hook that reads drawn shapes back from pictures of fresh seeds (shapes.py), and prints and logs the shares."""
+
+    def judge_shapes(state: GanState, kimg: float, logger: MetricLogger) -> None:
+        judge = ShapesJudge(config.data.shapes.max_objects)
+        first, second = (
+            sampler(state.g_ema, state.w_avg, judge.captions, [start + i for i in range(len(judge.captions))])
+            for start in (FIRST_FRESH_SEED, 2 * FIRST_FRESH_SEED)
+        )
+        if jax.process_index() == 0:
+            # Every process samples; one reads, which takes a minute.
+            report = judge.judge_images(first, again=second)
+            logger.log_scalars(int(state.step), kimg, {f"shapes/{k}": v for k, v in report.to_dict().items()})
+            print(report.format_table(), flush=True)
+
+    return judge_shapes
+
+
 # Far above the seeds of the snapshots.
-_FIRST_FRESH_SEED = 1_000_000
+FIRST_FRESH_SEED = 1_000_000
 # Names for config.evaluators.
-EVALUATORS = {"digits": digits_hook}
+EVALUATORS = {"digits": digits_hook, "shapes": shapes_hook}
 
 
 def make_hooks(run: Run) -> Hooks:

@@ -17,10 +17,11 @@ from gigagan_jax.training.batch import abstract_batch
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep
 
-FILES = ("digits", "laion", "imagenet", "ablation", "scale")
+FILES = ("digits", "shapes", "laion", "imagenet", "ablation", "scale")
 VARIANTS = [
     ("digits", ""),
     ("digits", "tiny"),
+    *(("shapes", arg) for arg in ("", "16", "scenes", "64", "tiny")),
     ("laion", ""),
     ("laion", "tiny"),
     ("laion", "bytes"),
@@ -50,7 +51,11 @@ def assert_same(out, given):
 
 
 # Every file but those whose variants have no part of their own: the ablation's last row is laion, the sizes are wider ones.
-DEFAULT = [v for v in VARIANTS if v[0] not in ("ablation", "scale") and v != ("laion", "small")]
+DEFAULT = [
+    v
+    for v in VARIANTS
+    if v[0] not in ("ablation", "scale") and v != ("laion", "small") and (v[0] != "shapes" or v[1] == "tiny")
+]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +99,7 @@ def test_docstring_is_the_command(name):
     if variant and variant != "ROW":
         from_dict(config_module(name).get_config(variant))
     data = from_dict(config_module(name).get_config()).data
-    needs_path = data.source != "digits" and not data.path
+    needs_path = data.source not in ("digits", "shapes") and not data.path
     assert ("--config.data.path=" in command.group()) == needs_path
     assert config_module(name).get_config.__doc__
 
@@ -102,9 +107,11 @@ def test_docstring_is_the_command(name):
 @pytest.mark.parametrize("name", FILES)
 def test_unknown_variant(name):
     sizes = "1b, 3b, 10b, 1b-bytes, 3b-bytes, 10b-bytes"
-    known = {"ablation": ", ".join(ablation.ROWS), "laion": "tiny, bytes, small", "scale": sizes}.get(name, "tiny")
+    known = {"ablation": ", ".join(ablation.ROWS), "laion": "tiny, bytes, small", "scale": sizes}
+    known |= {"shapes": "16, scenes, 64, tiny"}
     with pytest.raises(
-        (ValueError, UserError), match=rf"configs/{name}\.py has no (variant|row) 'tinny'; known: {known}$"
+        (ValueError, UserError),
+        match=rf"configs/{name}\.py has no (variant|row) 'tinny'; known: {known.get(name, 'tiny')}$",
     ):
         config_module(name).get_config("tinny")
 

@@ -68,6 +68,10 @@ def _open_source(
         from gigagan_jax.data.sources.digits import DigitsSource
 
         return DigitsSource()
+    if kind == "shapes":
+        from gigagan_jax.data.sources.shapes import ShapesSource
+
+        return ShapesSource(data.shapes)
     if not path:
         raise UserError("config.data.path is empty: set it to the images (a folder, tars, Parquet files, a tfds name)")
     if kind == "folder":

@@ -1,0 +1,229 @@
+"""Trains arms of settings with several seeds, and compares them in a table and a picture.
+
+    python tools/ablate.py run --workdir=DIR [--only=NAME,...]
+    python tools/ablate.py table
+    python tools/ablate.py picture
+
+`run` trains what `--results` lacks, one run after another, and appends one JSON line for each that has ended. Stop it at
+any time: the same command goes on, within a run too. A second process on the same folder takes other runs. The arms are
+tools/ablations.toml. `table` prints means and spreads over seeds as Markdown; `picture` draws every seed as a point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ablate_checkout
+import ablate_report
+import numpy as np
+
+from gigagan_jax import cli
+from gigagan_jax.cli.config_file import load_config
+from gigagan_jax.core import files
+from gigagan_jax.core.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = Path(__file__).with_name("ablations.toml")
+RESULTS = ROOT / "docs" / "ablations.jsonl"
+# Share of a run, at its end, over which training metrics are averaged.
+_LAST = 1 / 6
+_TRAINING = ("grad_norm/g", "grad_norm/d", "r1/last_exit", "loss/r1", "image/spread", "health/diversity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One arm: settings that are trained with several seeds.
+
+    Attributes:
+      name: in the results, and of its workdirs.
+      table: that it belongs to.
+      title: its row in the table.
+      config: as for `--config`.
+      flags: further flags of the training command.
+      checkout: commit whose code trains it; empty: this one.
+    """
+
+    name: str
+    table: str
+    title: str
+    config: str
+    flags: tuple[str, ...]
+    checkout: str
+
+
+def read_arms(path: Path = ARMS) -> tuple[list[Arm], tuple[int, ...]]:
+    """(arms, seeds). Raises UserError where the file is no list of arms."""
+    try:
+        content = tomllib.loads(path.read_text())
+        tables = content["tables"]
+        arms = [
+            Arm(
+                name=arm["name"],
+                table=arm["table"],
+                title=arm["title"],
+                config=tables[arm["table"]]["config"],
+                flags=(*tables[arm["table"]]["flags"], *arm.get("flags", ())),
+                checkout=arm.get("checkout", ""),
+            )
+            for arm in content["arms"]
+        ]
+        return arms, tuple(content["seeds"])
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no file of arms: {type(error).__name__}: {error}; see tools/ablations.toml"
+        ) from error
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The finished runs. Raises UserError where a line is none; a file that is not there has none."""
+    if not path.exists():
+        return []
+    runs = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            run = json.loads(line)
+            run["arm"], run["seed"], run["metrics"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: line {number} is no result of a run; remove it") from error
+        runs.append(run)
+    return runs
+
+
+def missing_runs(arms: Sequence[Arm], seeds: Sequence[int], results: Path) -> Iterator[tuple[Arm, int]]:
+    """Runs without a result, the first seed of every arm first. The results are read again before each."""
+    for seed in seeds:
+        for arm in arms:
+            if not any(run["arm"] == arm.name and run["seed"] == seed for run in read_results(results)):
+                yield arm, seed
+
+
+def run_arm(arm: Arm, seed: int, workdir: Path) -> dict[str, Any]:
+    """Trains one run to its end and returns its result.
+
+    Raises:
+      UserError: the training command failed.
+    """
+    start = time.time()
+    command = [sys.executable, "-m", "gigagan_jax.train", f"--workdir={workdir}", f"--config.seed={seed}"]
+    root = ROOT
+    if arm.checkout:
+        root, config = ablate_checkout.prepare(arm, load_config(arm.config, arm.flags), workdir.parent, ROOT)
+        command.append(f"--config={config}")
+    else:
+        command += [f"--config={arm.config}", *arm.flags]
+    log = workdir.with_suffix(".log")
+    with log.open("ab") as out:
+        code = subprocess.run(
+            command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, stdout=out, stderr=out, check=False
+        ).returncode
+    if code:
+        raise UserError(f"the run {workdir.name} ended with code {code}; see {log}")
+    metrics = read_metrics(workdir)
+    if arm.checkout:
+        metrics |= ablate_checkout.judge(workdir, load_config(arm.config, arm.flags).data.shapes.max_objects)
+    return {
+        "arm": arm.name,
+        "seed": seed,
+        "commit": arm.checkout or commit(),
+        "config": arm.config,
+        "flags": list(arm.flags),
+        "seconds": round(time.time() - start, 1),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "metrics": metrics,
+    }
+
+
+def read_metrics(workdir: Path) -> dict[str, float]:
+    """The judge's figures of a finished run, and means over the last sixth of its training metrics."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    judged = {k: v for line in lines for k, v in line.items() if k.startswith("shapes/")}
+    end = max(line["kimg"] for line in lines)
+    late = [line for line in lines if line["kimg"] > end * (1 - _LAST)]
+    figures = {}
+    for name in _TRAINING:
+        values = [line[name] for line in late if line.get(name) is not None]
+        if values:
+            figures[name] = float(np.mean(values))
+    rates = [line["images_per_second"] for line in lines if line.get("images_per_second")]
+    if rates:
+        figures["images_per_second"] = float(np.median(rates))
+    return {name: round(value, 5) for name, value in (figures | judged).items()}
+
+
+def commit() -> str:
+    """The short hash of the checkout, with a plus sign where files differ from it."""
+    git = lambda *words: subprocess.run(
+        ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "gigagan_jax", "configs")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+def train_missing(arms: Sequence[Arm], seeds: Sequence[int], results: Path, folder: Path) -> None:
+    """Trains what is missing; skips runs that another process trains."""
+    folder.mkdir(parents=True, exist_ok=True)
+    total = len(arms) * len(seeds)
+    for arm, seed in missing_runs(arms, seeds, results):
+        name = f"{arm.name}-{seed}"
+        with (folder / f"{name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print(f"{name}: another process trains it", flush=True)
+                continue
+            print(f"{name}: training, log in {folder / name}.log", flush=True)
+            result = run_arm(arm, seed, folder / name)
+            files.append_text(results, json.dumps(result) + "\n")
+        names = {a.name for a in arms}
+        done = sum(run["arm"] in names for run in read_results(results))
+        print(f"{name}: {result['seconds']:.0f} s; {done} of {total} runs are done", flush=True)
+
+
+def verb(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "table", "picture"))
+    parser.add_argument("--arms", type=Path, default=ARMS, help="file of the arms (tools/ablations.toml)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines (docs/ablations.jsonl)")
+    parser.add_argument("--workdir", type=Path, help="run: folder for the workdirs of all runs")
+    parser.add_argument("--only", default="", help="run: names of arms, with commas between")
+    parser.add_argument("--out", type=Path, help="picture: PNG (docs/ablations.png)")
+    args = parser.parse_args(argv)
+    arms, seeds = read_arms(args.arms)
+    if args.action == "run":
+        if args.workdir is None:
+            raise UserError("run needs --workdir=DIR: a folder for the workdirs of all runs")
+        wanted = [name for name in args.only.split(",") if name]
+        unknown = set(wanted) - {arm.name for arm in arms}
+        if unknown:
+            raise UserError(
+                f"--only: there is no arm {', '.join(sorted(unknown))}; known: {', '.join(a.name for a in arms)}"
+            )
+        train_missing([a for a in arms if not wanted or a.name in wanted], seeds, args.results, args.workdir.resolve())
+        return 0
+    runs = read_results(args.results)
+    if not runs:
+        raise UserError(f"{args.results} has no results: python tools/ablate.py run makes them")
+    if args.action == "table":
+        print(ablate_report.format_tables(arms, runs))
+    else:
+        out = args.out or args.results.with_suffix(".png")
+        ablate_report.draw_picture(arms, runs).save(out)
+        print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(verb)
