@@ -71,7 +71,7 @@ def prepare(arm: Arm, config: Config, folder: Path, root: Path) -> tuple[Path, P
         if made.returncode:
             raise UserError(f"arm {arm.name}: git has no commit {arm.checkout} here ({made.stderr.strip()})")
     tars = folder / f"shapes-{config.resolution}"
-    write_tars(tars, config.data.shapes)
+    write_tars(tars, config.data.shapes, _SCENES)
     values = flatten_fields(to_dict(config))
     values |= {"data.source": "tar", "data.path": f"{tars}/*.tar", "evaluators": ()}
     file = folder / f"config-{arm.name}.py"
@@ -79,7 +79,7 @@ def prepare(arm: Arm, config: Config, folder: Path, root: Path) -> tuple[Path, P
     return worktree, file
 
 
-def write_tars(folder: Path, settings: ShapesConfig, scenes: int = _SCENES) -> None:
+def write_tars(folder: Path, settings: ShapesConfig, scenes: int) -> None:
     """Writes scenes of ShapesSource as PNG with their captions, in tars as webdataset has them."""
     source = ShapesSource(settings)
     folder.mkdir(parents=True, exist_ok=True)
