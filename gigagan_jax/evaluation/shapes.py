@@ -184,9 +184,9 @@ class ShapesJudge:
         others = np.random.default_rng(0).permutation(len(self.scenes))
         position, size = self._variances(read, drawn)
         return ShapesReport(
-            seen=_shares(self._answers(read[: self._seen], self.scenes[: self._seen])),
-            held_out=_shares(self._answers(read[self._seen :], self.scenes[self._seen :])),
-            shuffled=_shares(self._answers(read, [self.scenes[i] for i in others])),
+            seen=share_right(self._answers(read[: self._seen], self.scenes[: self._seen])),
+            held_out=share_right(self._answers(read[self._seen :], self.scenes[self._seen :])),
+            shuffled=share_right(self._answers(read, [self.scenes[i] for i in others])),
             position_variance=position,
             size_variance=size,
             caption_variance=float("nan") if again is None else _caption_variance(read, again, drawn),
@@ -225,7 +225,8 @@ def _caption_variance(read: list[list[ReadObject]], again: np.ndarray, drawn: li
     return float(np.mean(squares) / real)
 
 
-def _shares(answers: list[dict[str, bool]]) -> dict[str, float]:
+def share_right(answers: Sequence[dict[str, bool]]) -> dict[str, float]:
+    """{question: share of right answers}, of several pictures; NaN for a question that none of them had."""
     asked = {name: [a[name] for a in answers if name in a] for name in QUESTIONS}
     return {name: float(np.mean(values)) if values else float("nan") for name, values in asked.items()}
 

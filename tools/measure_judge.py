@@ -1,0 +1,117 @@
+"""Measures the judge of drawn shapes on pictures whose attributes are known, drawn and damaged, and draws its errors.
+
+    python tools/measure_judge.py [--count=500] [--errors=docs/shapes_errors.png] [--samples=docs/shapes.png]
+
+The damage is a Gaussian blur and smooth noise, as a small generator makes them. `--errors` draws misread pictures with what was
+drawn and what was read, `--samples` draws what the data source draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import scipy.ndimage
+from PIL import Image
+
+from gigagan_jax import cli
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.formatting import format_table
+from gigagan_jax.core.progress import ProgressBar
+from gigagan_jax.data.sources.shapes import ALL_PAIRS, judged_scenes
+from gigagan_jax.data.sources.shapes_drawing import draw_scene
+from gigagan_jax.evaluation.shapes import QUESTIONS, judge_scene, share_right
+from gigagan_jax.evaluation.shapes_reader import read_objects
+from gigagan_jax.inference.images import draw_grid, side_by_side
+
+# (objects at most, side, blur in pixels, standard deviation of the noise in levels of 255)
+CASES = (
+    (1, 16, 0.0, 0.0),
+    (1, 16, 0.5, 5.0),
+    (1, 16, 0.8, 10.0),
+    (1, 32, 0.0, 0.0),
+    (1, 32, 0.7, 9.0),
+    (1, 32, 1.2, 15.0),
+    (3, 64, 0.0, 0.0),
+    (3, 64, 0.7, 9.0),
+    (3, 64, 1.2, 15.0),
+)
+_SHOWN = 12
+_DRAWN_SIDE = 96
+
+
+def damage(image: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarray:
+    """uint8 [R, R, 3], blurred by `blur` pixels, with noise that is smooth over about a pixel."""
+    if not blur and not noise:
+        return image
+    soft = scipy.ndimage.gaussian_filter(image.astype(float), (blur, blur, 0))
+    rough = scipy.ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=soft.shape), (0.6, 0.6, 0))
+    return (soft + rough / rough.std() * noise).round().clip(0, 255).astype(np.uint8)
+
+
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """To the side of the pictures that are shown, without smoothing."""
+    return np.array(Image.fromarray(image).resize((_DRAWN_SIDE, _DRAWN_SIDE), Image.Resampling.NEAREST))
+
+
+def measure(count: int) -> tuple[list[tuple[str, ...]], list[tuple[np.ndarray, str]]]:
+    """(rows of the table, misread pictures with their labels)"""
+    rows, errors = [], []
+    for most, side, blur, noise in CASES:
+        answers = []
+        name = f"{'scenes' if most > 1 else 'single objects'}, {side} px"
+        progress = ProgressBar(f"{name}, blur {blur:g}, noise {noise:g}", count, " pictures")
+        for i, (scene, caption) in enumerate(judged_scenes(count, most, ALL_PAIRS)):
+            image = damage(draw_scene(scene, side), blur, noise, i)
+            objects = read_objects(image)
+            answers.append(judge_scene(objects, scene, most))
+            if not answers[-1]["all"]:
+                seen = ", ".join(f"{o.material} {o.color} {o.shape}" for o in objects if o.readable) or "nothing"
+                errors.append((enlarge(image), f"{side} px, asked: {caption}; read: {seen}"))
+            progress.step()
+        shares = share_right(answers)
+        cells = ("" if np.isnan(shares[q]) else f"{shares[q]:.3f}" for q in QUESTIONS)
+        rows.append((name, f"{blur:g}", f"{noise:g}", *cells))
+    return rows, errors
+
+
+def draw_errors(errors: Sequence[tuple[np.ndarray, str]]) -> Image.Image:
+    """A few of the errors, of all cases."""
+    step = max(1, len(errors) // _SHOWN)
+    shown = errors[::step][:_SHOWN]
+    return draw_grid(np.stack([image for image, _ in shown])[:, None], [label for _, label in shown], scale=1)
+
+
+def draw_samples() -> Image.Image:
+    """Single objects at 16 and 32 px, and scenes at 64 px, in three columns."""
+    parts = []
+    for most, side in ((1, 16), (1, 32), (3, 64)):
+        # Ten pairs apart: one of each shape.
+        scenes = list(judged_scenes(48, most, ALL_PAIRS))[3::10]
+        images = np.stack([enlarge(draw_scene(scene, side)) for scene, _ in scenes])[:, None]
+        parts.append(draw_grid(images, [caption for _, caption in scenes], scale=1))
+    return side_by_side(parts, ["16 px", "32 px", "up to three objects, 64 px"])
+
+
+def verb(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=500, help="pictures of each case (500)")
+    parser.add_argument("--errors", type=Path, help="PNG for misread pictures")
+    parser.add_argument("--samples", type=Path, help="PNG for drawn pictures")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        raise UserError(f"--count={args.count} must be positive")
+    rows, errors = measure(args.count)
+    print(format_table(rows, ("pictures", "blur", "noise", *QUESTIONS)))
+    if args.errors and errors:
+        draw_errors(errors).save(args.errors, optimize=True)
+    if args.samples:
+        draw_samples().save(args.samples, optimize=True)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(verb)
