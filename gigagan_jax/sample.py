@@ -18,6 +18,9 @@ from gigagan_jax.telemetry.console import configure_logging
 
 _log = logging.getLogger(__name__)
 
+# docs/truncation.md has the curves that it follows.
+DEFAULT_TRUNCATION = 1.0
+
 
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
@@ -29,7 +32,16 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument("--num", type=int, default=8, help="images a prompt, with seeds SEED, SEED + 1, ... (8)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (0)")
     parser.add_argument(
-        "--truncation", type=float, default=0.7, help="0 is the mean image of a prompt, 1 all variety (0.7)"
+        "--truncation",
+        type=float,
+        default=DEFAULT_TRUNCATION,
+        help=f"how far w keeps from the mean of its prompt: 0 is one image a prompt, 1 all variety ({DEFAULT_TRUNCATION:g})",
+    )
+    parser.add_argument(
+        "--global_truncation",
+        type=float,
+        default=1.0,
+        help="the same from the mean of all prompts, which weakens the prompt too (1); the paper's psi sets both",
     )
     parser.add_argument(
         "--text_path", help="folder or hub id of the frozen text encoder, where it moved since training"
@@ -44,6 +56,8 @@ def verb(argv: Sequence[str]) -> int:
         raise UserError(f"--seed={args.seed}: must be 0 to {2**32 - 1}")
     if not 0.0 <= args.truncation <= 1.0:
         raise UserError(f"--truncation={args.truncation}: must be 0 to 1")
+    if not 0.0 <= args.global_truncation <= 1.0:
+        raise UserError(f"--global_truncation={args.global_truncation}: must be 0 to 1")
     # A folder may be named x.png.
     is_grid = args.out.suffix.lower() == ".png" and not args.out.is_dir()
     if not is_grid and args.out.is_file():
@@ -58,12 +72,19 @@ def verb(argv: Sequence[str]) -> int:
         if total > model.sampler.batch:
             _log.info("%d of %d images", done, total)
 
-    images = model(prompts, seeds, truncation=args.truncation, progress=log_progress)
+    images = model(
+        prompts,
+        seeds,
+        truncation=args.truncation,
+        global_truncation=args.global_truncation,
+        progress=log_progress,
+    )
     # All processes sample, since the model may span them; one writes.
     if jax.process_index() != 0:
         return 0
     # Stored as text chunks of the PNG.
     metadata = {"model": model.config.name, "step": str(model.step), "truncation": f"{args.truncation:g}"}
+    metadata |= {"global_truncation": f"{args.global_truncation:g}"}
     if is_grid:
         shape = (len(args.prompt), args.num, *images.shape[1:])
         text = {"prompt": "\n".join(args.prompt), "seed": f"{seeds[0]}..{seeds[args.num - 1]}"}

@@ -220,7 +220,7 @@ class Bench:
                 said = frozen.encode_captions(weights, given["tokens"]) if frozen.towers else {}
                 condition = generator.condition(given.get("tokens"), given["label"], said.get("features"))
                 w = generator.map(z_of_seed(given["seed"], z_dim), condition)
-                w = truncate_w(generator, w, condition, w_avg, psi, z_dim)
+                w = truncate_w(generator, w, condition, w_avg, psi, psi, z_dim)
                 return generator.synthesize(w, condition)[-1]
 
         rng = np.random.default_rng(0)

@@ -21,16 +21,25 @@ def lerp(a: jax.Array, b: jax.Array, t: jax.Array | float) -> jax.Array:
 
 
 def truncate_w(
-    generator: object, w: jax.Array, condition: Condition, w_avg: jax.Array, psi: jax.Array, z_dim: int
+    generator: object,
+    w: jax.Array,
+    condition: Condition,
+    w_avg: jax.Array,
+    truncation: jax.Array,
+    global_truncation: jax.Array,
+    z_dim: int,
 ) -> jax.Array:
     """Truncates w towards the global mean, then towards the mean of its prompt.
+
+    The paper takes one value for both (appendix C.1). Their factors multiply: 0.7 for both keeps half of the spread.
 
     Args:
       generator: bound Generator
       w: [N, w_dim]
       condition: of N prompts
       w_avg: [w_dim] running mean of training
-      psi: scalar; 1 keeps w, 0 returns the mean of the prompt
+      truncation: scalar, towards the mean of the prompt; 1 keeps w, 0 returns that mean
+      global_truncation: scalar, towards the mean of all prompts; 1 keeps w, 0 forgets the prompt in w
       z_dim: size of z
 
     Returns:
@@ -42,5 +51,6 @@ def truncate_w(
     # One sample of all prompts at a time: the batch keeps its size and its sharding.
     for i in range(CENTER_SAMPLES):
         total += generator.map(jnp.broadcast_to(z[i], (w.shape[0], z_dim)), condition)  # type: ignore[attr-defined]
-    # Exactly w at psi = 1: the interpolation would round.
-    return jnp.where(psi == 1.0, w, lerp(total / CENTER_SAMPLES, lerp(w_avg, w, psi), psi))
+    # Exactly w at 1: the interpolation would round.
+    near = jnp.where(global_truncation == 1.0, w, lerp(w_avg, w, global_truncation))
+    return jnp.where(truncation == 1.0, near, lerp(total / CENTER_SAMPLES, near, truncation))

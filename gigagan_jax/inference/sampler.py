@@ -74,7 +74,7 @@ class Sampler:
         return mine if mine.keys() == self.frozen.towers.keys() else self.frozen.load(self.mesh)[0]
 
     def _generate(
-        self, params: Params, w_avg: jax.Array, batch: dict[str, jax.Array], psi: jax.Array, frozen: Params
+        self, params: Params, w_avg: jax.Array, batch: dict[str, jax.Array], truncations: jax.Array, frozen: Params
     ) -> jax.Array:
         with sharding.use_mesh(self.mesh, self.config.rules):
             generator = self.module.bind(params)
@@ -82,7 +82,7 @@ class Sampler:
             said = self.frozen.encode_captions(frozen, batch["tokens"]) if self.frozen.towers else {}
             condition = generator.condition(batch["tokens"], batch["label"], said.get("features"))
             w = generator.map(z_of_seed(batch["seed"], z_dim), condition)
-            w = truncate_w(generator, w, condition, w_avg, psi, z_dim)
+            w = truncate_w(generator, w, condition, w_avg, truncations[0], truncations[1], z_dim)
             return generator.synthesize(w, condition)[-1]
 
     def __call__(
@@ -93,6 +93,7 @@ class Sampler:
         seeds: Sequence[int],
         *,
         truncation: float = 1.0,
+        global_truncation: float = 1.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """Images of prompts.
@@ -102,7 +103,8 @@ class Sampler:
           w_avg: [w_dim] of the same checkpoint.
           prompts: one an image; class numbers as text for a class-conditional model.
           seeds: one an image, 0 to 2^32 - 1.
-          truncation: psi, 0 to 1.
+          truncation: 0 (the mean w of a prompt) to 1 (all variety).
+          global_truncation: 0 (the mean w of all prompts) to 1; the paper's psi is both.
           progress: called with (images done, images in all).
 
         Returns:
@@ -118,12 +120,14 @@ class Sampler:
                 raise UserError(f"seed {seed}: must be 0 to {2**32 - 1}")
         if not 0.0 <= truncation <= 1.0:
             raise UserError(f"truncation {truncation}: must be 0 (the mean image of a prompt) to 1 (none)")
+        if not 0.0 <= global_truncation <= 1.0:
+            raise UserError(f"global_truncation {global_truncation}: must be 0 (the mean of all prompts) to 1 (none)")
         columns = {
             "tokens": self.tokenizer(list(prompts)),
             "label": self._labels(prompts),
             "seed": np.asarray(seeds, np.uint32),
         }
-        psi = np.float32(truncation)
+        truncations = np.array([truncation, global_truncation], np.float32)
         params = jax.device_put(params, self.shardings)  # a running average may be cut further than its parameters
         images, total = [], len(prompts)
         for start in range(0, total, self.batch):
@@ -134,7 +138,7 @@ class Sampler:
                 (self.batch, *x.shape[1:]), where, lambda index: x[rows][index]
             )
             batch = {k: put(x, self._inputs[k]) for k, x in columns.items()}
-            out = self._run(params, w_avg, batch, psi, self._frozen)
+            out = self._run(params, w_avg, batch, truncations, self._frozen)
             try:
                 # Values that are not finite raise here: they come of a diverged training, not of the prompt.
                 images.append(to_uint8(gather_images(out))[:count])

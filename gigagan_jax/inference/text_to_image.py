@@ -69,6 +69,7 @@ class TextToImage:
         seeds: Sequence[int],
         *,
         truncation: float = 1.0,
+        global_truncation: float = 1.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """Images of prompts.
@@ -76,7 +77,8 @@ class TextToImage:
         Args:
           prompts: one an image; class numbers as text for a class-conditional model.
           seeds: one an image, 0 to 2^32 - 1.
-          truncation: psi, 0 (the mean image of a prompt) to 1 (all variety).
+          truncation: 0 (the mean w of a prompt) to 1 (all variety).
+          global_truncation: 0 (the mean w of all prompts) to 1; the paper's psi is both.
           progress: called with (images done, images in all).
 
         Returns:
@@ -85,4 +87,12 @@ class TextToImage:
         Raises:
           UserError: a seed or truncation out of range, a prompt that is no class of a class-conditional model.
         """
-        return self.sampler(self.params, self.w_avg, prompts, seeds, truncation=truncation, progress=progress)
+        return self.sampler(
+            self.params,
+            self.w_avg,
+            prompts,
+            seeds,
+            truncation=truncation,
+            global_truncation=global_truncation,
+            progress=progress,
+        )

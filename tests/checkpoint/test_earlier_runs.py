@@ -58,7 +58,8 @@ def test_an_earlier_run_samples_as_its_own_code_did(name):
     sampler = Sampler(config, mesh)
     prompts = [p for p in PROMPTS[name] for _ in range(SEEDS)]
     seeds = [*range(SEEDS)] * len(PROMPTS[name])
-    images = sampler(part["g_ema"], part["w_avg"], prompts, seeds, truncation=TRUNCATION)
+    # The code of these runs had one value for both.
+    images = sampler(part["g_ema"], part["w_avg"], prompts, seeds, truncation=TRUNCATION, global_truncation=TRUNCATION)
     files = sorted((FIXTURES / name / "samples").glob("*.png"))
     assert len(files) == len(images)
     kept = np.stack([np.asarray(Image.open(file).convert("RGB"), np.int32) for file in files])

@@ -16,9 +16,9 @@ from tests.runs import ROOT
 
 sys.path.append(str(ROOT / "tools"))  # as for a script there
 
-import ablate  # noqa: E402
-import ablate_checkout  # noqa: E402
-import ablate_report  # noqa: E402
+import ablate
+import ablate_checkout
+import ablate_report
 
 TINY = """
 seeds = [0, 1]
@@ -54,7 +54,7 @@ def test_the_arms_of_the_project_are_configs():
     assert len(seeds) == 3
     configs = {arm.name: ablate.load_config(arm.config, arm.flags) for arm in arms}
     # No two arms train the same thing, but the baseline stands in both tables.
-    settings = {str(c) for name, c in configs.items() if not dict((a.name, a.checkout) for a in arms)[name]}
+    settings = {str(c) for name, c in configs.items() if not {a.name: a.checkout for a in arms}[name]}
     assert len(settings) == len(arms) - 2
     assert all(c.evaluators == ("shapes",) for c in configs.values())
 

@@ -1,0 +1,110 @@
+"""Measures accuracy and diversity of a trained model at several truncations, for the judges of digits and shapes.
+
+    python tools/measure_truncation.py --workdir=runs/digits [--json=FILE] [--picture=FILE.png]
+
+A row for each value, and each way to truncate: towards the mean of the prompt, of all prompts, and both as the paper has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gigagan_jax import cli
+from gigagan_jax.config import Config
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.formatting import format_table
+from gigagan_jax.core.progress import ProgressBar
+from gigagan_jax.data.sources.digits import digit_captions
+from gigagan_jax.data.transforms import resize_and_crop
+from gigagan_jax.evaluation.digits import IMAGES_PER_DIGIT, DigitsJudge
+from gigagan_jax.evaluation.hooks import FIRST_FRESH_SEED
+from gigagan_jax.evaluation.shapes import ShapesJudge
+from gigagan_jax.inference.images import draw_grid
+from gigagan_jax.inference.text_to_image import TextToImage
+
+VALUES = (1.0, 0.9, 0.8, 0.7, 0.5, 0.3)
+# (name, truncation and global_truncation of a value)
+WAYS: tuple[tuple[str, Callable[[float], tuple[float, float]]], ...] = (
+    ("prompt", lambda psi: (psi, 1.0)),
+    ("global", lambda psi: (1.0, psi)),
+    ("both", lambda psi: (psi, psi)),
+)
+# Captions and columns of the picture.
+_ROWS, _COLUMNS = 3, 8
+
+Judge = Callable[[np.ndarray], dict[str, float]]
+
+
+def make_judge(config: Config) -> tuple[list[str], Judge]:
+    """(captions, judge of their pictures) for the evaluator of a config. Raises UserError where it has none."""
+    if "digits" in config.evaluators:
+        digits = np.repeat(np.arange(10), IMAGES_PER_DIGIT)
+        captions = [digit_captions(int(d))[i % len(digit_captions(int(d)))] for i, d in enumerate(digits)]
+        judge = DigitsJudge(
+            lambda x: resize_and_crop(x, config.resolution, crop="center", filter=config.data.resize_filter)
+        )
+
+        def judge_digits(images: np.ndarray) -> dict[str, float]:
+            report = judge.judge_images(images, digits)
+            return {"right": report.accuracy, "variance": report.variance_ratio, "frechet": report.frechet}
+
+        return captions, judge_digits
+    if "shapes" in config.evaluators:
+        shapes = ShapesJudge(config.data.shapes.max_objects)
+
+        def judge_shapes(images: np.ndarray) -> dict[str, float]:
+            report = shapes.judge_images(images)
+            right = {"right": report.seen["pair"], "right, held out": report.held_out["pair"]}
+            variance = {"variance": report.position_variance, "variance of the radius": report.size_variance}
+            return right | variance | {"frechet": report.frechet}
+
+        return shapes.captions, judge_shapes
+    raise UserError("this run has no judge: only config.evaluators of 'digits' and 'shapes' can tell what is right")
+
+
+def draw_truncations(model: TextToImage, captions: Sequence[str]) -> Image.Image:
+    """A few captions (rows, three for each value) at several truncations towards the prompt."""
+    chosen = list(dict.fromkeys(captions))[:: max(1, len(set(captions)) // _ROWS)][:_ROWS]
+    rows, labels = [], []
+    for caption in chosen:
+        for psi in (1.0, 0.7, 0.3):
+            rows.append(model([caption] * _COLUMNS, range(_COLUMNS), truncation=psi))
+            labels.append(f"{caption}, {psi:g}")
+    return draw_grid(np.stack(rows), labels)
+
+
+def verb(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=cli.local_folder, required=True, help="of the training run")
+    parser.add_argument("--json", type=Path, help="file for one JSON line a row")
+    parser.add_argument("--picture", type=Path, help="PNG of a few captions at several truncations")
+    args = parser.parse_args(argv)
+    model = TextToImage.from_workdir(args.workdir, device_batch=100)
+    captions, judge = make_judge(model.config)
+    seeds = [FIRST_FRESH_SEED + i for i in range(len(captions))]
+    rows, lines = [], []
+    cases = [(name, psi, pair(psi)) for name, pair in WAYS for psi in VALUES if psi < 1 or name == WAYS[0][0]]
+    progress = ProgressBar("truncations", len(cases))
+    for name, psi, (towards_prompt, towards_all) in cases:
+        images = model(captions, seeds, truncation=towards_prompt, global_truncation=towards_all)
+        figures = judge(images)
+        rows.append(("none" if psi == 1 else name, f"{psi:g}", *(f"{v:.3f}" for v in figures.values())))
+        lines.append({"run": model.config.name, "step": model.step, "way": name, "value": psi} | figures)
+        progress.step()
+    print(format_table(rows, ("towards the mean of", "value", *figures)))
+    if args.json:
+        args.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if args.picture:
+        draw_truncations(model, captions).save(args.picture, optimize=True)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(verb)
