@@ -5,6 +5,7 @@
     python tools/prepare_data.py stats   --path=data --sample=50000 --out=stats.html
     python tools/prepare_data.py convert --path=data --to=arrayrecord --out=records
     python tools/prepare_data.py embed   --config=configs/laion.py --path=data --out=embeddings
+    python tools/prepare_data.py emoji   --packages=DIR,DIR... --size=32 --out=data/emoji
 
 The data is what --path names (a folder of images, tars, ArrayRecord or Parquet files, a tfds data set; its kind is found by
 its files), or what a config trains on: --config=configs/laion.py --config.data.path=data. With --path alone captions are
@@ -39,6 +40,7 @@ TASKS = {
     "convert": "write the data as tars, folders or ArrayRecord",
     "stats": "a page with sizes, captions and yields",
     "embed": "text embeddings ahead of time, for --config.data.embeddings=DIR",
+    "emoji": "draw emoji sets as captioned tars, for configs/emoji.py",
 }
 EXAMPLES = {
     "index": """examples:
@@ -65,6 +67,14 @@ metadata columns: apply filters now.""",
 
 Runs the config's frozen text encoder (and the text tower of the contrastive loss) over every caption. The same command goes
 on where it was stopped.""",
+    "emoji": """example:
+  for set in noto noto-v1 twemoji openmoji fluent-emoji-flat fluent-emoji emojione; do
+    npm pack @iconify-json/$set && mkdir -p sets/$set && tar xzf iconify-json-$set-*.tgz -C sets/$set
+  done
+  python tools/prepare_data.py emoji --packages='sets/*' --size=32 --out=data/emoji
+
+Needs pip install -e '.[emoji]'. OUT/train has the cells (concepts in styles) of training, OUT/held_out the tenth that is
+left out of it, each with its licence in its .json. The same command goes on where it was stopped.""",
 }
 
 
@@ -78,8 +88,9 @@ def parsers(base: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         for name, text in TASKS.items()
     }
     for name, p in by_name.items():
-        p.add_argument("--config", default="", help="FILE.py[:variant]; fields by --config.key=value")
-        p.add_argument("--path", default="", help="the data: sets config.data.path")
+        if name != "emoji":
+            p.add_argument("--config", default="", help="FILE.py[:variant]; fields by --config.key=value")
+            p.add_argument("--path", default="", help="the data: sets config.data.path")
         if name != "embed":
             p.add_argument("--workers", type=_count, default=0, help="processes; 0: one for each core (default)")
         if name in ("check", "stats"):
@@ -107,6 +118,16 @@ def parsers(base: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     c.add_argument("--shard_size", type=_count, default=10_000, help="examples of a shard (default 10000)")
     c.add_argument("--name", default="images", help="of the data set, in names of ArrayRecord files")
     by_name["embed"].add_argument("--out", required=True, help="folder to write to")
+    e = by_name["emoji"]
+    e.add_argument(
+        "--packages", required=True, help="folders of unpacked Iconify packages, commas between; or a pattern"
+    )
+    e.add_argument("--size", type=_count, default=32, help="side of a picture in pixels (32)")
+    e.add_argument("--out", required=True, help="folder to write to")
+    e.add_argument(
+        "--concepts", choices=("64", "all"), default="64", help="64 of the list, or all that every set draws"
+    )
+    e.add_argument("--tags", default="", help="folder of the npm package openmoji: tags for one more wording")
     return parser
 
 
@@ -245,6 +266,35 @@ def embed(config: "Config", args: argparse.Namespace) -> int:
     return 0
 
 
+def emoji(args: argparse.Namespace) -> int:
+    """Tars of emoji; 1 where nothing could be drawn."""
+    from glob import glob
+
+    from gigagan_jax.core.errors import UserError
+    from gigagan_jax.preparation.convert import LEFT_OUT, convert_source
+    from gigagan_jax.preparation.emoji import CONCEPTS, EmojiSource, read_set, read_tags
+    from gigagan_jax.preparation.output import Output
+
+    names = [name for part in args.packages.split(",") for name in (sorted(glob(part)) if "*" in part else [part])]
+    if not names:
+        raise UserError(f"--packages={args.packages}: no folder has such a name")
+    sets = [read_set(name) for name in names]
+    tags = read_tags(args.tags) if args.tags else {}
+    concepts = CONCEPTS if args.concepts == "64" else ()
+    drawn = 0
+    for part in ("train", "held_out"):
+        source = EmojiSource(sets, args.size, concepts=concepts, part=part, tags=tags)
+        out = Output(args.out).subfolder(part)
+        done = convert_source(source, out, "tar", shard_size=1000, workers=args.workers)
+        print(f"{part}: {done['examples']} pictures of {len(source.concepts)} concepts, in {out}")
+        if done["left_out"]:
+            print(f"{part}: {sum(done['left_out'].values())} could not be drawn; each is named in {out}/{LEFT_OUT}")
+        drawn += done["examples"]
+    licences = "".join(f"{s.prefix} ({s.style} style): {s.license}, {s.author}\n" for s in sets)
+    Output(args.out).write_text("LICENSES.txt", licences)
+    return 0 if drawn else 1
+
+
 def work(args: argparse.Namespace) -> "Output | None":
     """--work, where it is given."""
     from gigagan_jax.preparation.output import Output
@@ -268,6 +318,11 @@ def verb(argv: Sequence[str]) -> int:
         raise UserError(f"{beam_args[0]}: flags after -- are Apache Beam's; name its runner by --runner=DirectRunner")
     if args.task == "embed" and not args.config:
         raise UserError("embed: whose text encoder? name the config by --config=FILE.py (see --help)")
+    if args.task == "emoji":
+        if unknown:
+            raise UserError(f"{unknown[0]}: emoji has no such flag (see --help)")
+        configure_logging()
+        return emoji(args)
     config = read_config(args, unknown)
     configure_logging()
     if args.task == "index":

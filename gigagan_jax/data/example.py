@@ -35,6 +35,7 @@ class Record:
       captions: as in Example.
       label: as in Example.
       name: as in Example.
+      license: of the image and whose it is, where the data say so.
     """
 
     # Reading and decoding are separate steps: a conversion copies image files without decoding them.
@@ -42,6 +43,7 @@ class Record:
     captions: tuple[str, ...]
     label: int
     name: str
+    license: str = ""
 
 
 # An error of one example. UserError is for errors that end the run.

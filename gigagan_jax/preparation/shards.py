@@ -110,6 +110,8 @@ class Item:
         }
         if self.record.label != UNKNOWN_LABEL:
             description["label"] = self.record.label
+        if self.record.license:
+            description["license"] = self.record.license
         return description
 
 
