@@ -34,7 +34,7 @@ class Config:
     num_classes: int = 0  # for condition="class"
     dtype: str = "bfloat16"  # of the computation; parameters, logits, losses and penalties are float32
     remat: bool = True  # recompute each block in the backward pass
-    evaluators: tuple[str, ...] = ()  # run at the end of training: "digits", "shapes"
+    evaluators: tuple[str, ...] = ()  # run at the end of training: "digits", "shapes", "emoji"
     mesh: MeshConfig = MeshConfig()
     # logical axis -> mesh axes (config/run.py, parallel/sharding.py)
     rules: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(DEFAULT_RULES))

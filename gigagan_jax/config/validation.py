@@ -290,7 +290,7 @@ def _check_choices(config: Any) -> None:
 
 def _check_evaluators(config: Any) -> None:
     for name in config.evaluators:
-        _check_choice("evaluators", name, ("digits", "shapes"))
+        _check_choice("evaluators", name, ("digits", "shapes", "emoji"))
         if config.condition != "text":
             raise UserError(f"config.evaluators: {name!r} asks by captions and needs config.condition='text'")
 

@@ -1,5 +1,6 @@
-"""Evaluators of a training run: grids of fixed prompts and seeds, and the metrics of the digits."""
+"""Evaluators of a training run: grids of fixed prompts and seeds, and the judges of digits, shapes and emoji."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -7,10 +8,14 @@ import jax
 import numpy as np
 
 from gigagan_jax.config import Config
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import SNAPSHOTS_FOLDER
+from gigagan_jax.data.sources import make_source
 from gigagan_jax.data.sources.digits import digit_captions
+from gigagan_jax.data.storage import is_local
 from gigagan_jax.data.transforms import resize_and_crop
 from gigagan_jax.evaluation.digits import IMAGES_PER_DIGIT, DigitsJudge
+from gigagan_jax.evaluation.emoji import EmojiJudge, read_cells
 from gigagan_jax.evaluation.shapes import ShapesJudge
 from gigagan_jax.inference.images import draw_grid, save_png, side_by_side
 from gigagan_jax.inference.sampler import Sampler, prompts_and_seeds
@@ -83,10 +88,42 @@ def shapes_hook(config: Config, sampler: Sampler, workdir: Path) -> Hook:
     return judge_shapes
 
 
+def emoji_hook(config: Config, sampler: Sampler, workdir: Path) -> Hook:
+    """Returns a hook that finds the real emoji nearest to pictures of fresh seeds (emoji.py), and prints and logs the shares.
+
+    The cells that are held out lie in the folder held_out beside that of data.path, as tools/prepare_data.py emoji writes them.
+    """
+    hidden = Path(config.data.path).parent / "held_out"
+    # At the start: a run of hours must not end with this.
+    if not is_local(config.data.path) or not hidden.is_dir():
+        raise UserError(
+            f"config.evaluators: 'emoji' needs the held-out pictures in {hidden}, beside config.data.path: "
+            "tools/prepare_data.py emoji writes both; or set --config.evaluators=()"
+        )
+
+    def judge_emoji(state: GanState, kimg: float, logger: MetricLogger) -> None:
+        train = make_source(config.data, condition=config.condition, workdir=workdir)
+        held_out = make_source(
+            dataclasses.replace(config.data, path=str(hidden)), condition=config.condition, workdir=workdir
+        )
+        judge = EmojiJudge(read_cells(train, held_out))
+        asked = np.tile(np.arange(len(judge.cells.captions)), EMOJI_IMAGES)
+        captions = [judge.cells.captions[i] for i in asked]
+        images = sampler(state.g_ema, state.w_avg, captions, [FIRST_FRESH_SEED + i for i in range(len(asked))])
+        if jax.process_index() == 0:
+            report = judge.judge_images(images, asked)
+            logger.log_scalars(int(state.step), kimg, {f"emoji/{k}": v for k, v in report.to_dict().items()})
+            print(report.format_table(), flush=True)
+
+    return judge_emoji
+
+
 # Far above the seeds of the snapshots.
 FIRST_FRESH_SEED = 1_000_000
+# Pictures of each cell that the judge of emoji sees.
+EMOJI_IMAGES = 4
 # Names for config.evaluators.
-EVALUATORS = {"digits": digits_hook, "shapes": shapes_hook}
+EVALUATORS = {"digits": digits_hook, "shapes": shapes_hook, "emoji": emoji_hook}
 
 
 def make_hooks(run: Run) -> Hooks:

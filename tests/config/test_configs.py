@@ -17,11 +17,12 @@ from gigagan_jax.training.batch import abstract_batch
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep
 
-FILES = ("digits", "shapes", "laion", "imagenet", "ablation", "scale")
+FILES = ("digits", "shapes", "emoji", "laion", "imagenet", "ablation", "scale")
 VARIANTS = [
     ("digits", ""),
     ("digits", "tiny"),
     *(("shapes", arg) for arg in ("", "16", "scenes", "64", "tiny")),
+    *(("emoji", arg) for arg in ("", "all", "tiny")),
     ("laion", ""),
     ("laion", "tiny"),
     ("laion", "bytes"),
@@ -51,11 +52,8 @@ def assert_same(out, given):
 
 
 # Every file but those whose variants have no part of their own: the ablation's last row is laion, the sizes are wider ones.
-DEFAULT = [
-    v
-    for v in VARIANTS
-    if v[0] not in ("ablation", "scale") and v != ("laion", "small") and (v[0] != "shapes" or v[1] == "tiny")
-]
+TABLES = ("ablation", "scale", "shapes", "emoji")
+DEFAULT = [v for v in VARIANTS if v == ("shapes", "tiny") or (v[0] not in TABLES and v != ("laion", "small"))]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +106,7 @@ def test_docstring_is_the_command(name):
 def test_unknown_variant(name):
     sizes = "1b, 3b, 10b, 1b-bytes, 3b-bytes, 10b-bytes"
     known = {"ablation": ", ".join(ablation.ROWS), "laion": "tiny, bytes, small", "scale": sizes}
-    known |= {"shapes": "16, scenes, 64, tiny"}
+    known |= {"shapes": "16, scenes, 64, tiny", "emoji": "all, tiny"}
     with pytest.raises(
         (ValueError, UserError),
         match=rf"configs/{name}\.py has no (variant|row) 'tinny'; known: {known.get(name, 'tiny')}$",

@@ -29,6 +29,7 @@ FOLDER = Path(__file__).parent / "specs"
 VARIANTS = (
     *(("digits", arg) for arg in ("", "tiny")),
     *(("shapes", arg) for arg in ("", "64", "tiny")),
+    *(("emoji", arg) for arg in ("", "all", "tiny")),
     *(("laion", arg) for arg in ("", "tiny", "bytes", "small")),
     *(("imagenet", arg) for arg in ("", "tiny")),
     *(("ablation", row) for row in ablation.ROWS),
