@@ -69,7 +69,7 @@ Runs the config's frozen text encoder (and the text tower of the contrastive los
 on where it was stopped.""",
     "emoji": """example:
   for set in noto noto-v1 twemoji openmoji fluent-emoji-flat fluent-emoji emojione; do
-    npm pack @iconify-json/$set && mkdir -p sets/$set && tar xzf iconify-json-$set-*.tgz -C sets/$set
+    npm pack @iconify-json/$set && mkdir -p sets/$set && tar xzf iconify-json-$set-[0-9]*.tgz -C sets/$set
   done
   python tools/prepare_data.py emoji --packages='sets/*' --size=32 --out=data/emoji
 
