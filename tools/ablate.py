@@ -12,7 +12,6 @@ tools/ablations.toml. `table` prints means and spreads over seeds as Markdown; `
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import fcntl
 import json
 import os
@@ -20,7 +19,6 @@ import platform
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from typing import Any
 import ablate_checkout
 import ablate_report
 import numpy as np
+from ablate_arms import ARMS, Arm, read_arms
 
 from gigagan_jax import cli
 from gigagan_jax.cli.config_file import load_config
@@ -35,55 +34,10 @@ from gigagan_jax.core import files
 from gigagan_jax.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-ARMS = Path(__file__).with_name("ablations.toml")
 RESULTS = ROOT / "docs" / "ablations.jsonl"
 # Share of a run, at its end, over which training metrics are averaged.
 _LAST = 1 / 6
 _TRAINING = ("grad_norm/g", "grad_norm/d", "r1/last_exit", "loss/r1", "image/spread", "health/diversity")
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One arm: settings that are trained with several seeds.
-
-    Attributes:
-      name: in the results, and of its workdirs.
-      table: that it belongs to.
-      title: its row in the table.
-      config: as for `--config`.
-      flags: further flags of the training command.
-      checkout: commit whose code trains it; empty: this one.
-    """
-
-    name: str
-    table: str
-    title: str
-    config: str
-    flags: tuple[str, ...]
-    checkout: str
-
-
-def read_arms(path: Path = ARMS) -> tuple[list[Arm], tuple[int, ...]]:
-    """(arms, seeds). Raises UserError where the file is no list of arms."""
-    try:
-        content = tomllib.loads(path.read_text())
-        tables = content["tables"]
-        arms = [
-            Arm(
-                name=arm["name"],
-                table=arm["table"],
-                title=arm["title"],
-                config=tables[arm["table"]]["config"],
-                flags=(*tables[arm["table"]]["flags"], *arm.get("flags", ())),
-                checkout=arm.get("checkout", ""),
-            )
-            for arm in content["arms"]
-        ]
-        return arms, tuple(content["seeds"])
-    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no file of arms: {type(error).__name__}: {error}; see tools/ablations.toml"
-        ) from error
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

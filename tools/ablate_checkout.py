@@ -8,10 +8,10 @@ from __future__ import annotations
 import io
 import subprocess
 import tarfile
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+from ablate_arms import Arm
 from PIL import Image
 
 from gigagan_jax.config import Config, ShapesConfig, flatten_fields, to_dict
@@ -21,9 +21,6 @@ from gigagan_jax.data.sources.shapes_drawing import draw_scene
 from gigagan_jax.evaluation.hooks import FIRST_FRESH_SEED
 from gigagan_jax.evaluation.shapes import ShapesJudge
 from gigagan_jax.inference.text_to_image import TextToImage
-
-if typing.TYPE_CHECKING:
-    from ablate import Arm
 
 # Scenes of the tars: a run of 60 kimg sees each of them at most twice.
 _SCENES = 40_000

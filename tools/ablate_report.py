@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from ablate_arms import Arm
 from PIL import Image, ImageDraw, ImageFont
-
-if typing.TYPE_CHECKING:
-    from ablate import Arm
 
 # (metric, title, decimals)
 COLUMNS = (

@@ -20,8 +20,8 @@ from gigagan_jax import cli
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_table
 from gigagan_jax.core.progress import ProgressBar
-from gigagan_jax.data.sources.shapes import ALL_PAIRS, judged_scenes
 from gigagan_jax.data.sources.shapes_drawing import draw_scene
+from gigagan_jax.data.sources.shapes_scenes import ALL_PAIRS, judged_scenes
 from gigagan_jax.evaluation.shapes import QUESTIONS, judge_scene, share_right
 from gigagan_jax.evaluation.shapes_reader import read_objects
 from gigagan_jax.inference.images import draw_grid, side_by_side

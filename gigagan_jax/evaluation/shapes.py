@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gigagan_jax.data.sources.shapes import (
+from gigagan_jax.data.sources.shapes_drawing import draw_scene
+from gigagan_jax.data.sources.shapes_scenes import (
     HELD_OUT,
     SCENE_RADII,
     SEEN,
@@ -23,7 +24,6 @@ from gigagan_jax.data.sources.shapes import (
     judged_scenes,
     relation_between,
 )
-from gigagan_jax.data.sources.shapes_drawing import draw_scene
 from gigagan_jax.evaluation.fid import frechet_distance, gaussian_moments
 from gigagan_jax.evaluation.shapes_reader import ReadObject, read_objects, to_lab
 

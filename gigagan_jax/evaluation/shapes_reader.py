@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 import scipy.ndimage
 
-from gigagan_jax.data.sources.shapes import COLORS, MATERIALS, SHAPES
 from gigagan_jax.data.sources.shapes_drawing import coverage, tone
+from gigagan_jax.data.sources.shapes_scenes import COLORS, MATERIALS, SHAPES
 
 # Levels of 255 by which a pixel of an object differs from the background: in a channel, or between its channels.
 _DIFFERENT = 28

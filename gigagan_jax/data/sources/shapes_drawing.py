@@ -1,13 +1,8 @@
 """Drawing of scenes: signed distances to outlines, filled with one pixel of softness."""
 
-from __future__ import annotations
-
-import typing
-
 import numpy as np
 
-if typing.TYPE_CHECKING:
-    from gigagan_jax.data.sources.shapes import Scene
+from gigagan_jax.data.sources.shapes_scenes import Scene
 
 # What a dark stripe and the dark end of a shiny object keep of their color.
 _DARK_STRIPE = 0.4

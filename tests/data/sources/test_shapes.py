@@ -11,7 +11,8 @@ from gigagan_jax.config import DataConfig, ShapesConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data import pipeline
 from gigagan_jax.data.sources import make_source
-from gigagan_jax.data.sources.shapes import (
+from gigagan_jax.data.sources.shapes_drawing import coverage, draw_scene, outline_distance
+from gigagan_jax.data.sources.shapes_scenes import (
     ALL_PAIRS,
     COLORS,
     HELD_OUT,
@@ -21,7 +22,6 @@ from gigagan_jax.data.sources.shapes import (
     SIZES,
     judged_scenes,
 )
-from gigagan_jax.data.sources.shapes_drawing import coverage, draw_scene, outline_distance
 from gigagan_jax.data.tokenizers import ByteTokenizer
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from gigagan_jax.data.sources.shapes import (
+from gigagan_jax.data.sources.shapes_drawing import draw_scene
+from gigagan_jax.data.sources.shapes_scenes import (
     ALL_PAIRS,
     COLORS,
     SCENE_RADII,
@@ -17,7 +18,6 @@ from gigagan_jax.data.sources.shapes import (
     Scene,
     judged_scenes,
 )
-from gigagan_jax.data.sources.shapes_drawing import draw_scene
 from gigagan_jax.evaluation.shapes import ATTRIBUTES, QUESTIONS, ShapesJudge, judge_scene, size_word
 from gigagan_jax.evaluation.shapes_reader import nearest_color, read_objects, to_lab
 
