@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,13 @@ def _comparable_values(config: Config, identity: str) -> dict[str, Any]:
     values = {f"config.{k}": v for k, v in flatten_fields(to_dict(config)).items() if k not in OWN_FIELDS}
     # Through JSON, as the broadcast sends it: a tuple must compare equal to a list.
     return json.loads(json.dumps(values | {"the data": identity}))
+
+
+def check_same_frozen(stored: Mapping[str, str], identities: Mapping[str, str], where: str) -> None:
+    """Raises UserError where a model was trained with other weights of a frozen network than those of `identities`."""
+    for role, identity in identities.items():
+        if role in stored and stored[role] != identity:
+            raise UserError(
+                f"{where} was trained with other weights of the frozen network {role!r} (SHA-256 {stored[role][:12]}..., now "
+                f"{identity[:12]}...): use the network it was trained with, or a new --workdir"
+            )

@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gigagan_jax.checkpoint.checksums import CHECKSUMS_FILE, verify_checksums, write_checksums
+from gigagan_jax.checkpoint.consistency import check_same_frozen
 from gigagan_jax.checkpoint.orbax_logs import ORBAX_LOGGERS, BackgroundErrors, silence_closed_loop_errors
 from gigagan_jax.checkpoint.retention import Retention
 from gigagan_jax.config import Config, from_dict, parameter_renames, to_dict
@@ -320,13 +321,7 @@ class Checkpoints:
         if not communication.broadcast_from_main((self.folder / str(step) / "frozen").exists()):
             return
         stored = self._restore_items(step, frozen=ocp.args.JsonRestore())["frozen"]
-        for role, identity in identities.items():
-            if role in stored and stored[role] != identity:
-                raise UserError(
-                    f"checkpoint {self.folder / str(step)} was trained with other weights of the frozen network {role!r} "
-                    f"(SHA-256 {stored[role][:12]}..., now {identity[:12]}...): use the network it was trained with, or a new "
-                    "--workdir"
-                )
+        check_same_frozen(stored, identities, f"checkpoint {self.folder / str(step)}")
 
     def data_position(self, step: int) -> dict[str, Any]:
         """Returns the position in the data that a checkpoint holds."""

@@ -4,16 +4,17 @@ model = TextToImage.from_workdir("runs/digits")
 images = model(["a handwritten seven"], seeds=[0])     # uint8 [1, R, R, 3]
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from gigagan_jax.checkpoint.consistency import check_same_frozen
 from gigagan_jax.checkpoint.manager import Checkpoints
-from gigagan_jax.config import Config, MeshConfig
+from gigagan_jax.config import Config, MeshConfig, with_fields
 from gigagan_jax.inference.sampler import Sampler
+from gigagan_jax.interop import weights
 from gigagan_jax.models.network import Params
 from gigagan_jax.parallel import sharding
 
@@ -40,23 +41,31 @@ class TextToImage:
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, *, text_path: str | None = None, device_batch: int = 8) -> "TextToImage":
-        """The newest intact checkpoint of a training run, on all devices here.
+        """The newest intact checkpoint of a training run, or published weights (interop/weights.py), on all devices here.
 
         Args:
-          workdir: of the run.
+          workdir: of the run, or a folder with model.safetensors and config.json.
           text_path: folder or hub id of the frozen text encoder, where it moved since training.
           device_batch: images a device makes at once.
 
         Raises:
           UserError: no finished checkpoint, a damaged one, or another text encoder than the model was trained with.
         """
-        checkpoints = Checkpoints(Path(workdir))
-        step = checkpoints.require_valid_step()
-        config = checkpoints.read_config(step)
-        if text_path is not None:
-            config = dataclasses.replace(config, text=dataclasses.replace(config.text, path=text_path))
         # Devices share the images, whatever mesh the model was trained on.
-        sampler = Sampler(config, sharding.make_mesh(MeshConfig()), device_batch=device_batch)
+        make_sampler = lambda config: Sampler(
+            config if text_path is None else with_fields(config, {"text.path": text_path}),
+            sharding.make_mesh(MeshConfig()),
+            device_batch=device_batch,
+        )
+        folder = Path(workdir)
+        if weights.has_weights(folder):
+            sampler = make_sampler(weights.read_config(folder))
+            read = weights.read_weights(folder, sampler.module, sampler.shardings, sampler.abstract_w_avg())
+            check_same_frozen(read.identities, sampler.identities, str(folder))
+            return cls(sampler, read.params, read.w_avg, read.step)
+        checkpoints = Checkpoints(folder)
+        step = checkpoints.require_valid_step()
+        sampler = make_sampler(checkpoints.read_config(step))
         checkpoints.check_frozen(step, sampler.identities)
         # Of the state only what sampling needs: not D, nor the optimizers.
         wanted = {"g_ema": sampler.abstract_params(), "w_avg": sampler.abstract_w_avg()}

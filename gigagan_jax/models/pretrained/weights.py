@@ -89,6 +89,10 @@ class Weights:
         """Names of all tensors."""
         return set(self._where)
 
+    def metadata(self) -> dict[str, str]:
+        """What the single file says of itself; of shards, what the first says."""
+        return next(iter(self._opened.values())).metadata() or {}
+
     def read_tensor(self, key: str) -> np.ndarray:
         """One tensor, as stored."""
         return self._open_file(self._where[key]).get_tensor(key)

@@ -1,0 +1,156 @@
+"""A trained generator as two files that sample without its run: `model.safetensors` and `config.json`.
+
+The tensors are the moving average of G under the paths of its parameters, and `w_avg`. Half precision is the default: pictures
+of a model that was trained in float32 change by about a grey level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gigagan_jax.config import Config, from_dict, to_dict
+from gigagan_jax.config.migrations import FORMAT_KEY, upgrade_config, with_format
+from gigagan_jax.config.parameter_renames import path_at_format
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
+from gigagan_jax.models.network import Network, Params, path_name
+from gigagan_jax.models.pretrained.weights import Weights
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+W_AVG = "w_avg"
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorWeights:
+    """What `read_weights` returns.
+
+    Attributes:
+      params: of G, float32, in their shards.
+      w_avg: float32 [w_dim].
+      step: of the checkpoint that they come from.
+      identities: {role: SHA-256} of the frozen networks that G was trained with.
+    """
+
+    params: Params
+    w_avg: jax.Array
+    step: int
+    identities: dict[str, str]
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds published weights, and no run."""
+    return (folder / WEIGHTS_FILE).is_file() and not (folder / CHECKPOINTS_FOLDER).is_dir()
+
+
+def save_weights(
+    folder: Path,
+    config: Config,
+    params: Params,
+    w_avg: Any,
+    *,
+    step: int,
+    identities: Mapping[str, str] | None = None,
+    dtype: Any = np.float16,
+) -> int:
+    """Writes the two files; returns the size of the tensors' file in bytes.
+
+    Args:
+      folder: made where it is missing.
+      config: of the run; paths of this machine are left out.
+      params: of G, usually its moving average.
+      w_avg: [w_dim].
+      step: of the checkpoint.
+      identities: {role: SHA-256} of frozen networks.
+      dtype: of the tensors.
+
+    Raises:
+      UserError: a value does not fit the dtype, or the folder cannot be written.
+    """
+    import safetensors.numpy
+
+    tensors = {path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    tensors[W_AVG] = np.asarray(w_avg)
+    # What does not fit becomes infinite, and is refused below.
+    with np.errstate(over="ignore"):
+        stored = {name: np.ascontiguousarray(x.astype(dtype)) for name, x in tensors.items()}
+    for name, x in stored.items():
+        if not np.isfinite(x).all():
+            raise UserError(f"{name} has values that {np.dtype(dtype).name} does not hold: export with --dtype=float32")
+    values = with_format(to_dict(config))
+    # Places on the machine that trained it are of no use elsewhere, and nobody's business.
+    for group, key in (("data", "path"), ("data", "index"), ("data", "embeddings"), ("text", "path"), ("clip", "path")):
+        values[group] = values[group] | {key: ""}
+    values["vision_aided"] = values["vision_aided"] | {"path": ""}
+    values["data"] = values["data"] | {"mixture": []}
+    metadata = {"step": str(step), "model": config.name, "frozen": json.dumps(dict(identities or {}))}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        half = folder / f".{WEIGHTS_FILE}.part"
+        safetensors.numpy.save_file(stored, str(half), metadata=metadata)
+        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n")
+        # Last: a folder without its tensors is nobody's weights.
+        os.replace(half, folder / WEIGHTS_FILE)
+    except OSError as error:
+        raise UserError(f"--out={folder} cannot be written: {error}") from error
+    return (folder / WEIGHTS_FILE).stat().st_size
+
+
+def read_config(folder: Path) -> Config:
+    """The config of published weights. Raises UserError where it is missing or damaged."""
+    file = folder / CONFIG_FILE
+    return from_dict(upgrade_config(_read_json(file), str(file))[0])
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is missing or no JSON ({error}); it belongs beside {WEIGHTS_FILE}") from error
+
+
+def read_weights(folder: Path, module: Network, shardings: Params, w_avg: jax.ShapeDtypeStruct) -> GeneratorWeights:
+    """Reads published weights into their shards.
+
+    Args:
+      folder: with the two files.
+      module: G of `read_config(folder)`.
+      shardings: of its parameters.
+      w_avg: shape and sharding of w_avg.
+
+    Raises:
+      UserError: the file is damaged, or a tensor is missing, too many, or of another shape.
+    """
+    weights = Weights(folder)
+    number = _read_json(folder / CONFIG_FILE).get(FORMAT_KEY, 0)
+    left = weights.keys()
+
+    def place(name: str, shape: tuple[int, ...], where: Any) -> jax.Array:
+        if name not in left:
+            raise UserError(f"{folder / WEIGHTS_FILE} lacks {name}: its {CONFIG_FILE} is another model's")
+        left.discard(name)
+        value = weights.read_tensor(name).astype(np.float32)
+        if value.shape != shape:
+            raise UserError(
+                f"{folder / WEIGHTS_FILE}: {name} is {list(value.shape)}, its {CONFIG_FILE} asks for {list(shape)}"
+            )
+        # Each device takes its own slice.
+        return jax.make_array_from_callback(shape, where, lambda index: value[index])
+
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, spec, where: place(path_at_format(module.name, path_name(path), number), spec.shape, where),
+        module.abstract(),
+        shardings,
+    )
+    average = place(W_AVG, w_avg.shape, w_avg.sharding)
+    if left:
+        raise UserError(f"{folder / WEIGHTS_FILE} has tensors that its {CONFIG_FILE} does not know: {sorted(left)[0]}")
+    metadata = weights.metadata()
+    return GeneratorWeights(params, average, int(metadata.get("step", 0)), json.loads(metadata.get("frozen", "{}")))

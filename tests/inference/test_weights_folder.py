@@ -1,0 +1,122 @@
+"""Published weights: the pictures of the run they come from, and one line where they are damaged."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gigagan_jax import sample
+from gigagan_jax.checkpoint.consistency import check_same_frozen
+from gigagan_jax.config.migrations import FORMAT
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.inference.text_to_image import TextToImage
+from gigagan_jax.interop import weights
+from tests.runs import ROOT
+from tools import export_weights
+
+# A run of digits:tiny by the code of an earlier day.
+RUN = ROOT / "tests" / "fixtures" / "digits"
+PROMPTS = ["the digit 3", "a handwritten seven"] * 2
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "digits"
+    assert export_weights.verb([f"--workdir={RUN}", f"--out={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(published, tmp_path):
+    for file in published.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def draw(folder):
+    return TextToImage.from_workdir(folder)(PROMPTS, range(4)).astype(int)
+
+
+def test_the_pictures_are_those_of_the_run(published, tmp_path):
+    of_run, of_weights = draw(RUN), draw(published)
+    assert np.abs(of_run - of_weights).max() <= 2
+    assert of_run.std() > 5
+    export_weights.verb([f"--workdir={RUN}", f"--out={tmp_path}", "--dtype=float32"])
+    assert (draw(tmp_path) == of_run).all()
+
+
+def test_two_files_without_places_of_the_machine(published):
+    assert sorted(f.name for f in published.iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((published / "config.json").read_text())
+    assert config["format"] == FORMAT
+    assert config["data"]["path"] == config["text"]["path"] == config["vision_aided"]["path"] == ""
+    assert all(x.dtype == np.float16 for x in load_file(published / "model.safetensors").values())
+
+
+def test_sample_takes_the_folder(published, tmp_path, capsys):
+    out = tmp_path / "x.png"
+    assert sample.verb([f"--workdir={published}", "--prompt=the digit 3", "--num=2", f"--out={out}"]) == 0
+    assert out.stat().st_size > 100
+
+
+def test_weights_of_an_earlier_format(copy):
+    """A parameter that has moved since is found by its place of then."""
+    wanted = draw(copy)
+    config = json.loads((copy / "config.json").read_text())
+    tensors = load_file(copy / "model.safetensors")
+    old = {"entry": "entry/{}", "blocks": "rest/{}", "attention": "attention/{}", "to_rgb": "to_rgb/{}"}
+
+    def before(name):
+        parts = name.split("/")
+        if parts[0] != "levels":
+            return name
+        return "/".join([old[parts[2]].format(parts[1]), *parts[3:]])
+
+    save_file({before(name): x for name, x in tensors.items()}, copy / "model.safetensors")
+    (copy / "config.json").write_text(json.dumps(config | {"format": 1}))
+    assert (draw(copy) == wanted).all()
+
+
+def change(folder, **changes):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in (tensors | changes).items() if v is not None}, folder / "model.safetensors")
+
+
+def test_damage_is_named(copy):
+    def fails(words):
+        with pytest.raises(UserError, match=words):
+            TextToImage.from_workdir(copy)
+
+    first = sorted(load_file(copy / "model.safetensors"))[0]
+    value = load_file(copy / "model.safetensors")[first]
+    change(copy, **{first: None})
+    fails(f"model.safetensors lacks {first}: its config.json is another model's")
+    change(copy, **{first: np.zeros((1, 2, 3), np.float16)})
+    fails(rf"{first} is \[1, 2, 3\], its config.json asks for")
+    change(copy, **{first: value, "unheard_of": value})
+    fails("has tensors that its config.json does not know: unheard_of")
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    fails("model.safetensors is damaged or cut short")
+    (copy / "config.json").unlink()
+    fails("config.json is missing or no JSON")
+
+
+def test_values_past_half_precision_are_refused(tmp_path):
+    model = TextToImage.from_workdir(RUN)
+    with pytest.raises(UserError, match="w_avg has values that float16 does not hold: export with --dtype=float32"):
+        weights.save_weights(tmp_path, model.config, model.params, np.full(3, 1e6), step=1)
+
+
+def test_other_frozen_networks_are_refused():
+    check_same_frozen({"text": "a" * 64}, {"text": "a" * 64}, "x")
+    check_same_frozen({}, {"text": "a" * 64}, "x")
+    with pytest.raises(UserError, match="x was trained with other weights of the frozen network 'text'"):
+        check_same_frozen({"text": "a" * 64}, {"text": "b" * 64}, "x")
+
+
+def test_out_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file: name a folder"):
+        export_weights.verb([f"--workdir={RUN}", f"--out={tmp_path / 'file'}"])

@@ -1,0 +1,49 @@
+"""Writes the generator of a run as model.safetensors and config.json, which sample without the run.
+
+python tools/export_weights.py --workdir=runs/digits --out=weights/digits
+python -m gigagan_jax.sample --workdir=weights/digits --prompt="a handwritten seven" --out=seven.png
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gigagan_jax import cli
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.formatting import format_bytes
+from gigagan_jax.inference.text_to_image import TextToImage
+from gigagan_jax.interop import weights
+
+DTYPES = {"float16": np.float16, "float32": np.float32}
+
+
+def verb(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=cli.local_folder, required=True, help="of a training run")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16", help="of the tensors (float16)")
+    parser.add_argument(
+        "--text_path", help="folder or hub id of the frozen text encoder, where it moved since training"
+    )
+    args = parser.parse_args(argv)
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out={args.out} is a file: name a folder")
+    model = TextToImage.from_workdir(args.workdir, text_path=args.text_path)
+    size = weights.save_weights(
+        args.out,
+        model.config,
+        model.params,
+        model.w_avg,
+        step=model.step,
+        identities=model.sampler.identities,
+        dtype=DTYPES[args.dtype],
+    )
+    print(f"step {model.step}, {format_bytes(size)}, in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(verb)
