@@ -111,6 +111,9 @@ def test_number_and_relation():
     assert not answers["count"]
     assert not answers["shape"]
     assert not answers["relation"]
+    # One too many is wrong as well.
+    answers = judge_scene(read_objects(draw_scene(scene, 64)), one, 3)
+    assert not answers["count"]
 
 
 def test_words():
