@@ -59,8 +59,13 @@ def missing_runs(arms: Sequence[Arm], seeds: Sequence[int], results: Path) -> It
     """Runs without a result, the first seed of every arm first. The results are read again before each."""
     for seed in seeds:
         for arm in arms:
-            if not any(run["arm"] == arm.name and run["seed"] == seed for run in read_results(results)):
+            if not has_result(results, arm, seed):
                 yield arm, seed
+
+
+def has_result(results: Path, arm: Arm, seed: int) -> bool:
+    """Whether a run has a line among the results."""
+    return any(run["arm"] == arm.name and run["seed"] == seed for run in read_results(results))
 
 
 def run_arm(arm: Arm, seed: int, workdir: Path) -> dict[str, Any]:
@@ -136,6 +141,9 @@ def train_missing(arms: Sequence[Arm], seeds: Sequence[int], results: Path, fold
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 print(f"{name}: another process trains it", flush=True)
+                continue
+            # It may have ended between the look at the results and the lock.
+            if has_result(results, arm, seed):
                 continue
             print(f"{name}: training, log in {folder / name}.log", flush=True)
             result = run_arm(arm, seed, folder / name)

@@ -64,9 +64,11 @@ def prepare(arm: Arm, config: Config, folder: Path, root: Path) -> tuple[Path, P
     worktree = folder / f"checkout-{arm.checkout}"
     if not worktree.exists():
         command = ["git", "worktree", "add", "--detach", str(worktree), arm.checkout]
-        made = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        if made.returncode:
-            raise UserError(f"arm {arm.name}: git has no commit {arm.checkout} here ({made.stderr.strip()})")
+        try:
+            subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", None) or error
+            raise UserError(f"arm {arm.name}: git cannot check out {arm.checkout} here ({str(why).strip()})") from error
     tars = folder / f"shapes-{config.resolution}"
     write_tars(tars, config.data.shapes, _SCENES)
     values = flatten_fields(to_dict(config))

@@ -171,3 +171,10 @@ def test_runs_are_trained_once(tmp_path, capsys):
     capsys.readouterr()
     assert ablate.verb(["table", *flags]) == 0
     assert "R1 of the sum | 2" in capsys.readouterr().out
+
+
+def test_a_commit_that_is_not_here_is_named(arms, tmp_path):
+    arm = ablate.Arm("old", "settings", "old", arms[0].config, arms[0].flags, "0" * 40)
+    config = ablate.load_config(arm.config, arm.flags)
+    with pytest.raises(UserError, match="arm old: git cannot check out 0000"):
+        ablate_checkout.prepare(arm, config, tmp_path, ROOT)
