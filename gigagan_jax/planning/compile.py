@@ -61,7 +61,7 @@ class CompileSettings:
     """Options of the compiler and of the plan.
 
     Attributes:
-      with_r1: whether the step with R1 (one of `r1_interval`) is compiled too.
+      with_r1: whether the step with R1 (one of `r1_interval`) is compiled too; where each step has it, it always is.
       effort: compiler effort for a fast program, -1 (least) to 1; None keeps the compiler's default.
       memory_effort: compiler effort for a small program, with the same range.
     """
@@ -111,8 +111,11 @@ def plan_run(config: Config, topology: Topology, settings: CompileSettings) -> d
         return about | _without_compiler(networks, mesh, topology, kinds)
     about["libtpu"] = importlib.metadata.version("libtpu")
     about["effort"] = settings.effort
-    steps = {"without_r1": compile_step(networks, mesh, topology, settings, kinds, with_r1=False)}
-    if settings.with_r1:
+    steps = {}
+    # A run with R1 in each step has no step without.
+    if config.loss.r1_interval > 1:
+        steps["without_r1"] = compile_step(networks, mesh, topology, settings, kinds, with_r1=False)
+    if settings.with_r1 or config.loss.r1_interval == 1:
         steps["with_r1"] = compile_step(networks, mesh, topology, settings, kinds, with_r1=True)
     return about | {"compiled": True, "steps": steps} | _combine_steps(config, topology, steps)
 
@@ -268,7 +271,8 @@ def _analyze_program(
 def _combine_steps(config: Config, topology: Topology, steps: dict[str, Any]) -> dict[str, Any]:
     """The headline figures: means over steps with and without R1, weighted by their frequency."""
     interval = config.loss.r1_interval
-    plain, penalised = steps["without_r1"], steps.get("with_r1")
+    penalised = steps.get("with_r1")
+    plain = steps.get("without_r1", penalised)
     fits = all(s["fits"] for s in steps.values())
     headline: dict[str, Any] = {"fits": fits, "r1_interval": interval}
     if not all("seconds" in s for s in steps.values()):

@@ -264,6 +264,15 @@ def test_steps_with_and_without_r1_in_their_proportion(made):
     assert made["seconds_to_compile"] == 180.0
 
 
+def test_a_run_with_r1_in_each_step_has_no_other_step(tiny, made):
+    each = dataclasses.replace(tiny, loss=dataclasses.replace(tiny.loss, r1_interval=1))
+    headline = compile._combine_steps(each, topology.parse_topology("v5p-8"), {"with_r1": made["steps"]["with_r1"]})
+    assert headline["seconds"] == pytest.approx(0.21)
+    assert headline["bytes_sent"] == 1.8e9
+    text = text_report.format_plan(made | headline | {"steps": {"with_r1": made["steps"]["with_r1"]}})
+    assert "The step with R1 (one in 1)" in text
+
+
 def test_the_report(made):
     text = text_report.format_plan(made)
     for part in (
