@@ -45,7 +45,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     runs = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--results={path} cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
         try:
             run = json.loads(line)
             run["arm"], run["seed"], run["metrics"]
@@ -167,6 +171,8 @@ def verb(argv: Sequence[str]) -> int:
     if args.action == "run":
         if args.workdir is None:
             raise UserError("run needs --workdir=DIR: a folder for the workdirs of all runs")
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        cli.check_writable(args.results)
         wanted = [name for name in args.only.split(",") if name]
         unknown = set(wanted) - {arm.name for arm in arms}
         if unknown:
@@ -175,13 +181,17 @@ def verb(argv: Sequence[str]) -> int:
             )
         train_missing([a for a in arms if not wanted or a.name in wanted], seeds, args.results, args.workdir.resolve())
         return 0
-    runs = read_results(args.results)
+    names = {arm.name for arm in arms}
+    runs = [run for run in read_results(args.results) if run["arm"] in names]
     if not runs:
-        raise UserError(f"{args.results} has no results: python tools/ablate.py run makes them")
+        raise UserError(f"{args.results} has no results of these arms: python tools/ablate.py run makes them")
     if args.action == "table":
         print(ablate_report.format_tables(arms, runs))
     else:
         out = args.out or args.results.with_suffix(".png")
+        if out.suffix != ".png":
+            raise UserError(f"--out={out}: name a .png")
+        cli.check_writable(out)
         ablate_report.draw_picture(arms, runs).save(out)
         print(out)
     return 0

@@ -46,8 +46,16 @@ def read_arms(path: Path = ARMS) -> tuple[list[Arm], tuple[int, ...]]:
             )
             for arm in content["arms"]
         ]
-        return arms, tuple(content["seeds"])
-    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        seeds = tuple(content["seeds"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no file of arms: {type(error).__name__}: {error}; see tools/ablations.toml"
         ) from error
+    names = [arm.name for arm in arms]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path}: two arms are called {name}; their results would be mixed")
+    for arm in arms:
+        if not all(flag.startswith("--config.") for flag in arm.flags):
+            raise UserError(f"{path}: flags of {arm.name} must be a list of --config.key=value")
+    return arms, seeds

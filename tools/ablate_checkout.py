@@ -5,7 +5,9 @@ The earlier code knows neither drawn shapes nor newer settings: it gets the scen
 
 from __future__ import annotations
 
+import fcntl
 import io
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Sequence
@@ -22,8 +24,8 @@ from gigagan_jax.evaluation.hooks import FIRST_FRESH_SEED
 from gigagan_jax.evaluation.shapes import ShapesJudge
 from gigagan_jax.inference.text_to_image import TextToImage
 
-# Scenes of the tars: a run of 60 kimg sees each of them at most twice.
-_SCENES = 40_000
+# Scenes of the tars: a run of 60 kimg sees each of them once.
+_SCENES = 60_000
 _SHARD = 10_000
 # Executed by the earlier code: sets what it has.
 _CONFIG = '''"""The settings of {config}, as far as this code has them."""
@@ -62,20 +64,33 @@ def prepare(arm: Arm, config: Config, folder: Path, root: Path) -> tuple[Path, P
       UserError: git does not know the commit.
     """
     worktree = folder / f"checkout-{arm.checkout}"
-    if not worktree.exists():
-        command = ["git", "worktree", "add", "--detach", str(worktree), arm.checkout]
-        try:
-            subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            why = getattr(error, "stderr", None) or error
-            raise UserError(f"arm {arm.name}: git cannot check out {arm.checkout} here ({str(why).strip()})") from error
-    tars = folder / f"shapes-{config.resolution}"
-    write_tars(tars, config.data.shapes, _SCENES)
+    # By all settings of the scenes: arms with other ones must not share tars.
+    tars = folder / f"shapes-{ShapesSource(config.data.shapes).identity()[:8]}"
+    # Runs of several seeds may start at once.
+    with (folder / "prepare.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _check_out(arm, worktree, root)
+        write_tars(tars, config.data.shapes, _SCENES)
     values = flatten_fields(to_dict(config))
     values |= {"data.source": "tar", "data.path": f"{tars}/*.tar", "evaluators": ()}
     file = folder / f"config-{arm.name}.py"
     file.write_text(_CONFIG.format(config=arm.config, values=values))
     return worktree, file
+
+
+def _check_out(arm: Arm, worktree: Path, root: Path) -> None:
+    done = worktree.with_suffix(".done")
+    if done.exists() and worktree.exists():
+        return
+    # A killed start may have left half of it.
+    shutil.rmtree(worktree, ignore_errors=True)
+    try:
+        for command in (["prune"], ["add", "--force", "--detach", str(worktree), arm.checkout]):
+            subprocess.run(["git", "worktree", *command], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", None) or error
+        raise UserError(f"arm {arm.name}: git cannot check out {arm.checkout} here ({str(why).strip()})") from error
+    done.touch()
 
 
 def write_tars(folder: Path, settings: ShapesConfig, scenes: int) -> None:

@@ -17,7 +17,7 @@ COLUMNS = (
     ("shapes/seen/material", "material", 2),
     ("shapes/seen/pair", "shape and color", 2),
     ("shapes/held_out/pair", "held out", 2),
-    ("shapes/shuffled/pair", "shuffled", 2),
+    ("shapes/seen_shuffled/pair", "shuffled", 2),
     ("shapes/position_variance", "variance of position", 2),
     ("shapes/caption_variance", "of one caption", 2),
     ("shapes/frechet", "Frechet", 1),

@@ -104,6 +104,10 @@ def verb(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.count < 1:
         raise UserError(f"--count={args.count} must be positive")
+    for picture in (args.errors, args.samples):
+        if picture is not None and picture.suffix != ".png":
+            raise UserError(f"{picture}: name a .png")
+        cli.check_writable(picture)
     rows, errors = measure(args.count)
     print(format_table(rows, ("pictures", "blur", "noise", *QUESTIONS)))
     if args.errors and errors:

@@ -86,6 +86,10 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="file for one JSON line a row")
     parser.add_argument("--picture", type=Path, help="PNG of a few captions at several truncations")
     args = parser.parse_args(argv)
+    if args.picture is not None and args.picture.suffix != ".png":
+        raise UserError(f"--picture={args.picture}: name a .png")
+    cli.check_writable(args.picture)
+    cli.check_writable(args.json)
     model = TextToImage.from_workdir(args.workdir, device_batch=100)
     captions, judge = make_judge(model.config)
     seeds = [FIRST_FRESH_SEED + i for i in range(len(captions))]

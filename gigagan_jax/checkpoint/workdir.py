@@ -11,7 +11,7 @@ from typing import Any
 from gigagan_jax.config import Config, fixed_differences, flatten_fields, is_fixed, to_dict, with_fields
 from gigagan_jax.config.migrations import upgrade_config, with_format
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE
+from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIGHTS_FILE
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ def open_workdir(workdir: Path, config: Config) -> None:
       UserError: it cannot be written, or its config differs in fields that are fixed during a run.
     """
     file, folder = workdir / CONFIG_FILE, workdir / CHECKPOINTS_FOLDER
+    if (workdir / WEIGHTS_FILE).exists():
+        raise UserError(f"--workdir={workdir} holds published weights ({WEIGHTS_FILE}): choose another for a run")
     # Checked here: the first save would fail, after the steps before it are paid for.
     if any(c in str(workdir.resolve()) for c in "[]"):
         raise UserError(f"--workdir={workdir}: Orbax cannot write checkpoints under a path with [ or ]; choose another")

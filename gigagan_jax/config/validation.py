@@ -7,6 +7,9 @@ from typing import Any
 from gigagan_jax.config.data import SOURCE_KINDS
 from gigagan_jax.core.errors import UserError
 
+# Tokens of the longest captions of data/sources/shapes_scenes.py.
+_SHAPES_CAPTION, _SCENES_CAPTION = 46, 112
+
 
 def _count_levels(config: Any) -> int:
     # Without multi-scale input, D scores the full resolution only.
@@ -293,6 +296,14 @@ def _check_evaluators(config: Any) -> None:
         _check_choice("evaluators", name, ("digits", "shapes", "emoji"))
         if config.condition != "text":
             raise UserError(f"config.evaluators: {name!r} asks by captions and needs config.condition='text'")
+    if "shapes" in config.evaluators and config.data.source != "shapes":
+        raise UserError("config.evaluators: 'shapes' judges drawn shapes: it needs config.data.source='shapes'")
+    if config.data.source == "shapes" and config.text.encoder == "bytes":
+        needed = _SHAPES_CAPTION if config.data.shapes.max_objects == 1 else _SCENES_CAPTION
+        if config.text.length < needed:
+            raise UserError(
+                f"config.text.length={config.text.length} cuts captions of drawn shapes off: set it to {needed} or more"
+            )
 
 
 def _check_condition(config: Any) -> None:

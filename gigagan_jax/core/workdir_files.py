@@ -6,6 +6,8 @@ from __future__ import annotations
 CONFIG_FILE = "config.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 SNAPSHOTS_FOLDER = "snapshots"
+# Of published weights, which lie beside a config and have no checkpoints.
+WEIGHTS_FILE = "model.safetensors"
 
 METRICS_FILE = "metrics.jsonl"
 GOODPUT_FILE = "goodput.jsonl"

@@ -13,11 +13,13 @@ import numpy as np
 import scipy.ndimage
 
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.data.example import BadExample
 from gigagan_jax.data.source import Source
 
-# Pixels of the side at which pictures are compared, and by how many of them one may be shifted against the other.
+# Pixels of the side at which pictures are compared.
 _SIDE = 16
-_SHIFT = 1
+# By how much one picture may be shifted against another, as shares of its side, in each direction.
+_SHIFTS = (-1 / 16, -1 / 32, 0, 1 / 32, 1 / 16)
 # Features of images: uint8 [N, R, R, 3] -> float [N, ...].
 Features = Callable[[np.ndarray], np.ndarray]
 
@@ -51,7 +53,15 @@ def read_cells(train: Source, held_out: Source) -> Cells:
     Raises:
       UserError: captions that are none of emoji, or pictures of several sizes.
     """
-    examples = [source[i] for source in (train, held_out) for i in range(len(source))]
+    examples = []
+    for source in (train, held_out):
+        for i in range(len(source)):
+            try:
+                examples.append(source[i])
+            except BadExample as bad:
+                raise UserError(
+                    f"evaluators: emoji {source.name(i)} cannot be read ({bad}): prepare them anew"
+                ) from bad
     captions = tuple(e.captions[0] if e.captions else "" for e in examples)
     for caption in captions:
         if not caption.endswith(" style") or ", " not in caption:
@@ -143,8 +153,10 @@ def _pixels(images: np.ndarray) -> np.ndarray:
 
 def _shifted_pixels(images: np.ndarray) -> np.ndarray:
     """[shifts, N, 16, 16, 3]."""
-    x = _pixels(images)
-    steps = range(-_SHIFT, _SHIFT + 1)
-    padded = np.pad(x, ((0, 0), (_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0)), mode="edge")
-    cut = lambda d: slice(_SHIFT + d, _SHIFT + d + _SIDE)
-    return np.stack([padded[:, cut(dy), cut(dx)] for dy in steps for dx in steps])
+    side = images.shape[1]
+    steps = sorted({round(share * side) for share in _SHIFTS})
+    most = steps[-1]
+    # Shifted before it is shrunk: a pixel of the picture is less than one of those that are compared.
+    padded = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    cut = lambda step: slice(most + step, most + step + side)
+    return np.stack([_pixels(padded[:, cut(dy), cut(dx)]) for dy in steps for dx in steps])

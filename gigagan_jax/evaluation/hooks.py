@@ -93,20 +93,22 @@ def emoji_hook(config: Config, sampler: Sampler, workdir: Path) -> Hook:
 
     The cells that are held out lie in the folder held_out beside that of data.path, as tools/prepare_data.py emoji writes them.
     """
-    hidden = Path(config.data.path).parent / "held_out"
+    path = config.data.path
+    hidden = Path(path if Path(path).is_dir() else Path(path).parent).parent / "held_out"
     # At the start: a run of hours must not end with this.
-    if not is_local(config.data.path) or not hidden.is_dir():
+    if not path or not is_local(path) or not hidden.is_dir():
+        where = f" in {hidden}" if path else ""
         raise UserError(
-            f"config.evaluators: 'emoji' needs the held-out pictures in {hidden}, beside config.data.path: "
+            f"config.evaluators: 'emoji' needs the held-out pictures{where}, beside the folder of config.data.path ({path!r}): "
             "tools/prepare_data.py emoji writes both; or set --config.evaluators=()"
         )
+    train, held_out = (
+        make_source(dataclasses.replace(config.data, path=where), condition=config.condition, workdir=workdir)
+        for where in (path, str(hidden))
+    )
+    judge = EmojiJudge(read_cells(train, held_out))
 
     def judge_emoji(state: GanState, kimg: float, logger: MetricLogger) -> None:
-        train = make_source(config.data, condition=config.condition, workdir=workdir)
-        held_out = make_source(
-            dataclasses.replace(config.data, path=str(hidden)), condition=config.condition, workdir=workdir
-        )
-        judge = EmojiJudge(read_cells(train, held_out))
         asked = np.tile(np.arange(len(judge.cells.captions)), EMOJI_IMAGES)
         captions = [judge.cells.captions[i] for i in asked]
         images = sampler(state.g_ema, state.w_avg, captions, [FIRST_FRESH_SEED + i for i in range(len(asked))])

@@ -105,7 +105,8 @@ class ShapesReport:
     Attributes:
       seen: {question: share of the pictures where the answer is right}, of pairs of shape and color that are trained.
       held_out: the same of pairs that no training picture has. NaN where nothing was asked.
-      shuffled: the same of all pictures, compared with each other's captions: what a model that ignores captions gets.
+      seen_shuffled, held_out_shuffled: the same, of pictures compared with each other's captions within their part: what a
+        model that ignores captions gets.
       position_variance: variance of the largest object's place within a size, generated over drawn.
       size_variance: variance of its radius within a size, generated over drawn.
       caption_variance: variance of its place between two pictures of one caption, over drawn; NaN without a second set.
@@ -115,7 +116,8 @@ class ShapesReport:
 
     seen: dict[str, float]
     held_out: dict[str, float]
-    shuffled: dict[str, float]
+    seen_shuffled: dict[str, float]
+    held_out_shuffled: dict[str, float]
     position_variance: float
     size_variance: float
     caption_variance: float
@@ -124,19 +126,23 @@ class ShapesReport:
 
     def to_dict(self) -> dict[str, float]:
         """Flat, with names such as `seen/color`; without what was not asked."""
-        parts = {"seen": self.seen, "held_out": self.held_out, "shuffled": self.shuffled}
-        values = {f"{part}/{name}": value for part, shares in parts.items() for name, value in shares.items()}
+        parts = ("seen", "held_out", "seen_shuffled", "held_out_shuffled")
+        values = {f"{part}/{name}": value for part in parts for name, value in getattr(self, part).items()}
         values |= {"position_variance": self.position_variance, "size_variance": self.size_variance}
         values |= {"caption_variance": self.caption_variance, "frechet": self.frechet}
         return {name: value for name, value in values.items() if np.isfinite(value)}
 
     def format_table(self) -> str:
         """Returns the report as text, one line for each question."""
-        lines = [f"the judge read {self.images} pictures", f"{'right':<32}{'seen':>9}{'held out':>11}{'shuffled':>11}"]
+        lines = [
+            f"the judge read {self.images} pictures",
+            f"{'right':<32}{'seen':>9}{'shuffled':>11}{'held out':>11}{'shuffled':>11}",
+        ]
         titles = {"pair": "shape and color", "all": "everything in the caption"}
         for name in QUESTIONS:
             if np.isfinite(self.seen[name]):
-                shares = f"{self.seen[name]:>9.3f}{self.held_out[name]:>11.3f}{self.shuffled[name]:>11.3f}"
+                columns = (self.seen_shuffled, self.held_out, self.held_out_shuffled)
+                shares = f"{self.seen[name]:>9.3f}" + "".join(f"{column[name]:>11.3f}" for column in columns)
                 lines.append(f"  {titles.get(name, name):<30}{shares}")
         rows = [
             ("variance of the position, of drawn", self.position_variance),
@@ -180,13 +186,16 @@ class ShapesJudge:
                 raise ValueError(f"the judge asked for {len(self.scenes)} pictures, got {len(pictures)}")
         read = [read_objects(image) for image in images]
         drawn = [read_objects(draw_scene(scene, images.shape[1])) for scene in self.scenes]
-        # A fixed permutation that leaves few pictures with a caption of their own pair.
-        others = np.random.default_rng(0).permutation(len(self.scenes))
         position, size = self._variances(read, drawn)
+        parts = {"seen": slice(0, self._seen), "held_out": slice(self._seen, None)}
+        shares = {}
+        for name, part in parts.items():
+            objects, scenes = read[part], self.scenes[part]
+            others = np.random.default_rng(0).permutation(len(scenes))
+            shares[name] = share_right(self._answers(objects, scenes))
+            shares[f"{name}_shuffled"] = share_right(self._answers(objects, [scenes[i] for i in others]))
         return ShapesReport(
-            seen=share_right(self._answers(read[: self._seen], self.scenes[: self._seen])),
-            held_out=share_right(self._answers(read[self._seen :], self.scenes[self._seen :])),
-            shuffled=share_right(self._answers(read, [self.scenes[i] for i in others])),
+            **shares,
             position_variance=position,
             size_variance=size,
             caption_variance=float("nan") if again is None else _caption_variance(read, again, drawn),
@@ -199,14 +208,15 @@ class ShapesJudge:
 
     def _variances(self, read: list[list[ReadObject]], drawn: list[list[ReadObject]]) -> tuple[float, float]:
         """Of position and radius of the largest object, as means over sizes of generated / drawn."""
+        # By the size that was read: one object of the wrong size varies more than all radii of a size.
+        largest = [[o[0] for o in objects if o and o[0].readable] for objects in (read, drawn)]
         ratios = []
         for size in SIZES:
-            rows = [i for i, scene in enumerate(self.scenes) if scene.objects[0].size == size]
             generated, real = (
-                np.array([(o[i][0].x, o[i][0].y, o[i][0].radius) for i in rows if o[i] and o[i][0].readable])
-                for o in (read, drawn)
+                np.array([(o.x, o.y, o.radius) for o in part if size_word(o.radius, self.max_objects) == size])
+                for part in largest
             )
-            if len(generated) < 2:
+            if len(generated) < 2 or len(real) < 2:
                 ratios.append((0.0, 0.0))
                 continue
             a, b = generated.var(axis=0, ddof=1), real.var(axis=0, ddof=1)

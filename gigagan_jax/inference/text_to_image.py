@@ -59,7 +59,7 @@ class TextToImage:
         )
         folder = Path(workdir)
         if weights.has_weights(folder):
-            sampler = make_sampler(weights.read_config(folder))
+            sampler = make_sampler(weights.read_config(folder, text_path))
             read = weights.read_weights(folder, sampler.module, sampler.shardings, sampler.abstract_w_avg())
             check_same_frozen(read.identities, sampler.identities, str(folder))
             return cls(sampler, read.params, read.w_avg, read.step)

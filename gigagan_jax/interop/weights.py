@@ -20,11 +20,10 @@ from gigagan_jax.config import Config, from_dict, to_dict
 from gigagan_jax.config.migrations import FORMAT_KEY, upgrade_config, with_format
 from gigagan_jax.config.parameter_renames import path_at_format
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
+from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIGHTS_FILE
 from gigagan_jax.models.network import Network, Params, path_name
 from gigagan_jax.models.pretrained.weights import Weights
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 W_AVG = "w_avg"
 
 
@@ -72,10 +71,18 @@ def save_weights(
       dtype: of the tensors.
 
     Raises:
-      UserError: a value does not fit the dtype, or the folder cannot be written.
+      UserError: a value does not fit the dtype, or the folder is a run's or cannot be written.
     """
+    import safetensors
     import safetensors.numpy
 
+    # The run's own config.json would be lost.
+    if (folder / CHECKPOINTS_FOLDER).exists() or (
+        (folder / CONFIG_FILE).exists() and not (folder / WEIGHTS_FILE).exists()
+    ):
+        raise UserError(
+            f"--out={folder} holds something else ({CONFIG_FILE} or {CHECKPOINTS_FOLDER}): name a new folder"
+        )
     tensors = {path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     tensors[W_AVG] = np.asarray(w_avg)
     # What does not fit becomes infinite, and is refused below.
@@ -90,23 +97,37 @@ def save_weights(
         values[group] = values[group] | {key: ""}
     values["vision_aided"] = values["vision_aided"] | {"path": ""}
     values["data"] = values["data"] | {"mixture": []}
+    # Networks of these losses are not needed for sampling: without them their paths may be empty.
+    values["loss"] = values["loss"] | {"clip": [0.0, 0.0], "vision_aided": 0.0}
     metadata = {"step": str(step), "model": config.name, "frozen": json.dumps(dict(identities or {}))}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        half = folder / f".{WEIGHTS_FILE}.part"
-        safetensors.numpy.save_file(stored, str(half), metadata=metadata)
-        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n")
-        # Last: a folder without its tensors is nobody's weights.
-        os.replace(half, folder / WEIGHTS_FILE)
-    except OSError as error:
+        # Both are whole before either gets its name.
+        halves = {name: folder / f".{name}.part" for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        safetensors.numpy.save_file(stored, str(halves[WEIGHTS_FILE]), metadata=metadata)
+        halves[CONFIG_FILE].write_text(json.dumps(values, indent=1) + "\n")
+        for name, half in halves.items():
+            os.replace(half, folder / name)
+    except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"--out={folder} cannot be written: {error}") from error
     return (folder / WEIGHTS_FILE).stat().st_size
 
 
-def read_config(folder: Path) -> Config:
-    """The config of published weights. Raises UserError where it is missing or damaged."""
+def read_config(folder: Path, text_path: str | None = None) -> Config:
+    """The config of published weights.
+
+    Args:
+      folder: with the two files.
+      text_path: folder or hub id of the frozen text encoder, which is not among them.
+
+    Raises:
+      UserError: the config is missing or damaged, or a frozen text encoder has no path.
+    """
     file = folder / CONFIG_FILE
-    return from_dict(upgrade_config(_read_json(file), str(file))[0])
+    values = upgrade_config(_read_json(file), str(file))[0]
+    if text_path is not None:
+        values["text"] = values["text"] | {"path": text_path}
+    return from_dict(values)
 
 
 def _read_json(file: Path) -> Any:

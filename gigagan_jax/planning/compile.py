@@ -272,7 +272,7 @@ def _combine_steps(config: Config, topology: Topology, steps: dict[str, Any]) ->
     """The headline figures: means over steps with and without R1, weighted by their frequency."""
     interval = config.loss.r1_interval
     penalised = steps.get("with_r1")
-    plain = steps.get("without_r1", penalised)
+    plain = steps["without_r1"] if "without_r1" in steps else steps["with_r1"]
     fits = all(s["fits"] for s in steps.values())
     headline: dict[str, Any] = {"fits": fits, "r1_interval": interval}
     if not all("seconds" in s for s in steps.values()):

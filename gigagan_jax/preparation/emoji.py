@@ -130,6 +130,8 @@ def read_tags(folder: str | Path) -> dict[str, tuple[str, ...]]:
         raise UserError(f"--tags: {folder} is not the npm package openmoji: it has no data/openmoji.json")
     found = {}
     for entry in _read_json(path):
+        if not isinstance(entry, dict):
+            raise UserError(f"--tags: {path} is no list of emoji: unpack the package again")
         words = tuple(w.strip() for w in str(entry.get("tags", "")).split(",") if w.strip())
         found[str(entry.get("annotation", "")).lower().replace(" ", "-")] = words
     return found
@@ -143,13 +145,15 @@ def common_concepts(sets: Sequence[EmojiSet]) -> list[str]:
 
 def held_out_cells(concepts: Sequence[str], styles: int) -> set[tuple[int, int]]:
     """{(concept, style)}: a tenth of the cells, evenly spread; each concept is in others, and so is each style."""
-    total = len(concepts) * styles
-    count = round(total * _HELD_OUT_SHARE)
+    size = len(concepts)
+    count = round(size * styles * _HELD_OUT_SHARE)
+    passes = range(-(-count // size)) if count else range(0)
+    # With more than ten styles a concept has several cells: the step between them must not lead to the same style.
+    step = next(s for s in range(1, styles + 1) if len({p * (size + s) % styles for p in passes}) == len(passes))
     cells = set()
     for k in range(count):
-        concept = k * len(concepts) // count if count <= len(concepts) else k % len(concepts)
-        # Another style for the second cell of a concept.
-        cells.add((concept, (k + k // len(concepts)) % styles))
+        concept = k * size // count if count <= size else k % size
+        cells.add((concept, (k + k // size * step) % styles))
     return cells
 
 
@@ -184,8 +188,8 @@ class EmojiSource(Source):
         # Models have 4 px times a power of two.
         if not 16 <= size <= 4096 or size & (size - 1):
             raise UserError(f"--size={size}: models have sides of 16, 32, 64 and so on to 4096 pixels")
-        if not sets:
-            raise UserError("--packages: name at least one set")
+        if len(sets) < 2:
+            raise UserError(f"--packages: {len(sets)} sets: name two or more, or whole concepts would be held out")
         if len({s.style for s in sets}) < len(sets):
             raise UserError(f"--packages: two sets of one style ({', '.join(s.style for s in sets)}): name each once")
         self.concepts = tuple(concepts) or tuple(common_concepts(sets))

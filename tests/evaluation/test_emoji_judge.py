@@ -1,5 +1,7 @@
 """The judge of emoji: real pictures, damaged and moved ones, and pictures of other cells."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -105,7 +107,25 @@ def test_bad_input(tmp_path):
         read_cells(Other(CELLS), Drawn(CELLS))
     with pytest.raises(UserError, match="several sizes: prepare them anew"):
         read_cells(Drawn(CELLS[1:]), Drawn(CELLS[:1], side=16))
+
+    class Broken(Drawn):
+        def read(self, i):
+            return dataclasses.replace(super().read(i), image=b"no picture")
+
+    with pytest.raises(UserError, match=r"emoji 0 cannot be read \(image_undecodable.*prepare them anew"):
+        read_cells(Broken(CELLS), Drawn(CELLS))
     config = emoji.get_config()
+    (tmp_path / "train").mkdir()
+    for path in ("train", "train/*.tar"):
+        config.data.path = str(tmp_path / path)
+        with pytest.raises(UserError, match=r"needs the held-out pictures in .*/held_out, beside the folder") as error:
+            emoji_hook(from_dict(config), None, tmp_path)
+        assert f"{tmp_path}/held_out," in str(error.value)
+    config.data.path = ""
+    with pytest.raises(UserError, match=r"needs the held-out pictures, beside the folder of config.data.path"):
+        emoji_hook(from_dict(config), None, tmp_path)
+    # A folder without pictures is found at the start too.
+    (tmp_path / "held_out").mkdir()
     config.data.path = str(tmp_path / "train")
-    with pytest.raises(UserError, match=r"needs the held-out pictures in .*held_out, beside config.data.path"):
+    with pytest.raises(UserError, match="tar"):
         emoji_hook(from_dict(config), None, tmp_path)

@@ -134,8 +134,9 @@ def test_report():
     figures = report.to_dict()
     assert figures["seen/all"] >= 0.97
     assert figures["held_out/pair"] >= 0.93
-    assert figures["shuffled/pair"] < 0.15
-    assert figures["shuffled/shape"] < 0.4
+    assert figures["seen_shuffled/pair"] < 0.15
+    assert figures["seen_shuffled/shape"] < 0.4
+    assert figures["held_out_shuffled/pair"] < 0.4
     assert figures["position_variance"] == pytest.approx(1)
     assert figures["frechet"] == pytest.approx(0, abs=1e-6)
     # Two draws of one caption have places of their own.

@@ -1,6 +1,7 @@
 """Published weights: the pictures of the run they come from, and one line where they are damaged."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,11 +9,16 @@ from safetensors.numpy import load_file, save_file
 
 from gigagan_jax import sample
 from gigagan_jax.checkpoint.consistency import check_same_frozen
+from gigagan_jax.checkpoint.workdir import open_workdir
+from gigagan_jax.cli import load_config
+from gigagan_jax.config import MeshConfig
 from gigagan_jax.config.migrations import FORMAT
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.inference.sampler import Sampler
 from gigagan_jax.inference.text_to_image import TextToImage
 from gigagan_jax.interop import weights
-from tests.runs import ROOT
+from gigagan_jax.parallel import sharding
+from tests.runs import ROOT, small
 from tools import export_weights
 
 # A run of digits:tiny by the code of an earlier day.
@@ -121,3 +127,41 @@ def test_out_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file: name a folder"):
         export_weights.verb([f"--workdir={RUN}", f"--out={tmp_path / 'file'}"])
+
+
+@pytest.mark.slow
+def test_a_model_with_a_frozen_encoder(tmp_path):
+    """All its losses: sampling needs the text encoder alone, whose place is given by --text_path."""
+    clip = ROOT / "tests" / "fixtures" / "trained" / "clip"
+    paths = [f"--config.text.path={clip}", f"--config.vision_aided.path={clip}", "--config.text.encoder=clip"]
+    config = load_config("configs/laion.py:tiny", [*paths, "--config.text.length=16"])
+    sampler = Sampler(config, sharding.make_mesh(MeshConfig()))
+    params = sampler.module.init(0, sampler.shardings)
+    average = np.zeros(config.generator.w_dim, np.float32)
+    weights.save_weights(tmp_path, config, params, average, step=3, identities=sampler.identities, dtype=np.float32)
+    assert str(clip) not in (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError, match=r"config.text.path is not set"):
+        TextToImage.from_workdir(tmp_path)
+    images = TextToImage.from_workdir(tmp_path, text_path=str(clip))(["a cat", "a ship"], [0, 1])
+    assert (images == sampler(params, average, ["a cat", "a ship"], [0, 1])).all()
+
+
+def test_a_run_and_weights_do_not_share_a_folder(copy, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run") / "digits"
+    shutil.copytree(RUN, run)
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(UserError, match="holds something else"):
+        export_weights.verb([f"--workdir={run}", f"--out={run}"])
+    assert (run / "config.json").read_bytes() == before
+    before = (copy / "config.json").read_bytes()
+    with pytest.raises(UserError, match="holds published weights"):
+        open_workdir(copy, small())
+    assert (copy / "config.json").read_bytes() == before
+    # Weights may be exported over older ones.
+    assert export_weights.verb([f"--workdir={run}", f"--out={copy}"]) == 0
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / ".model.safetensors.part").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        export_weights.verb([f"--workdir={RUN}", f"--out={tmp_path}"])

@@ -102,9 +102,9 @@ def test_earlier_code_gets_the_same_scenes_and_settings(arms, tmp_path, monkeypa
     config = ablate.load_config(arms[1].config, arms[1].flags)
     arm = ablate.Arm("old", "settings", "old", arms[1].config, arms[1].flags, "f7546c6")
     (tmp_path / "checkout-f7546c6").mkdir()
+    (tmp_path / "checkout-f7546c6.done").touch()
     monkeypatch.setattr(ablate_checkout, "_SCENES", 30)
     monkeypatch.setattr(ablate_checkout, "_SHARD", 20)
-    ablate_checkout.write_tars(tmp_path / "shapes-16", config.data.shapes, 30)
     root, file = ablate_checkout.prepare(arm, config, tmp_path, ROOT)
     assert root == tmp_path / "checkout-f7546c6"
     # Here the present code stands for the earlier one: nothing may be lost.
@@ -115,7 +115,7 @@ def test_earlier_code_gets_the_same_scenes_and_settings(arms, tmp_path, monkeypa
     assert again.loss == config.loss
     assert (again.evaluators, again.total_kimg) == ((), 0.032)
     assert "_UNKNOWN" not in file.read_text()
-    tars = sorted((tmp_path / "shapes-16").glob("*"))
+    tars = sorted(Path(again.data.path).parent.glob("*"))
     assert [p.name for p in tars] == ["00000.tar", "00001.tar"]
     with tarfile.open(tars[1]) as tar:
         assert len(tar.getnames()) == 20
@@ -139,7 +139,7 @@ def test_fields_that_earlier_code_lacks_are_left_out():
     [
         (["run"], "run needs --workdir=DIR"),
         (["run", "--workdir=x", "--only=nothing"], "there is no arm nothing; known: baseline"),
-        (["table", "--results=none.jsonl"], "none.jsonl has no results"),
+        (["table", "--results=none.jsonl"], "none.jsonl has no results of these arms"),
         (["table", "--arms=none.toml"], "none.toml is no file of arms"),
     ],
 )
@@ -154,6 +154,31 @@ def test_a_damaged_result_is_named(tmp_path):
     results.write_text(json.dumps(result("sum", 0)) + "\n{}\n")
     with pytest.raises(UserError, match="line 2 is no result of a run; remove it"):
         ablate.read_results(results)
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ('flags = ["--config.loss.r1_exits=sum"]', 'flags = "--config.x=1"', "must be a list of --config.key=value"),
+        ('name = "sum"', 'name = "baseline"', "two arms are called baseline"),
+        ("title =", "heading =", "is no file of arms: KeyError"),
+    ],
+)
+def test_arms_that_are_none(old, new, words, tmp_path):
+    (tmp_path / "arms.toml").write_text(TINY.replace(old, new))
+    with pytest.raises(UserError, match=words):
+        ablate.read_arms(tmp_path / "arms.toml")
+
+
+def test_output_that_cannot_be_written_is_found_first(tmp_path):
+    results = tmp_path / "runs.jsonl"
+    results.write_text(json.dumps(result("baseline", 0, frechet=1.0)) + "\n")
+    for out, words in ((tmp_path / "x", "name a .png"), (tmp_path / "none" / "x.png", "cannot be written")):
+        with pytest.raises(UserError, match=words):
+            ablate.verb(["picture", f"--results={results}", f"--out={out}"])
+    results.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read"):
+        ablate.verb(["table", f"--results={results}"])
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ def make_source(
     Raises:
       UserError: the source refuses its path, or filters are set for a source without metadata.
     """
+    if data.source == "shapes" and (data.path or data.mixture):
+        raise UserError("config.data.source='shapes' draws its pictures: config.data.path and mixture must be empty")
     if not data.mixture:
         return _open_source(data, data.path, condition, workdir, workers, refresh)
     from gigagan_jax.data.sources.mixture import MixtureSource

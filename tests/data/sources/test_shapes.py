@@ -7,7 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from gigagan_jax.config import DataConfig, ShapesConfig
+from configs import shapes
+from gigagan_jax.config import DataConfig, ShapesConfig, from_dict, to_dict
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data import pipeline
 from gigagan_jax.data.sources import make_source
@@ -42,19 +43,16 @@ def test_examples_are_what_their_captions_say(most):
         assert len(set(record.captions)) == len(record.captions) >= 3
         first = scene.objects[0]
         assert source.classes[record.label] == f"{first.color} {first.shape}"
+        # A group names its objects once.
+        named = scene.objects[:1] if scene.kind == "group" else scene.objects
         for caption in record.captions:
             words = caption.replace(",", "").split()
-            for o in scene.objects:
-                assert {o.color, o.size} <= set(words)
-                assert o.shape in caption
-                assert (o.material in words) == (o.material != "plain") or o.material == "plain"
-            assert (
-                scene.relation in caption
-                or "left of" in caption
-                or "right of" in caption
-                or "low" in caption
-                or "above" in caption
-            )
+            for attribute, vocabulary in (("color", COLORS), ("size", SIZES), ("material", ("striped", "shiny"))):
+                for word in vocabulary:
+                    assert words.count(word) == sum(getattr(o, attribute) == word for o in named), (word, caption)
+            assert "plain" not in words
+            for shape in SHAPES:
+                assert caption.count(shape) == sum(o.shape == shape for o in named), caption
         for o in scene.objects:
             assert (o.shape, o.color) in SEEN
             # Inside the picture, whole.
@@ -63,16 +61,17 @@ def test_examples_are_what_their_captions_say(most):
 
 
 def test_a_wording_that_turns_the_relation_turns_the_word():
-    source = open_shapes(examples=300, max_objects=2)
-    scenes = [s for s in map(source.scene, range(300)) if s.kind == "pair"]
+    source = open_shapes(examples=300, max_objects=3)
+    scenes = [s for s in map(source.scene, range(300)) if s.kind in ("pair", "trio")]
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     for scene in scenes:
-        a, b = scene.objects
+        a, b, *others = scene.objects
+        rest = "".join(f", and a {o.noun()}" for o in others)
         x, y = a.x - b.x, a.y - b.y
         true = {"left of": x < 0, "right of": x > 0, "above": y < 0, "below": y > 0}
         assert true[scene.relation]
-        assert f"a {a.noun()} {scene.relation} a {b.noun()}" in scene.captions()
-        assert f"a {b.noun()} {opposite[scene.relation]} a {a.noun()}" in scene.captions()
+        assert f"a {a.noun()} {scene.relation} a {b.noun()}{rest}" in scene.captions()
+        assert f"a {b.noun()} {opposite[scene.relation]} a {a.noun()}{rest}" in scene.captions()
     assert {s.relation for s in scenes} == set(opposite)
 
 
@@ -126,6 +125,33 @@ def test_a_stream_of_scenes_resumes():
     assert sorted(indices) == list(range(50))
 
 
+def test_no_judged_scene_is_trained():
+    """NumPy pads seeds with zeros: two words and three with a zero at the end are one stream."""
+    source = open_shapes(examples=3000, max_objects=3)
+    trained = {dataclasses.astuple(source.scene(i)) for i in range(3000)}
+    judged = {dataclasses.astuple(s) for seed in (0, 1) for s, _ in judged_scenes(300, 3, SEEN, seed)}
+    assert not trained & judged
+
+
+def test_captions_fit_the_configs():
+    longest = {
+        most: max(len(c) for s, _ in judged_scenes(4000, most, ALL_PAIRS) for c in s.captions()) for most in (1, 3)
+    }
+    # bos and eot come on top.
+    assert longest[1] + 2 <= 46
+    assert longest[3] + 2 <= 112
+    fields = to_dict(from_dict(shapes.get_config("scenes")))
+    for length in (111, 112):
+        given = fields | {"text": fields["text"] | {"length": length}}
+        if length < 112:
+            with pytest.raises(
+                UserError, match=r"config.text.length=111 cuts captions of drawn shapes off: set it to 112"
+            ):
+                from_dict(given)
+        else:
+            from_dict(given)
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
@@ -171,3 +197,17 @@ def test_sizes_and_places_of_a_drawing():
             assert (columns.max() - columns.min()) / side < 2.3 * o.radius + 2 / side
     assert set(SIZES) == {s.objects[0].size for s, _ in judged_scenes(30, 1, ALL_PAIRS)}
     assert set(MATERIALS) == {s.objects[0].material for s, _ in judged_scenes(30, 1, ALL_PAIRS)}
+
+
+def test_paths_are_refused():
+    for fields in ({"path": "photos"}, {"mixture": ("0.5:photos", "0.5:more")}):
+        with pytest.raises(UserError, match=r"draws its pictures: config.data.path and mixture must be empty"):
+            make_source(DataConfig(source="shapes", **fields))
+
+
+def test_the_judge_of_shapes_needs_shapes():
+    values = to_dict(from_dict(shapes.get_config())) | {
+        "data": to_dict(from_dict(shapes.get_config()))["data"] | {"source": "digits"}
+    }
+    with pytest.raises(UserError, match=r"'shapes' judges drawn shapes: it needs config.data.source='shapes'"):
+        from_dict(values)
