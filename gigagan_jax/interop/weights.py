@@ -105,6 +105,8 @@ def save_weights(
         # Both are whole before either gets its name.
         halves = {name: folder / f".{name}.part" for name in (CONFIG_FILE, WEIGHTS_FILE)}
         safetensors.numpy.save_file(stored, str(halves[WEIGHTS_FILE]), metadata=metadata)
+        # safetensors makes files that others may not read.
+        halves[WEIGHTS_FILE].chmod(0o644)
         halves[CONFIG_FILE].write_text(json.dumps(values, indent=1) + "\n")
         for name, half in halves.items():
             os.replace(half, folder / name)
