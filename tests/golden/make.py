@@ -28,7 +28,7 @@ from gigagan_jax.training.state import Networks
 FOLDER = Path(__file__).parent / "specs"
 VARIANTS = (
     *(("digits", arg) for arg in ("", "tiny")),
-    *(("shapes", arg) for arg in ("", "64", "tiny")),
+    *(("shapes", arg) for arg in ("", "16", "scenes", "64", "tiny")),
     *(("emoji", arg) for arg in ("", "all", "tiny")),
     *(("laion", arg) for arg in ("", "tiny", "bytes", "small")),
     *(("imagenet", arg) for arg in ("", "tiny")),

@@ -74,7 +74,7 @@ def test_mesh_change_on_resume(eight, devices, tmp_path):
 def test_workdir_of_another_config(eight):
     workdir, *_ = eight
     other = small(mesh__fsdp=2, generator__z_dim=16, ema__half_life_kimg=1.0)
-    with pytest.raises(UserError, match=r"ema\.half_life_kimg: 10\.0 -> 1\.0; generator\.z_dim: 8 -> 16"):
+    with pytest.raises(UserError, match=r"ema\.half_life_kimg: [\d.]+ -> 1\.0; generator\.z_dim: 8 -> 16"):
         Run(other, workdir).train()
 
 
@@ -157,13 +157,18 @@ def test_notices_and_signals_save_and_the_next_start_compiles_nothing(tmp_path):
 
 def test_sigterm_before_the_first_step(tmp_path):
     """Nothing to save: the run ends at once, for a launcher to start it again."""
-    process = child(tmp_path / "early")
-    limit = time.monotonic() + 300
-    while "data: digits" not in log(tmp_path / "early"):
-        assert process.poll() is None
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75, log(tmp_path / "early")
-    assert finished(tmp_path / "early" / "checkpoints") == 0
-    assert "Traceback" not in log(tmp_path / "early")
+    # On a loaded machine this process may see the line only after the first step: then it tries again.
+    for attempt in range(3):
+        workdir = tmp_path / f"early{attempt}"
+        process = child(workdir)
+        limit = time.monotonic() + 300
+        while "data: digits" not in log(workdir):
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75, log(workdir)
+        assert "Traceback" not in log(workdir)
+        if finished(workdir / "checkpoints") == 0:
+            break
+    assert finished(workdir / "checkpoints") == 0
