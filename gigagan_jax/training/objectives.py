@@ -335,11 +335,11 @@ class GanObjective:
         images, w = self.generate(params, batch, key_z)
         disc = self.networks.d.bind(critics["d"])
         own, wrong, valid = self.own_and_wrong_captions(disc, batch, key_wrong)
-        sources = {"fake": generated_levels(images, c)}
-        if c.loss.pairing == "relativistic":
-            sources["real"] = real_levels(batch, c)
-        logits = disc(sources, own, wrong)
+        logits = disc({"fake": generated_levels(images, c)}, own, wrong)
         fake = logits["fake"]
+        if c.loss.pairing == "relativistic":
+            # Apart, though D takes both at once: nothing of G flows through the real images, so there is no way back.
+            logits["real"] = jax.lax.stop_gradient(disc({"real": real_levels(batch, c)}, own)["real"])
 
         metrics = {"loss/g_gan": self.adversarial_g_loss(logits)}
         loss = metrics["loss/g_gan"]
