@@ -12,52 +12,93 @@ from ml_collections import ConfigDict
 from gigagan_jax import config as settings
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    """`:16`, `:scenes`, `:64`; `:tiny` is for tests: the same parts at 16 px, a few steps."""
-    if arg not in ("", "16", "scenes", "64", "tiny"):
-        raise ValueError(f"configs/shapes.py has no variant {arg!r}; known: 16, scenes, 64, tiny")
+def small_model(resolution: int, *, channels: int, channel_base: int, w_dim: int, text: int, kimg: float) -> ConfigDict:
+    """A text model of one block a resolution for two cores; configs/emoji.py is another.
+
+    Args:
+      resolution: in pixels.
+      channels: of the lowest resolutions, and of D's heads.
+      channel_base: channels times pixels of a side above them.
+      w_dim: of w.
+      text: features of a token.
+      kimg: length of the run.
+    """
     c = settings.default()
-    c.name = "shapes" + (f"-{arg}" if arg else "")
-    scenes = arg in ("scenes", "64")
-    c.resolution = 16 if arg in ("16", "tiny") else 64 if scenes else 32
-    levels = c.resolution.bit_length() - 2  # 4 px to the resolution
+    c.resolution = resolution
+    levels = resolution.bit_length() - 2  # 4 px to the resolution
     c.batch_size = 16
-    c.total_kimg = 60.0 if arg == "16" else 300.0
+    c.total_kimg = kimg
     c.checkpoint_kimg = c.snapshot_kimg = 20.0
     c.log_kimg = 1.0
     c.dtype = "float32"
     c.remat = False
-    c.evaluators = ("shapes",)
-
-    c.data.source = "shapes"
     c.data.threads = 1
-    c.data.shapes.side = c.resolution
-    c.data.shapes.max_objects = 3 if scenes else 1
-    c.text.length = 128 if scenes else 56
-    c.text.width = 32
+    c.text.width = text
 
     g = c.generator
-    g.z_dim, g.w_dim = 32, 64
-    g.channel_base, g.channel_max = 512, 64
+    g.z_dim, g.w_dim = 32, w_dim
     g.blocks, g.bank = (1,) * levels, (2,) * levels
-    # Attention at 8 px, and at 16 px where there are relations to follow.
-    g.attention_depth = (0, 1, *((1,) if scenes else ()), *((0,) * (levels - 2 - scenes)))
+    # Attention at 8 px.
+    g.attention_depth = (0, 1, *((0,) * (levels - 2)))
     g.residual_gain, g.attention_gain, g.rgb_gain = 0.4, 0.3, 0.3
-    g.attention.heads, g.attention.head_dim, g.attention.mlp_ratio = 2, 16, 2.0
+    g.attention.mlp_ratio = 2.0
     d = c.discriminator
-    d.channel_base, d.channel_max = 512, 64
     d.blocks, d.attention_depth = (1,) * levels, (0,) * levels
-    d.head_width, d.minibatch_std = 64, 4
-    d.attention.heads, d.attention.head_dim = 2, 16
-    for t in (g.text, d.text):
-        t.width, t.depth, t.heads, t.mlp_ratio = 32, 1, 2, 2.0
+    d.head_width, d.minibatch_std = channels, 4
+    for net in (g, d):
+        net.channel_base, net.channel_max = channel_base, channels
+        net.attention.heads, net.attention.head_dim = 2, text // 2
+        net.text.width, net.text.depth, net.text.heads, net.text.mlp_ratio = text, 1, 2, 2.0
 
     c.loss.level_weights = tuple(0.5**i for i in range(levels))
     c.loss.match_d, c.loss.match_g = 0.5, 0.0
     c.loss.r1_gamma, c.loss.r1_levels = (0.02, 0.02), "all"
     for o in (c.g_optimizer, c.d_optimizer):
-        o.learning_rate, o.decay_kimg, o.final_ratio = 0.0025, c.total_kimg / 2, 0.05
+        o.learning_rate, o.decay_kimg, o.final_ratio = 0.0025, kimg / 2, 0.05
     c.ema.half_life_kimg, c.ema.rampup = 10.0, 0.1
+    return c
+
+
+def for_one_gpu(c: ConfigDict, *, text: int, depth: int, kimg: float) -> None:
+    """Grows a small model for one GPU: 256 channels, four filters a bank, bfloat16."""
+    c.batch_size, c.dtype, c.total_kimg = 64, "bfloat16", kimg
+    g, d = c.generator, c.discriminator
+    g.w_dim, g.bank, d.head_width = 256, (4,) * len(g.blocks), 256
+    c.text.width = text
+    for net in (g, d):
+        net.channel_base, net.channel_max = 4096, 256
+        net.text.width, net.text.depth, net.text.heads = text, depth, 4
+    for o in (c.g_optimizer, c.d_optimizer):
+        o.decay_kimg = kimg / 2
+    c.ema.half_life_kimg = 50.0
+
+
+def for_tests(c: ConfigDict) -> None:
+    """Shrinks a small model to a few steps of toy width."""
+    c.total_kimg, c.log_kimg = 0.32, 0.016
+    c.checkpoint_kimg = c.snapshot_kimg = 0.16
+    c.evaluators = ()
+    g, d = c.generator, c.discriminator
+    g.z_dim, g.w_dim, g.mapping_depth, d.head_depth, d.head_width = 8, 16, 2, 2, 16
+    c.text.width = 16
+    for net in (g, d):
+        net.channel_base, net.channel_max, net.text.width = 128, 16, 16
+    c.snapshot.seeds, c.snapshot.prompts = 2, c.snapshot.prompts[:2]
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`:16`, `:scenes`, `:64`; `:tiny` is for tests: the same parts at 16 px, a few steps."""
+    if arg not in ("", "16", "scenes", "64", "tiny"):
+        raise ValueError(f"configs/shapes.py has no variant {arg!r}; known: 16, scenes, 64, tiny")
+    scenes = arg in ("scenes", "64")
+    resolution = 16 if arg in ("16", "tiny") else 64 if scenes else 32
+    kimg = 60.0 if arg == "16" else 300.0
+    c = small_model(resolution, channels=64, channel_base=512, w_dim=64, text=32, kimg=kimg)
+    c.name = "shapes" + (f"-{arg}" if arg else "")
+    c.evaluators = ("shapes",)
+    c.data.source = "shapes"
+    c.data.shapes.side = resolution
+    c.text.length = 56
     c.snapshot.prompts = (
         "a large red circle",
         "a small blue square",
@@ -70,6 +111,10 @@ def get_config(arg: str = "") -> ConfigDict:
         "a large shiny blue star",
     )
     if scenes:
+        c.data.shapes.max_objects = 3
+        c.text.length = 128
+        # At 16 px too: there are relations to follow.
+        c.generator.attention_depth = (0, 1, 1, 0, 0)
         c.snapshot.prompts = (
             "a large red circle left of a small blue square",
             "a small shiny green star above a large yellow ring",
@@ -77,26 +122,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "two large shiny pink crosses",
         )
     if arg == "64":
-        c.batch_size, c.dtype = 64, "bfloat16"
-        c.total_kimg = 3000.0
-        g.w_dim, g.channel_base, g.channel_max = 256, 4096, 256
-        d.channel_base, d.channel_max, d.head_width = 4096, 256, 256
-        g.bank = (4,) * levels
-        for t in (g.text, d.text):
-            t.width, t.depth, t.heads = 128, 2, 4
-        c.text.width = 128
-        for o in (c.g_optimizer, c.d_optimizer):
-            o.decay_kimg = 1500.0
-        c.ema.half_life_kimg = 50.0
+        for_one_gpu(c, text=128, depth=2, kimg=3000.0)
     elif arg == "tiny":
-        c.total_kimg, c.log_kimg = 0.32, 0.016
-        c.checkpoint_kimg = c.snapshot_kimg = 0.16
-        c.evaluators = ()
+        for_tests(c)
         c.data.shapes.examples = 1000
-        g.z_dim, g.w_dim, g.mapping_depth, g.channel_base, g.channel_max = 8, 16, 2, 128, 16
-        d.channel_base, d.channel_max, d.head_depth, d.head_width = 128, 16, 2, 16
-        c.text.width = 16
-        for t in (g.text, d.text):
-            t.width = 16
-        c.snapshot.seeds, c.snapshot.prompts = 2, c.snapshot.prompts[:2]
     return c

@@ -12,7 +12,6 @@ tools/ablations.toml. `table` prints means and spreads over seeds as Markdown; `
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from typing import Any
 
 import ablate_checkout
 import ablate_report
+import bench_output
 import numpy as np
 from ablate_arms import ARMS, Arm, read_arms
 
@@ -32,6 +32,8 @@ from gigagan_jax import cli
 from gigagan_jax.cli.config_file import load_config
 from gigagan_jax.core import files
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.processes import hold_file_lock
+from gigagan_jax.core.workdir_files import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "ablations.jsonl"
@@ -82,8 +84,8 @@ def run_arm(arm: Arm, seed: int, workdir: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "gigagan_jax.train", f"--workdir={workdir}", f"--config.seed={seed}"]
     root = ROOT
     if arm.checkout:
-        root, config = ablate_checkout.prepare(arm, load_config(arm.config, arm.flags), workdir.parent, ROOT)
-        command.append(f"--config={config}")
+        root, file = ablate_checkout.prepare(arm, load_config(arm.config, arm.flags), workdir.parent, ROOT)
+        command.append(f"--config={file}")
     else:
         command += [f"--config={arm.config}", *arm.flags]
     log = workdir.with_suffix(".log")
@@ -95,7 +97,7 @@ def run_arm(arm: Arm, seed: int, workdir: Path) -> dict[str, Any]:
         raise UserError(f"the run {workdir.name} ended with code {code}; see {log}")
     metrics = read_metrics(workdir)
     if arm.checkout:
-        metrics |= ablate_checkout.judge(workdir, load_config(arm.config, arm.flags).data.shapes.max_objects)
+        metrics |= ablate_checkout.judge(workdir, load_config(arm.config, arm.flags))
     return {
         "arm": arm.name,
         "seed": seed,
@@ -110,7 +112,7 @@ def run_arm(arm: Arm, seed: int, workdir: Path) -> dict[str, Any]:
 
 def read_metrics(workdir: Path) -> dict[str, float]:
     """The judge's figures of a finished run, and means over the last sixth of its training metrics."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = list(files.read_json_lines(workdir / METRICS_FILE))
     judged = {k: v for line in lines for k, v in line.items() if k.startswith("shapes/")}
     end = max(line["kimg"] for line in lines)
     late = [line for line in lines if line["kimg"] > end * (1 - _LAST)]
@@ -126,12 +128,16 @@ def read_metrics(workdir: Path) -> dict[str, float]:
 
 
 def commit() -> str:
-    """The short hash of the checkout, with a plus sign where files differ from it."""
-    git = lambda *words: subprocess.run(
-        ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "gigagan_jax", "configs")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+    """The commit of the checkout, with a plus sign where files differ from it."""
+    return (bench_output.commit_of(ROOT) or "unknown")[:8] + ("+" if bench_output.is_dirty() else "")
+
+
+class _Taken(Exception):
+    """Another process trains this run."""
+
+
+def _raise_taken() -> None:
+    raise _Taken
 
 
 def train_missing(arms: Sequence[Arm], seeds: Sequence[int], results: Path, folder: Path) -> None:
@@ -140,18 +146,17 @@ def train_missing(arms: Sequence[Arm], seeds: Sequence[int], results: Path, fold
     total = len(arms) * len(seeds)
     for arm, seed in missing_runs(arms, seeds, results):
         name = f"{arm.name}-{seed}"
-        with (folder / f"{name}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                print(f"{name}: another process trains it", flush=True)
-                continue
-            # It may have ended between the look at the results and the lock.
-            if has_result(results, arm, seed):
-                continue
-            print(f"{name}: training, log in {folder / name}.log", flush=True)
-            result = run_arm(arm, seed, folder / name)
-            files.append_text(results, json.dumps(result) + "\n")
+        try:
+            with hold_file_lock(folder / f"{name}.lock", _raise_taken):
+                # It may have ended between the look at the results and the lock.
+                if has_result(results, arm, seed):
+                    continue
+                print(f"{name}: training, log in {folder / name}.log", flush=True)
+                result = run_arm(arm, seed, folder / name)
+                files.append_text(results, json.dumps(result) + "\n")
+        except _Taken:
+            print(f"{name}: another process trains it", flush=True)
+            continue
         names = {a.name for a in arms}
         done = sum(run["arm"] in names for run in read_results(results))
         print(f"{name}: {result['seconds']:.0f} s; {done} of {total} runs are done", flush=True)

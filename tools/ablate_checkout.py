@@ -5,28 +5,24 @@ The earlier code knows neither drawn shapes nor newer settings: it gets the scen
 
 from __future__ import annotations
 
-import fcntl
-import io
+import dataclasses
 import shutil
 import subprocess
-import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from ablate_arms import Arm
-from PIL import Image
 
-from gigagan_jax.config import Config, ShapesConfig, flatten_fields, to_dict
+from gigagan_jax.config import Config, flatten_fields, to_dict
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.processes import hold_file_lock
 from gigagan_jax.data.sources.shapes import ShapesSource
-from gigagan_jax.data.sources.shapes_drawing import draw_scene
-from gigagan_jax.evaluation.hooks import FIRST_FRESH_SEED
-from gigagan_jax.evaluation.shapes import ShapesJudge
+from gigagan_jax.evaluation.judges import make_judge
 from gigagan_jax.inference.text_to_image import TextToImage
+from gigagan_jax.preparation.convert import convert_source
+from gigagan_jax.preparation.output import Output
 
 # Scenes of the tars: a run of 60 kimg sees each of them once.
 _SCENES = 60_000
-_SHARD = 10_000
 # Executed by the earlier code: sets what it has.
 _CONFIG = '''"""The settings of {config}, as far as this code has them."""
 
@@ -65,12 +61,12 @@ def prepare(arm: Arm, config: Config, folder: Path, root: Path) -> tuple[Path, P
     """
     worktree = folder / f"checkout-{arm.checkout}"
     # By all settings of the scenes: arms with other ones must not share tars.
-    tars = folder / f"shapes-{ShapesSource(config.data.shapes).identity()[:8]}"
-    # Runs of several seeds may start at once.
-    with (folder / "prepare.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    source = ShapesSource(dataclasses.replace(config.data.shapes, examples=_SCENES))
+    tars = folder / f"shapes-{source.identity()[:8]}"
+    # Runs of several seeds may start at once: the second waits.
+    with hold_file_lock(folder / "prepare.lock", lambda: None):
         _check_out(arm, worktree, root)
-        write_tars(tars, config.data.shapes, _SCENES)
+        convert_source(source, Output(str(tars)), "tar")
     values = flatten_fields(to_dict(config))
     values |= {"data.source": "tar", "data.path": f"{tars}/*.tar", "evaluators": ()}
     file = folder / f"config-{arm.name}.py"
@@ -93,34 +89,8 @@ def _check_out(arm: Arm, worktree: Path, root: Path) -> None:
     done.touch()
 
 
-def write_tars(folder: Path, settings: ShapesConfig, scenes: int) -> None:
-    """Writes scenes of ShapesSource as PNG with their captions, in tars as webdataset has them."""
-    source = ShapesSource(settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, scenes, _SHARD):
-        path = folder / f"{first // _SHARD:05d}.tar"
-        if path.exists():
-            continue
-        half = path.with_suffix(".part")
-        with tarfile.open(half, "w") as tar:
-            for i in range(first, min(first + _SHARD, scenes)):
-                scene = source.scene(i)
-                png = io.BytesIO()
-                Image.fromarray(draw_scene(scene, settings.side)).save(png, "PNG")
-                for suffix, data in (("png", png.getvalue()), ("txt", "\n".join(scene.captions()).encode())):
-                    member = tarfile.TarInfo(f"{i:07d}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-        half.rename(path)
-
-
-def judge(workdir: Path, max_objects: int) -> dict[str, float]:
-    """The figures of gigagan_jax.evaluation.shapes for the newest checkpoint of a run, with the names of metrics.jsonl."""
-    model = TextToImage.from_workdir(workdir, device_batch=100)
-    judge = ShapesJudge(max_objects)
-    seeds: Sequence[int] = range(len(judge.captions))
-    first, second = (
-        model(judge.captions, [start + i for i in seeds]) for start in (FIRST_FRESH_SEED, 2 * FIRST_FRESH_SEED)
-    )
-    report = judge.judge_images(first, again=second)
-    return {f"shapes/{name}": round(value, 5) for name, value in report.to_dict().items()}
+def judge(workdir: Path, config: Config) -> dict[str, float]:
+    """The figures of the judge of shapes for the newest checkpoint of a run, with the names of metrics.jsonl."""
+    judge = make_judge("shapes", config)
+    figures = judge.evaluate(TextToImage.from_workdir(workdir, device_batch=100))
+    return {f"shapes/{name}": round(value, 5) for name, value in figures.items()}

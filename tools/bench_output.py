@@ -80,7 +80,7 @@ def facts(config: Config | None, commit: str | None = None) -> dict[str, Any]:
         "driver": _nvidia() if device.platform in ("gpu", "cuda") else None,
         "versions": versions(),
         "commit": commit or _git("rev-parse", "HEAD"),
-        "dirty": None if commit else _dirty(),
+        "dirty": None if commit else is_dirty(),
         "flags": {k: v for k, v in sorted(os.environ.items()) if k.startswith(flags)},
         "host": {"cpu": _cpu_model(), "cores": os.cpu_count(), "usable": len(os.sched_getaffinity(0))},
     }
@@ -111,7 +111,8 @@ def _git(*arguments: str) -> str | None:
     return _run("git", *arguments)
 
 
-def _dirty() -> bool | None:
+def is_dirty() -> bool | None:
+    """Whether files of this checkout differ from its commit; None where there is no git to ask."""
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return None if changed is None else bool(changed)
 

@@ -1,9 +1,10 @@
-"""Measures the judge of drawn shapes on pictures whose attributes are known, drawn and damaged, and draws its errors.
+"""Measures the judges of shapes and of emoji on pictures whose content is known, whole and damaged.
 
     python tools/measure_judge.py [--count=500] [--errors=docs/shapes_errors.png] [--samples=docs/shapes.png]
+    python tools/measure_judge.py --emoji=data/emoji
 
-The damage is a Gaussian blur and smooth noise, as a small generator makes them. `--errors` draws misread pictures with what was
-drawn and what was read, `--samples` draws what the data source draws.
+The damage is a Gaussian blur and smooth noise, as a small generator makes them. Emoji are also moved by one
+pixel. `--errors` draws misread shapes with what was drawn and what was read, `--samples` draws what the data source draws.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_table
 from gigagan_jax.core.progress import ProgressBar
 from gigagan_jax.data.sources.shapes_drawing import draw_scene
-from gigagan_jax.data.sources.shapes_scenes import ALL_PAIRS, judged_scenes
+from gigagan_jax.data.sources.shapes_scenes import ALL_PAIRS, COLORS, judged_scenes
+from gigagan_jax.data.sources.tar import TarSource
+from gigagan_jax.evaluation.emoji import EmojiJudge, read_cells
 from gigagan_jax.evaluation.shapes import QUESTIONS, judge_scene, share_right
 from gigagan_jax.evaluation.shapes_reader import read_objects
 from gigagan_jax.inference.images import draw_grid, side_by_side
@@ -38,6 +41,7 @@ CASES = (
     (3, 64, 0.7, 9.0),
     (3, 64, 1.2, 15.0),
 )
+EMOJI_CASES = ((0.0, 0.0), (1.0, 10.0), (1.5, 20.0), (2.0, 30.0))
 _SHOWN = 12
 _DRAWN_SIDE = 96
 
@@ -77,6 +81,19 @@ def measure(count: int) -> tuple[list[tuple[str, ...]], list[tuple[np.ndarray, s
     return rows, errors
 
 
+def measure_emoji(folder: Path) -> list[tuple[str, ...]]:
+    """Rows of the table for the pictures that `tools/prepare_data.py emoji` wrote to a folder."""
+    cells = read_cells(*(TarSource(str(folder / part)) for part in ("train", "held_out")))
+    judge = EmojiJudge(cells)
+    rows = []
+    for blur, noise in EMOJI_CASES:
+        moved = np.roll(cells.images, 1, axis=2) if blur else cells.images
+        images = np.stack([damage(image, blur, noise, i) for i, image in enumerate(moved)])
+        figures = judge.judge_images(images, np.arange(len(images))).to_dict()
+        rows.append((f"{blur:g}", f"{noise:g}", *(f"{v:.3f}" for v in figures.values())))
+    return [("blur", "noise", *figures), *rows]
+
+
 def draw_errors(errors: Sequence[tuple[np.ndarray, str]]) -> Image.Image:
     """A few of the errors, of all cases."""
     step = max(1, len(errors) // _SHOWN)
@@ -88,8 +105,8 @@ def draw_samples() -> Image.Image:
     """Single objects at 16 and 32 px, and scenes at 64 px, in three columns."""
     parts = []
     for most, side in ((1, 16), (1, 32), (3, 64)):
-        # Ten pairs apart: one of each shape.
-        scenes = list(judged_scenes(48, most, ALL_PAIRS))[3::10]
+        # Of 48 pairs, one of each shape, in six colors.
+        scenes = list(judged_scenes(len(ALL_PAIRS), most, ALL_PAIRS))[:: len(COLORS) + 1]
         images = np.stack([enlarge(draw_scene(scene, side)) for scene, _ in scenes])[:, None]
         parts.append(draw_grid(images, [caption for _, caption in scenes], scale=1))
     return side_by_side(parts, ["16 px", "32 px", "up to three objects, 64 px"])
@@ -101,7 +118,12 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=500, help="pictures of each case (500)")
     parser.add_argument("--errors", type=Path, help="PNG for misread pictures")
     parser.add_argument("--samples", type=Path, help="PNG for drawn pictures")
+    parser.add_argument("--emoji", type=Path, help="folder of tools/prepare_data.py emoji: measures the judge of emoji")
     args = parser.parse_args(argv)
+    if args.emoji is not None:
+        head, *rows = measure_emoji(args.emoji)
+        print(format_table(rows, head))
+        return 0
     if args.count < 1:
         raise UserError(f"--count={args.count} must be positive")
     for picture in (args.errors, args.samples):

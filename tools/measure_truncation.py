@@ -1,4 +1,4 @@
-"""Measures accuracy and diversity of a trained model at several truncations, for the judges of digits and shapes.
+"""Measures accuracy and diversity of a trained model at several truncations, by the judge of its config.
 
     python tools/measure_truncation.py --workdir=runs/digits [--json=FILE] [--picture=FILE.png]
 
@@ -8,6 +8,7 @@ A row for each value, and each way to truncate: towards the mean of the prompt, 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,15 +17,10 @@ import numpy as np
 from PIL import Image
 
 from gigagan_jax import cli
-from gigagan_jax.config import Config
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_table
 from gigagan_jax.core.progress import ProgressBar
-from gigagan_jax.data.sources.digits import digit_captions
-from gigagan_jax.data.transforms import resize_and_crop
-from gigagan_jax.evaluation.digits import IMAGES_PER_DIGIT, DigitsJudge
-from gigagan_jax.evaluation.hooks import FIRST_FRESH_SEED
-from gigagan_jax.evaluation.shapes import ShapesJudge
+from gigagan_jax.evaluation.judges import make_judge
 from gigagan_jax.inference.images import draw_grid
 from gigagan_jax.inference.text_to_image import TextToImage
 
@@ -35,37 +31,21 @@ WAYS: tuple[tuple[str, Callable[[float], tuple[float, float]]], ...] = (
     ("global", lambda psi: (1.0, psi)),
     ("both", lambda psi: (psi, psi)),
 )
+# Figures of the judges that are shown; --json has all.
+COLUMNS = (
+    *(
+        "accuracy",
+        "variance_ratio",
+        "seen/pair",
+        "held_out/pair",
+        "position_variance",
+        "size_variance",
+        "caption_variance",
+    ),
+    *("seen/concept", "seen/style", "held_out/concept", "held_out/style", "frechet"),
+)
 # Captions and columns of the picture.
 _ROWS, _COLUMNS = 3, 8
-
-Judge = Callable[[np.ndarray], dict[str, float]]
-
-
-def make_judge(config: Config) -> tuple[list[str], Judge]:
-    """(captions, judge of their pictures) for the evaluator of a config. Raises UserError where it has none."""
-    if "digits" in config.evaluators:
-        digits = np.repeat(np.arange(10), IMAGES_PER_DIGIT)
-        captions = [digit_captions(int(d))[i % len(digit_captions(int(d)))] for i, d in enumerate(digits)]
-        judge = DigitsJudge(
-            lambda x: resize_and_crop(x, config.resolution, crop="center", filter=config.data.resize_filter)
-        )
-
-        def judge_digits(images: np.ndarray) -> dict[str, float]:
-            report = judge.judge_images(images, digits)
-            return {"right": report.accuracy, "variance": report.variance_ratio, "frechet": report.frechet}
-
-        return captions, judge_digits
-    if "shapes" in config.evaluators:
-        shapes = ShapesJudge(config.data.shapes.max_objects)
-
-        def judge_shapes(images: np.ndarray) -> dict[str, float]:
-            report = shapes.judge_images(images)
-            right = {"right": report.seen["pair"], "right, held out": report.held_out["pair"]}
-            variance = {"variance": report.position_variance, "variance of the radius": report.size_variance}
-            return right | variance | {"frechet": report.frechet}
-
-        return shapes.captions, judge_shapes
-    raise UserError("this run has no judge: only config.evaluators of 'digits' and 'shapes' can tell what is right")
 
 
 def draw_truncations(model: TextToImage, captions: Sequence[str]) -> Image.Image:
@@ -91,22 +71,23 @@ def verb(argv: Sequence[str]) -> int:
     cli.check_writable(args.picture)
     cli.check_writable(args.json)
     model = TextToImage.from_workdir(args.workdir, device_batch=100)
-    captions, judge = make_judge(model.config)
-    seeds = [FIRST_FRESH_SEED + i for i in range(len(captions))]
+    if not model.config.evaluators:
+        raise UserError(f"{args.workdir}: its config has no evaluators, which say what is right")
+    judge = make_judge(model.config.evaluators[0], model.config)
     rows, lines = [], []
     cases = [(name, psi, pair(psi)) for name, pair in WAYS for psi in VALUES if psi < 1 or name == WAYS[0][0]]
     progress = ProgressBar("truncations", len(cases))
     for name, psi, (towards_prompt, towards_all) in cases:
-        images = model(captions, seeds, truncation=towards_prompt, global_truncation=towards_all)
-        figures = judge(images)
-        rows.append(("none" if psi == 1 else name, f"{psi:g}", *(f"{v:.3f}" for v in figures.values())))
+        figures = judge.evaluate(functools.partial(model, truncation=towards_prompt, global_truncation=towards_all))
+        shown = [column for column in COLUMNS if column in figures]
+        rows.append(("none" if psi == 1 else name, f"{psi:g}", *(f"{figures[column]:.3f}" for column in shown)))
         lines.append({"run": model.config.name, "step": model.step, "way": name, "value": psi} | figures)
         progress.step()
-    print(format_table(rows, ("towards the mean of", "value", *figures)))
+    print(format_table(rows, ("towards the mean of", "value", *shown)))
     if args.json:
         args.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
     if args.picture:
-        draw_truncations(model, captions).save(args.picture, optimize=True)
+        draw_truncations(model, judge.captions).save(args.picture, optimize=True)
     return 0
 
 

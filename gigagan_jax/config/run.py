@@ -66,7 +66,7 @@ class SnapshotConfig:
         "a bowl of fruit",
     )
     seeds: int = 8  # columns: seeds 0, 1, ...
-    truncations: tuple[float, ...] = (1.0, 0.7)  # one grid each
+    truncations: tuple[float, ...] = (1.0, 0.7)  # towards the mean of the prompt; one grid each
 
 
 @dataclasses.dataclass(frozen=True)

@@ -203,6 +203,7 @@ def validate(config: Any) -> None:
     _check_health(config.health)
     _check_choices(config)
     _check_evaluators(config)
+    _check_drawn_captions(config)
     _check_frozen(config)
     _check_vision_aided(config)
     _check_condition(config)
@@ -298,12 +299,16 @@ def _check_evaluators(config: Any) -> None:
             raise UserError(f"config.evaluators: {name!r} asks by captions and needs config.condition='text'")
     if "shapes" in config.evaluators and config.data.source != "shapes":
         raise UserError("config.evaluators: 'shapes' judges drawn shapes: it needs config.data.source='shapes'")
-    if config.data.source == "shapes" and config.text.encoder == "bytes":
-        needed = _SHAPES_CAPTION if config.data.shapes.max_objects == 1 else _SCENES_CAPTION
-        if config.text.length < needed:
-            raise UserError(
-                f"config.text.length={config.text.length} cuts captions of drawn shapes off: set it to {needed} or more"
-            )
+
+
+def _check_drawn_captions(config: Any) -> None:
+    if config.data.source != "shapes" or config.condition != "text" or config.text.encoder != "bytes":
+        return
+    needed = _SHAPES_CAPTION if config.data.shapes.max_objects == 1 else _SCENES_CAPTION
+    if config.text.length < needed:
+        raise UserError(
+            f"config.text.length={config.text.length} cuts captions of drawn shapes off: set it to {needed} or more"
+        )
 
 
 def _check_condition(config: Any) -> None:

@@ -170,6 +170,7 @@ class ShapesJudge:
         self.scenes = [scene for scene, _ in asked]
         self.captions = [caption for _, caption in asked]
         self._seen = seen
+        self._drawn: dict[int, list[list[ReadObject]]] = {}
 
     def judge_images(self, images: np.ndarray, again: np.ndarray | None = None) -> ShapesReport:
         """Compares pictures with what was asked for.
@@ -185,7 +186,7 @@ class ShapesJudge:
             if len(pictures) != len(self.scenes):
                 raise ValueError(f"the judge asked for {len(self.scenes)} pictures, got {len(pictures)}")
         read = [read_objects(image) for image in images]
-        drawn = [read_objects(draw_scene(scene, images.shape[1])) for scene in self.scenes]
+        drawn = self._read_drawn(images.shape[1])
         position, size = self._variances(read, drawn)
         parts = {"seen": slice(0, self._seen), "held_out": slice(self._seen, None)}
         shares = {}
@@ -202,6 +203,13 @@ class ShapesJudge:
             frechet=_frechet(read, drawn),
             images=len(images),
         )
+
+    def _read_drawn(self, side: int) -> list[list[ReadObject]]:
+        """What the reader says of the scenes as they are drawn."""
+        # Kept: it is the same for every set of pictures.
+        if side not in self._drawn:
+            self._drawn[side] = [read_objects(draw_scene(scene, side)) for scene in self.scenes]
+        return self._drawn[side]
 
     def _answers(self, read: Sequence[Sequence[ReadObject]], scenes: Sequence[Scene]) -> list[dict[str, bool]]:
         return [judge_scene(o, s, self.max_objects) for o, s in zip(read, scenes, strict=True)]

@@ -22,7 +22,8 @@ from gigagan_jax.config.parameter_renames import path_at_format
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIGHTS_FILE
 from gigagan_jax.models.network import Network, Params, path_name
-from gigagan_jax.models.pretrained.weights import Weights
+from gigagan_jax.models.pretrained.hub import read_json
+from gigagan_jax.models.pretrained.weights import Row, Weights, load_params
 
 W_AVG = "w_avg"
 
@@ -126,17 +127,10 @@ def read_config(folder: Path, text_path: str | None = None) -> Config:
       UserError: the config is missing or damaged, or a frozen text encoder has no path.
     """
     file = folder / CONFIG_FILE
-    values = upgrade_config(_read_json(file), str(file))[0]
+    values = upgrade_config(read_json(file), str(file))[0]
     if text_path is not None:
         values["text"] = values["text"] | {"path": text_path}
     return from_dict(values)
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is missing or no JSON ({error}); it belongs beside {WEIGHTS_FILE}") from error
 
 
 def read_weights(folder: Path, module: Network, shardings: Params, w_avg: jax.ShapeDtypeStruct) -> GeneratorWeights:
@@ -152,28 +146,23 @@ def read_weights(folder: Path, module: Network, shardings: Params, w_avg: jax.Sh
       UserError: the file is damaged, or a tensor is missing, too many, or of another shape.
     """
     weights = Weights(folder)
-    number = _read_json(folder / CONFIG_FILE).get(FORMAT_KEY, 0)
-    left = weights.keys()
-
-    def place(name: str, shape: tuple[int, ...], where: Any) -> jax.Array:
-        if name not in left:
-            raise UserError(f"{folder / WEIGHTS_FILE} lacks {name}: its {CONFIG_FILE} is another model's")
-        left.discard(name)
-        value = weights.read_tensor(name).astype(np.float32)
-        if value.shape != shape:
-            raise UserError(
-                f"{folder / WEIGHTS_FILE}: {name} is {list(value.shape)}, its {CONFIG_FILE} asks for {list(shape)}"
-            )
-        # Each device takes its own slice.
-        return jax.make_array_from_callback(shape, where, lambda index: value[index])
-
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, spec, where: place(path_at_format(module.name, path_name(path), number), spec.shape, where),
-        module.abstract(),
-        shardings,
+    number = read_json(folder / CONFIG_FILE).get(FORMAT_KEY, 0)
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shardings)]
+    rows = [Row(path, path_at_format(module.name, path, number)) for path in paths]
+    float32 = lambda spec: np.float32
+    params, _ = load_params(
+        module, rows, weights, shardings=shardings, dtype_of=float32, ignore=lambda key: key == W_AVG
     )
-    average = place(W_AVG, w_avg.shape, w_avg.sharding)
-    if left:
-        raise UserError(f"{folder / WEIGHTS_FILE} has tensors that its {CONFIG_FILE} does not know: {sorted(left)[0]}")
+    stored = weights.keys()
+    average = weights.read_tensor(W_AVG).astype(np.float32) if W_AVG in stored else np.zeros(0)
+    if average.shape != w_avg.shape:
+        raise UserError(
+            f"{folder / WEIGHTS_FILE}: {W_AVG} is {list(average.shape)}, not {list(w_avg.shape)}; fetch it again"
+        )
     metadata = weights.metadata()
-    return GeneratorWeights(params, average, int(metadata.get("step", 0)), json.loads(metadata.get("frozen", "{}")))
+    return GeneratorWeights(
+        params,
+        jax.make_array_from_callback(average.shape, w_avg.sharding, lambda index: average[index]),
+        int(metadata.get("step", 0)),
+        json.loads(metadata.get("frozen", "{}")),
+    )

@@ -12,7 +12,7 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.example import Record
 from gigagan_jax.data.source import Source
 from gigagan_jax.evaluation.emoji import EmojiJudge, read_cells
-from gigagan_jax.evaluation.hooks import emoji_hook
+from gigagan_jax.evaluation.judges import make_judge
 
 CONCEPTS, STYLES = ("a disc", "a bar", "a frame"), ("flat", "outlined")
 
@@ -119,13 +119,13 @@ def test_bad_input(tmp_path):
     for path in ("train", "train/*.tar"):
         config.data.path = str(tmp_path / path)
         with pytest.raises(UserError, match=r"needs the held-out pictures in .*/held_out, beside the folder") as error:
-            emoji_hook(from_dict(config), None, tmp_path)
+            make_judge("emoji", from_dict(config), tmp_path)
         assert f"{tmp_path}/held_out," in str(error.value)
     config.data.path = ""
     with pytest.raises(UserError, match=r"needs the held-out pictures, beside the folder of config.data.path"):
-        emoji_hook(from_dict(config), None, tmp_path)
+        make_judge("emoji", from_dict(config), tmp_path)
     # A folder without pictures is found at the start too.
     (tmp_path / "held_out").mkdir()
     config.data.path = str(tmp_path / "train")
     with pytest.raises(UserError, match="tar"):
-        emoji_hook(from_dict(config), None, tmp_path)
+        make_judge("emoji", from_dict(config), tmp_path)

@@ -5,7 +5,6 @@ import types
 
 import numpy as np
 import pytest
-import scipy.ndimage
 
 from gigagan_jax.data.sources.shapes_drawing import draw_scene
 from gigagan_jax.data.sources.shapes_scenes import (
@@ -20,14 +19,7 @@ from gigagan_jax.data.sources.shapes_scenes import (
 )
 from gigagan_jax.evaluation.shapes import ATTRIBUTES, QUESTIONS, ShapesJudge, judge_scene, size_word
 from gigagan_jax.evaluation.shapes_reader import nearest_color, read_objects, to_lab
-
-
-def degrade(image, blur, noise, seed):
-    """Blur in pixels, and noise of `noise` levels that is smooth over a pixel or so."""
-    rng = np.random.default_rng(seed)
-    soft = scipy.ndimage.gaussian_filter(image.astype(float), (blur, blur, 0))
-    rough = scipy.ndimage.gaussian_filter(rng.normal(size=soft.shape), (0.6, 0.6, 0))
-    return (soft + rough / rough.std() * noise).round().clip(0, 255).astype(np.uint8)
+from tools import measure_judge
 
 
 def share_right(count, most, side, **damage):
@@ -35,7 +27,7 @@ def share_right(count, most, side, **damage):
     for i, (scene, _) in enumerate(judged_scenes(count, most, ALL_PAIRS, seed=7)):
         image = draw_scene(scene, side)
         if damage:
-            image = degrade(image, seed=i, **damage)
+            image = measure_judge.damage(image, seed=i, **damage)
         right.append(judge_scene(read_objects(image), scene, most)["all"])
     return np.mean(right)
 
@@ -163,3 +155,28 @@ def test_every_question_has_an_answer():
     # An unreadable region is no object.
     blob = types.SimpleNamespace(readable=False)
     assert not judge_scene([blob], SCENE, 1)["count"]
+
+
+def test_variances_are_within_a_size():
+    """One object of the wrong size varies more than all radii of a size do."""
+    judge = ShapesJudge(1, seen=80, held_out=0)
+
+    def collapsed(wrong):
+        """One place, one radius a size; every so many pictures have the other size."""
+        scenes = []
+        for i, scene in enumerate(judge.scenes):
+            o = scene.objects[0]
+            large = (o.size == "large") != (wrong and i % wrong == 0)
+            scenes.append(
+                dataclasses.replace(
+                    scene, objects=(dataclasses.replace(o, x=0.5, y=0.5, radius=0.34 if large else 0.2),)
+                )
+            )
+        return judge.judge_images(np.stack([draw_scene(scene, 32) for scene in scenes]))
+
+    right, some = collapsed(0), collapsed(10)
+    assert right.seen["size"] == 1
+    assert some.seen["size"] == pytest.approx(0.9)
+    for report in (right, some):
+        assert report.position_variance < 0.1
+        assert report.size_variance < 0.1
