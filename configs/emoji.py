@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.name = "emoji" + (f"-{arg}" if arg else "")
     c.evaluators = ("emoji",)
     c.data.source = "tar"
-    c.text.length = 80
+    c.text.length = 24
     c.loss.r1_gamma = (0.05, 0.05)
     c.snapshot.prompts = (
         "a violin, flat style",

@@ -17,7 +17,7 @@ def small_model(resolution: int, *, channels: int, channel_base: int, w_dim: int
 
     Args:
       resolution: in pixels.
-      channels: of the lowest resolutions, and of D's heads.
+      channels: of the lowest resolutions.
       channel_base: channels times pixels of a side above them.
       w_dim: of w.
       text: features of a token.
@@ -33,7 +33,8 @@ def small_model(resolution: int, *, channels: int, channel_base: int, w_dim: int
     c.dtype = "float32"
     c.remat = False
     c.data.threads = 1
-    c.text.width = text
+    # Captions of a few dozen words: D learns them in a quarter of the images that bytes take (docs/ablations.md).
+    c.text.encoder, c.text.width = "words", text
 
     g = c.generator
     g.z_dim, g.w_dim = 32, w_dim
@@ -44,17 +45,18 @@ def small_model(resolution: int, *, channels: int, channel_base: int, w_dim: int
     g.attention.mlp_ratio = 2.0
     d = c.discriminator
     d.blocks, d.attention_depth = (1,) * levels, (0,) * levels
-    d.head_width, d.minibatch_std = channels, 4
+    d.head, d.minibatch_std = "projection", 4
     for net in (g, d):
         net.channel_base, net.channel_max = channel_base, channels
         net.attention.heads, net.attention.head_dim = 2, text // 2
         net.text.width, net.text.depth, net.text.heads, net.text.mlp_ratio = text, 1, 2, 2.0
 
     c.loss.level_weights = tuple(0.5**i for i in range(levels))
-    c.loss.match_d, c.loss.match_g = 0.5, 0.0
+    c.loss.match_d_form, c.loss.match_d, c.loss.match_g = "contrastive", 0.5, 0.0
+    c.loss.pairing, c.loss.r2, c.loss.centring = "relativistic", True, 0.01
     c.loss.r1_gamma, c.loss.r1_levels = (0.02, 0.02), "all"
     for o in (c.g_optimizer, c.d_optimizer):
-        o.learning_rate, o.decay_kimg, o.final_ratio = 0.0025, kimg / 2, 0.05
+        o.learning_rate, o.decay_kimg, o.final_ratio = 0.0035, kimg / 2, 0.05
     c.ema.half_life_kimg, c.ema.rampup = 10.0, 0.1
     return c
 
@@ -63,7 +65,7 @@ def for_one_gpu(c: ConfigDict, *, text: int, depth: int, kimg: float) -> None:
     """Grows a small model for one GPU: 256 channels, four filters a bank, bfloat16."""
     c.batch_size, c.dtype, c.total_kimg = 64, "bfloat16", kimg
     g, d = c.generator, c.discriminator
-    g.w_dim, g.bank, d.head_width = 256, (4,) * len(g.blocks), 256
+    g.w_dim, g.bank = 256, (4,) * len(g.blocks)
     c.text.width = text
     for net in (g, d):
         net.channel_base, net.channel_max = 4096, 256
@@ -79,7 +81,7 @@ def for_tests(c: ConfigDict) -> None:
     c.checkpoint_kimg = c.snapshot_kimg = 0.16
     c.evaluators = ()
     g, d = c.generator, c.discriminator
-    g.z_dim, g.w_dim, g.mapping_depth, d.head_depth, d.head_width = 8, 16, 2, 2, 16
+    g.z_dim, g.w_dim, g.mapping_depth = 8, 16, 2
     c.text.width = 16
     for net in (g, d):
         net.channel_base, net.channel_max, net.text.width = 128, 16, 16
@@ -98,7 +100,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.evaluators = ("shapes",)
     c.data.source = "shapes"
     c.data.shapes.side = resolution
-    c.text.length = 56
+    c.text.length = 12
     c.snapshot.prompts = (
         "a large red circle",
         "a small blue square",
@@ -112,7 +114,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if scenes:
         c.data.shapes.max_objects = 3
-        c.text.length = 128
+        c.text.length = 24
         # At 16 px too: there are relations to follow.
         c.generator.attention_depth = (0, 1, 1, 0, 0)
         c.snapshot.prompts = (

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigagan_jax.config import Config
-from gigagan_jax.data.tokenizers import ByteTokenizer
+from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.models.network import Params, is_spec, path_name
 from gigagan_jax.models.pretrained import hub
 from gigagan_jax.models.pretrained.architectures import REQUIREMENTS, read_architecture
 from gigagan_jax.models.pretrained.frozen import FrozenNetworks
-from gigagan_jax.models.pretrained.text_encoder import text_spec
+from gigagan_jax.models.pretrained.text_encoder import text_spec, tokenizer_options
 from gigagan_jax.training.batch import abstract_batch
 
 UNKNOWN = -1  # the label of an example whose class is not known: it forbids no caption
@@ -81,13 +81,13 @@ SIZES = {"small": 0.15, "middling": 0.25, "large": 0.38}  # radius, of the side
 
 
 def discs(config: Config, batches: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """Batches of discs on plain backgrounds, "a large red disc on blue", at random places; for the bytes encoder.
+    """Batches of discs on plain backgrounds, "a large red disc on blue", at random places; for a trained text encoder.
 
     Returns:
       `image` uint8 [N, R, R, 3], `tokens` int32 [N, C], `label` int32 [N], unknown
     """
     rng = np.random.default_rng(seed)
-    tokenizer = ByteTokenizer(config.text.length)
+    tokenizer = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
     n, side = config.batch_size, config.resolution
     names = list(COLOURS)
     y, x = (np.arange(side) + 0.5) / side, (np.arange(side) + 0.5) / side

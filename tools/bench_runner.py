@@ -81,8 +81,8 @@ def main() -> None:
 
     tune_malloc()
     config = cli.load_config(asked["config"], asked["overrides"])
-    if config.condition != "text" or config.text.encoder != "bytes":
-        raise SystemExit("--against compares configs of the bytes encoder, such as configs/laion.py:small")
+    if config.condition != "text" or config.text.encoder not in ("bytes", "words"):
+        raise SystemExit("--against compares configs of a trained text encoder, such as configs/laion.py:small")
     mesh = sharding.make_mesh(config.mesh)
     networks = Networks(config)
     step = CompiledStep(TrainStep(networks), mesh)

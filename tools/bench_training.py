@@ -26,14 +26,9 @@ _AHEAD = 2  # steps that may be under way
 
 def check(config: Config) -> None:
     """Raises UserError for a config that cannot be trained on captions without a download."""
-    if (
-        config.condition != "text"
-        or config.text.encoder != "bytes"
-        or max(config.loss.clip)
-        or config.loss.vision_aided
-    ):
+    if config.condition != "text" or not config.text.is_trained or max(config.loss.clip) or config.loss.vision_aided:
         raise UserError(
-            f"--train={config.name}: the job that trains needs a config of the bytes encoder without a CLIP"
+            f"--train={config.name}: the job that trains needs a config with text.encoder bytes or words and without a CLIP"
         )
     sharding.check_batch(config.batch_size, config.micro_batches, sharding.make_mesh(config.mesh), config.rules)
 
@@ -47,7 +42,7 @@ def train(
     """Trains on coloured discs until the seconds are spent; where memory runs out, once more with half of the batch.
 
     Args:
-      config: of the bytes encoder.
+      config: whose text encoder is trained.
       seconds: that are left for it, asked before each step.
       write: called with a line of losses every `log_seconds`.
       log_seconds: between lines.

@@ -12,7 +12,7 @@ from typing import Any
 from gigagan_jax.config.comparison import flatten_fields
 from gigagan_jax.core.errors import UserError
 
-FORMAT = 4
+FORMAT = 5
 FORMAT_KEY = "format"
 # Names of fields that are newer than the run. From its first restart on, config.json has them with the values of ADDED.
 WITHOUT_KEY = "begun_without"
@@ -128,6 +128,8 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (4, "data.shapes.side", 32),
     (4, "data.shapes.held_out", True),
     (4, "data.shapes.seed", 0),
+    (5, "text.buckets", 1024),
+    (5, "loss.match_d_form", "logistic"),
 )
 # (format that replaced the field, its name, its successor, values of the successor by those of the field)
 REPLACED: tuple[tuple[int, str, str, dict[Any, Any]], ...] = (

@@ -13,12 +13,19 @@ class TextConfig:
     """The text encoder that comes before T (sec. 3.1)."""
 
     # "auto": by `path`, and without one bytes and no loss that needs a CLIP
-    encoder: str = "bytes"  # "bytes": trainable, needs no download; "clip" or "t5": frozen, from `path`; or "auto"
+    # or "auto". "bytes" and "words" are trained with each network and need no download; "clip" and "t5" are frozen, from `path`
+    encoder: str = "bytes"
     path: str = ""  # folder or hub id of a frozen encoder's weights
     length: int = 77  # tokens, padding included (CLIP: 77)
-    width: int = 768  # features a token of the bytes encoder; a frozen one has its own
+    width: int = 768  # features a token of a trained encoder; a frozen one has its own
+    buckets: int = 1024  # of "words": rows of each of its two tables; words are hashed to pairs of rows
     layer: str = "penultimate"  # (sec. 3.2) of CLIP: "penultimate" or "last"
     final_norm: bool = True  # (open) CLIP's last norm on these features, whose channels differ widely in size
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the encoder is part of each network and trained with it."""
+        return self.encoder in ("bytes", "words")
 
 
 @dataclasses.dataclass(frozen=True)

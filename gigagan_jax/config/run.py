@@ -111,7 +111,9 @@ class LossConfig:
     intermediate_match: float = 0.05  # (A2) the same, matching-aware loss
     match_d: float = 1.0  # (A2)
     match_g: float = 1.0  # (A2)
-    # (open) "min_max", "non_saturating", "cooperating" (training/losses.py: MATCH_G) or "off"
+    # "logistic": eq. 8, of one wrong caption; "contrastive": of all captions of the group, for discriminator.head="projection"
+    match_d_form: str = "logistic"
+    # (open) "min_max", "non_saturating", "cooperating" (training/losses.py: MATCH_G), "contrastive" or "off"
     match_g_form: str = "min_max"
     match_relativistic: bool = False  # a real image's wrong caption is compared with its own one
     pairing: str = "separate"  # "relativistic": D compares a generated image with a real one of its caption (R3GAN)

@@ -7,8 +7,8 @@ from typing import Any
 from gigagan_jax.config.data import SOURCE_KINDS
 from gigagan_jax.core.errors import UserError
 
-# Tokens of the longest captions of data/sources/shapes_scenes.py.
-_SHAPES_CAPTION, _SCENES_CAPTION = 46, 112
+# Tokens of the longest captions of data/sources/shapes_scenes.py by encoder: of one object, and of several.
+_DRAWN_CAPTION = {"bytes": (46, 112), "words": (10, 20)}
 
 
 def _count_levels(config: Any) -> int:
@@ -25,7 +25,16 @@ def _check_choice(where: str, value: str, allowed: tuple[str, ...]) -> None:
 _NETS = ("generator", "discriminator")
 # Names of fields with values that must be finite and greater than 0.
 _POSITIVE = (
-    *("batch_size", "micro_batches", "total_kimg", "checkpoint_kimg", "snapshot_kimg", "log_kimg", "text.width"),
+    *(
+        "batch_size",
+        "micro_batches",
+        "total_kimg",
+        "checkpoint_kimg",
+        "snapshot_kimg",
+        "log_kimg",
+        "text.width",
+        "text.buckets",
+    ),
     *("loss.r1_interval", "checkpoint.keep", "ema.half_life_kimg", "snapshot.seeds", "discriminator.head_depth"),
     "checkpoint.timeout_seconds",
     *(
@@ -86,7 +95,7 @@ def _check_numbers(config: Any) -> None:
         if not 0 <= _get_field(config, name) < math.inf:
             raise UserError(f"config.{name}={_get_field(config, name)}: must not be negative")
     if config.text.length < 3:
-        raise UserError(f"config.text.length={config.text.length}: must be at least 3 (a byte between begin and end)")
+        raise UserError(f"config.text.length={config.text.length}: must be at least 3 (a token between begin and end)")
     _check_choice("checkpoint.best_mode", config.checkpoint.best_mode, ("min", "max"))
     if config.checkpoint.keep_best and not config.checkpoint.best_metric:
         raise UserError("config.checkpoint.keep_best needs config.checkpoint.best_metric, a name of metrics.jsonl")
@@ -111,7 +120,7 @@ def _check_numbers(config: Any) -> None:
 
 
 def _check_frozen(config: Any) -> None:
-    _check_choice("text.encoder", config.text.encoder, ("bytes", "clip", "t5", "auto"))
+    _check_choice("text.encoder", config.text.encoder, ("bytes", "words", "clip", "t5", "auto"))
     _check_choice("text.layer", config.text.layer, ("penultimate", "last"))
     _check_choice("vision_aided.backbone", config.vision_aided.backbone, ("clip", "dino"))
     for name in config.vision_aided.augment:
@@ -132,10 +141,10 @@ def _check_frozen(config: Any) -> None:
     # Only text conditions load the encoder and CLIP.
     if config.condition != "text":
         return
-    if config.text.encoder != "bytes" and not config.text.path:
+    if not config.text.is_trained and not config.text.path:
         raise UserError(
             f"config.text.path is not set: text.encoder={config.text.encoder!r} needs the folder or hub id of its weights; "
-            "text.encoder=bytes needs none"
+            "text.encoder=bytes and text.encoder=words need none"
         )
     if config.uses_clip_loss and not config.clip_path:
         raise UserError(
@@ -152,10 +161,11 @@ def _check_vision_aided(config: Any) -> None:
             "config.vision_aided.path is not set: config.loss.vision_aided needs the folder or hub id of a "
             f"{config.vision_aided.backbone} image tower; 0 switches it off"
         )
-    # The vision-aided head conditions on the text feature at the end token, which bytes do not compute.
-    if config.loss.vision_aided and config.condition == "text" and config.text.encoder == "bytes" and not text.depth:
+    # The vision-aided head conditions on the text feature at the end token, which a trained encoder does not compute.
+    if config.loss.vision_aided and config.condition == "text" and config.text.is_trained and not text.depth:
         raise UserError(
-            "config.vision_aided.text.depth=0: the bytes encoder says nothing of a caption at its end; use at least 1"
+            f"config.vision_aided.text.depth=0: the {config.text.encoder} encoder says nothing of a caption at its end; "
+            "use at least 1"
         )
 
 
@@ -275,7 +285,21 @@ def _check_choices(config: Any) -> None:
     _check_choice("loss.r1_levels", loss.r1_levels, ("full", "all"))
     _check_choice("loss.r1_exits", loss.r1_exits, ("signs", "sum"))
     _check_choice("loss.r1_form", loss.r1_form, ("gradient", "finite_differences"))
-    _check_choice("loss.match_g_form", loss.match_g_form, ("off", "min_max", "non_saturating", "cooperating"))
+    _check_choice("loss.match_d_form", loss.match_d_form, ("logistic", "contrastive"))
+    forms = ("off", "min_max", "non_saturating", "cooperating", "contrastive")
+    _check_choice("loss.match_g_form", loss.match_g_form, forms)
+    contrastive = loss.match_d_form == "contrastive"
+    if loss.match_g_form == "contrastive" and not contrastive:
+        raise UserError("config.loss.match_g_form='contrastive' needs config.loss.match_d_form='contrastive'")
+    if contrastive and config.discriminator.head != "projection":
+        raise UserError(
+            "config.loss.match_d_form='contrastive' compares each image with many captions: it needs "
+            "config.discriminator.head='projection'"
+        )
+    if contrastive and loss.match_relativistic:
+        raise UserError(
+            "config.loss.match_relativistic is of match_d_form='logistic'; the contrastive form has it built in"
+        )
     _check_choice("loss.pairing", loss.pairing, ("separate", "relativistic"))
     _check_choice("generator.attention_placement", config.generator.attention_placement, ("spread", "last", "every"))
     if not 0 <= loss.vision_smoothing <= 0.5:
@@ -302,9 +326,9 @@ def _check_evaluators(config: Any) -> None:
 
 
 def _check_drawn_captions(config: Any) -> None:
-    if config.data.source != "shapes" or config.condition != "text" or config.text.encoder != "bytes":
+    if config.data.source != "shapes" or config.condition != "text" or not config.text.is_trained:
         return
-    needed = _SHAPES_CAPTION if config.data.shapes.max_objects == 1 else _SCENES_CAPTION
+    needed = _DRAWN_CAPTION[config.text.encoder][config.data.shapes.max_objects > 1]
     if config.text.length < needed:
         raise UserError(
             f"config.text.length={config.text.length} cuts captions of drawn shapes off: set it to {needed} or more"

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 import threading
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,6 +78,47 @@ class ByteTokenizer:
 
     def _report_truncation(self, size: int) -> None:
         _report_truncation("bytes", size, self.length - 2, self.length)
+
+
+class WordTokenizer:
+    """Words as tokens, for runs whose captions have few words: no vocabulary file is needed.
+
+    A row is bos, words, eot, pads. A word is a run of letters, digits and underscores, without case; all else separates words.
+    Its id is its CRC-32 modulo the vocabulary: two words rarely share one. The empty caption is the null caption.
+
+    Args:
+      length: tokens a row, bos and eot included; at least 3.
+      vocab_size: number of ids, 4 or more.
+
+    Raises:
+      UserError: the length leaves no room for a word.
+    """
+
+    pad_id, bos_id, eot_id = 0, 1, 2
+
+    def __init__(self, length: int, vocab_size: int):
+        if length < 3:
+            raise UserError(
+                f"a text length of {length} tokens leaves no room for text: bos and eot take 2; use 3 or more"
+            )
+        self.length, self.vocab_size = length, vocab_size
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        """Tokenizes captions to int32 [N, length]. Long ones are cut and still end with eot."""
+        rows = np.full((len(captions), self.length), self.pad_id, dtype=np.int32)
+        for row, caption in zip(rows, captions, strict=True):
+            words = re.findall(r"\w+", caption.casefold())
+            if len(words) > self.length - 2:
+                _report_truncation("words", len(words), self.length - 2, self.length)
+                words = words[: self.length - 2]
+            ids = [3 + zlib.crc32(word.encode("utf-8", "replace")) % (self.vocab_size - 3) for word in words]
+            tokens = [self.bos_id, *ids, self.eot_id]
+            row[: len(tokens)] = tokens
+        return rows
+
+    def null_tokens(self) -> np.ndarray:
+        """The row of the null caption, int32 [length]."""
+        return self([""])[0]
 
 
 def _report_truncation(unit: str, size: int, room: int, length: int) -> None:
@@ -181,11 +224,13 @@ def make_tokenizer(encoder: str, length: int, **options: Any) -> Tokenizer:
     """Makes the tokenizer of a text encoder from its name in the config.
 
     Args:
-      encoder: "bytes", or the name of a frozen one.
+      encoder: "bytes", "words", or the name of a frozen one.
       length: tokens a row.
-      options: of a frozen encoder; see FrozenTokenizer.
+      options: see WordTokenizer and FrozenTokenizer.
 
     Raises:
       UserError: see FrozenTokenizer.
     """
-    return ByteTokenizer(length) if encoder == "bytes" else FrozenTokenizer(length=length, **options)
+    if encoder == "bytes":
+        return ByteTokenizer(length)
+    return WordTokenizer(length, **options) if encoder == "words" else FrozenTokenizer(length=length, **options)

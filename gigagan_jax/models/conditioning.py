@@ -1,6 +1,6 @@
 """Conditions: captions through a text encoder and the learned transformer T, or class labels; and the mapping M.
 
-The encoder is either the byte-level one, which is trained with the network, or a frozen one (models/pretrained), whose
+The encoder is either one of bytes or words, which is trained with the network, or a frozen one (models/pretrained), whose
 features come in from outside.
 
 (t_local, t_global) = T(E_txt(c)): t_global is T's output at the end-of-text token, t_local the outputs at all other
@@ -27,10 +27,10 @@ from gigagan_jax.models.layers.equalized import (
     materialize,
     normalize,
 )
-from gigagan_jax.models.pretrained.text_encoder import BYTE_VOCABULARY, BYTES_END, text_spec
+from gigagan_jax.models.pretrained.text_encoder import BYTE_VOCABULARY, TRAINED_END, text_spec
 from gigagan_jax.parallel.sharding import constrain
 
-PAD_ID, END_ID = 0, BYTES_END  # of the bytes encoder
+PAD_ID, END_ID = 0, TRAINED_END  # of the trained encoders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,25 +68,36 @@ class Condition(NamedTuple):
     mask: jax.Array | None = None
 
 
-class ByteEncoder(nnx.Module):
-    """Trainable E_txt over the bytes of a caption: needs no download.
+class TrainedEncoder(nnx.Module):
+    """Trainable E_txt over the bytes or the words of a caption: needs no download.
 
     Each token sees its neighbours through a depthwise 1-D convolution, so that T starts from something like letters in context.
+
+    A word's id is a pair of rows of two tables, and its embedding their sum (Shi et al., 2020, "Compositional embeddings using
+    complementary partitions"): a million words are told apart by a few thousand rows.
     """
 
-    def __init__(self, width: int, length: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.dtype = dtype
-        self.embedding = declare_parameter(rngs, (BYTE_VOCABULARY, width), ("vocab", "embed"), std=1.0)
-        self.position = declare_parameter(rngs, (length, width), (None, "embed"), std=1.0)
+    def __init__(self, text: TextConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.dtype, self.buckets, width = dtype, text.buckets, text.width
+        words = text.encoder == "words"
+        table = lambda rows: declare_parameter(rngs, (rows, width), ("vocab", "embed"), std=1.0)
+        self.embedding = table(text.buckets if words else BYTE_VOCABULARY)
+        self.quotient_embedding = table(text.buckets) if words else None
+        self.position = declare_parameter(rngs, (text.length, width), (None, "embed"), std=1.0)
         self.mix = declare_parameter(rngs, (3, width), (None, "embed"), std=1.0)
         self.bias = declare_parameter(rngs, (width,), ("embed",))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens int32 [N, C] -> [N, C, width]"""
         # Looked up in float32: the gradient of a lookup adds up over a batch.
-        x = (materialize(self.embedding, jnp.float32)[tokens] + materialize(self.position, jnp.float32)).astype(
-            self.dtype
-        )
+        look_up = lambda table, rows: materialize(table, jnp.float32)[rows]
+        if self.quotient_embedding is None:
+            x = look_up(self.embedding, tokens)
+        else:
+            x = look_up(self.embedding, tokens % self.buckets)
+            # 1 / sqrt(2): the sum keeps unit variance.
+            x = (x + look_up(self.quotient_embedding, tokens // self.buckets)) / math.sqrt(2.0)
+        x = (x + materialize(self.position, jnp.float32)).astype(self.dtype)
         # Padding is not a neighbour: t_global is read at the last token before it.
         seen = (tokens != PAD_ID)[:, :, None]
         padded = jnp.pad(jnp.where(seen, x, jnp.zeros_like(x)), ((0, 0), (1, 1), (0, 0)))
@@ -162,8 +173,7 @@ class Conditioner(nnx.Module):
             text = settings.text
             self.spec = text_spec(text)
             # A frozen encoder is no part of the network: its features come in from outside.
-            trained = text.encoder == "bytes"
-            self.encoder = ByteEncoder(text.width, text.length, dtype=dtype, rngs=rngs) if trained else None
+            self.encoder = TrainedEncoder(text, dtype=dtype, rngs=rngs) if text.is_trained else None
             self.transformer = TextTransformer(self.spec.width, transformer, remat=remat, dtype=dtype, rngs=rngs)
         elif self.kind == "class":
             self.embedding = declare_parameter(rngs, (settings.num_classes, self.width), ("vocab", "embed"), std=1.0)

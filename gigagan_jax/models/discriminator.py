@@ -344,15 +344,15 @@ class Discriminator(nnx.Module):
         Args:
           images: {source, such as "fake" or "real": pyramid, one array [N, r, r, 3] an entry level, high to low}.
           own: [N, D] the images' captions, one an example for all sources, or None.
-          wrong: [N, D] captions that do not belong to them, or None.
+          wrong: [N, D] or [N, M, D] captions that do not belong to them, or None.
 
         Returns:
           {source: Logits}
         """
         sources = list(images)
         pyramid = [jnp.stack(level, axis=1) for level in zip(*images.values(), strict=True)]  # [N, S, r, r, 3]
-        captions = [t for t in (own, wrong) if t is not None]
-        t = jnp.stack(captions, axis=1) if captions else None
+        captions = [t if t.ndim == 3 else t[:, None] for t in (own, wrong) if t is not None]
+        t = jnp.concatenate(captions, axis=1) if captions else None
         logits = {source: Logits([], []) for source in sources}
         x: jax.Array | None = None
         for i, level in enumerate(self.levels):
@@ -365,5 +365,5 @@ class Discriminator(nnx.Module):
                 of_source = logits[sources[copy % len(sources)]]
                 of_source.own.append(out[:, copy, 0])
                 if wrong is not None:
-                    of_source.wrong.append(out[:, copy, 1])
+                    of_source.wrong.append(out[:, copy, 1] if wrong.ndim == 2 else out[:, copy, 1:])
         return logits

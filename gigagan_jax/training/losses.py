@@ -78,6 +78,22 @@ def match_d(fake: jax.Array, real: jax.Array) -> jax.Array:
     return softplus(real) + softplus(fake)
 
 
+def match_contrastive(own: jax.Array, others: jax.Array, valid: jax.Array) -> jax.Array:
+    """-log softmax of an image's own caption among those of its group (ContraGAN; XMC-GAN: Zhang et al., 2021, eq. 8).
+
+    Args:
+      own: [N, h * w] logits with the own caption
+      others: [N, M, h * w] with the captions of other examples
+      valid: bool [N, M], those that say something else
+
+    Returns:
+      [N, h * w]; 0 where nothing is valid
+    """
+    # Finite: minus infinity in a whole row makes its gradient NaN.
+    differences = jnp.where(valid[:, :, None], others - own[:, None], -1e30)
+    return softplus(jax.nn.logsumexp(differences, axis=1))
+
+
 # Forms of G's matching-aware loss, of D's logits for generated images with a wrong caption. The paper gives D's term
 # (eq. 8) and says that G has one too.
 MATCH_G: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -77,6 +77,32 @@ def group_size(n: int, most: int) -> int:
     return size if 2 * size > most else n
 
 
+def all_wrong_captions(
+    t: jax.Array, tokens: jax.Array | None, labels: jax.Array | None, most: int, null: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The captions of all other examples of a group, for the contrastive form of the matching-aware loss.
+
+    Args:
+      t: [N, D] encoded captions
+      tokens, labels, null: as `draw_mismatch` takes them
+      most: examples a group, see `group_size`
+
+    Returns:
+      (t of the others [N, S - 1, D], valid bool [N, S - 1]: those that are neither the example's own nor null), for groups of S
+    """
+    n = t.shape[0]
+    size = group_size(n, most)
+    split = lambda x: x.reshape(n // size, size, *x.shape[1:])
+    same = jax.vmap(same_caption)(*(None if x is None else split(x) for x in (tokens, labels)))
+    if null is not None:
+        same = same | split(null)[:, None, :]
+    # Rolled within a group: nothing moves between devices.
+    rolls = range(1, size)
+    others = jnp.stack([jnp.roll(split(t), -k, axis=1) for k in rolls], axis=2)
+    valid = jnp.stack([~jnp.diagonal(jnp.roll(same, -k, axis=2), axis1=1, axis2=2) for k in rolls], axis=2)
+    return others.reshape(n, size - 1, -1), valid.reshape(n, size - 1)
+
+
 def draw_wrong_captions(
     key: jax.Array,
     t: jax.Array,

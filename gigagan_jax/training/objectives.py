@@ -19,7 +19,7 @@ from gigagan_jax.training import losses, penalties
 from gigagan_jax.training.batch import Batch, batch_axes
 from gigagan_jax.training.diff_augment import augment
 from gigagan_jax.training.health import step_statistics
-from gigagan_jax.training.mismatched_captions import draw_wrong_captions, masks_null_captions
+from gigagan_jax.training.mismatched_captions import all_wrong_captions, draw_wrong_captions, masks_null_captions
 from gigagan_jax.training.state import Networks
 
 NO_FROZEN: Params = {}  # the frozen networks of a config that asks for none
@@ -66,6 +66,7 @@ class GanObjective:
         self.weights_gan, self.weights_match = losses.pair_weights(c)
         self.weights_vision = (1.0 / len(c.vision_aided.layers),) * len(c.vision_aided.layers)
         self.match_g = c.loss.match_g if c.loss.match_g_form != "off" else 0.0
+        self.is_contrastive = c.loss.match_d_form == "contrastive"
         self.uses_wrong_captions = c.condition == "text" and (c.loss.match_d > 0 or self.match_g > 0)
         # Decided by the config: without null captions the program has no masks.
         self.null_text = text_spec(c.text) if masks_null_captions(c) else None
@@ -99,12 +100,16 @@ class GanObjective:
         """t_D of each image's own caption, of a wrong one, and where there is a wrong one (mismatched_captions.py).
 
         Returns:
-          (own [N, D], wrong [N, D], valid bool [N]); None for what the config does not have
+          (own [N, D], wrong [N, D], valid bool [N]), the contrastive form (own [N, D], wrong [N, M, D], valid bool [N, M]);
+          None for what the config does not have
         """
         own = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
         if own is None or not self.uses_wrong_captions:
             return own, None, None
         tokens, null, most = batch["tokens"], self.null_captions(batch), self.config.loss.mismatch_group
+        if self.is_contrastive:
+            wrong, valid = all_wrong_captions(own, tokens, batch["label"], most, null)
+            return own, sharding.constrain(wrong, "batch", None, None), valid
         wrong, valid = draw_wrong_captions(key, own, tokens, batch["label"], most, null)
         return own, sharding.constrain(wrong, "batch", None), valid
 
@@ -166,10 +171,18 @@ class GanObjective:
 
     def match_d_loss(self, fake: Logits, real: Logits, valid: jax.Array | None) -> jax.Array:
         """D's matching-aware loss (eq. 8)."""
+        if self.is_contrastive:
+            return self.contrastive_loss(real, valid)
         if not self.config.loss.match_relativistic:
             return losses.over_pairs(losses.match_d, self.weights_match, fake.wrong, real.wrong, valid=valid)
         logits = (fake.wrong, real.wrong, real.own)
         return losses.over_pairs(losses.match_d_relativistic, self.weights_match, *logits, valid=valid)
+
+    def contrastive_loss(self, logits: Logits, valid: jax.Array | None) -> jax.Array:
+        """The contrastive form of the matching-aware loss, of D by real images and of G by generated ones."""
+        assert valid is not None
+        loss = lambda own, others: losses.match_contrastive(own, others, valid)
+        return losses.over_pairs(loss, self.weights_match, logits.own, logits.wrong)
 
     def vision_d_loss(
         self, params: Params, frozen: Params, fake: jax.Array, real: jax.Array, batch: Batch, key: jax.Array
@@ -335,6 +348,8 @@ class GanObjective:
         images, w = self.generate(params, batch, key_z)
         disc = self.networks.d.bind(critics["d"])
         own, wrong, valid = self.own_and_wrong_captions(disc, batch, key_wrong)
+        if not self.match_g:
+            wrong = None
         logits = disc({"fake": generated_levels(images, c)}, own, wrong)
         fake = logits["fake"]
         if c.loss.pairing == "relativistic":
@@ -344,8 +359,7 @@ class GanObjective:
         metrics = {"loss/g_gan": self.adversarial_g_loss(logits)}
         loss = metrics["loss/g_gan"]
         if self.uses_wrong_captions and self.match_g:
-            match_g = losses.MATCH_G[c.loss.match_g_form]
-            metrics["loss/g_match"] = losses.over_pairs(match_g, self.weights_match, fake.wrong, valid=valid)
+            metrics["loss/g_match"] = self.match_g_loss(fake, valid)
             loss += self.match_g * metrics["loss/g_match"]
         if captions is not None:
             metrics["loss/clip"] = self.clip_loss(frozen, images[-1], batch, captions, counted)
@@ -359,6 +373,13 @@ class GanObjective:
         # Truncation pulls towards the w of captions: nobody samples the null caption.
         w = w if "caption_weights" not in batch else w * batch["caption_weights"]
         return loss, LossReport(metrics | {"loss/g": loss}, health, thumbnails, w.mean(0))
+
+    def match_g_loss(self, fake: Logits, valid: jax.Array | None) -> jax.Array:
+        """G's matching-aware loss."""
+        form = self.config.loss.match_g_form
+        if form == "contrastive":
+            return self.contrastive_loss(fake, valid)
+        return losses.over_pairs(losses.MATCH_G[form], self.weights_match, fake.wrong, valid=valid)
 
     def adversarial_g_loss(self, logits: dict[str, Logits]) -> jax.Array:
         """The GAN loss of G, of what D says with the images' own captions."""

@@ -164,6 +164,17 @@ def test_resolution_is_a_power_of_two_of_at_least_8(resolution):
         ({"vision_aided__layers": (2, 1)}, "config.vision_aided.layers=(2, 1): numbers of blocks"),
         ({"condition": "class"}, "config.num_classes=0: condition='class' needs at least 2"),
         ({"condition": "none", "discriminator__head": "projection"}, "config.discriminator.head='projection' needs a"),
+        ({"loss__match_d_form": "contrastive"}, "it needs config.discriminator.head='projection'"),
+        ({"loss__match_g_form": "contrastive"}, "needs config.loss.match_d_form='contrastive'"),
+        (
+            {
+                "loss__match_d_form": "contrastive",
+                "discriminator__head": "projection",
+                "loss__match_relativistic": True,
+            },
+            "contrastive form has it built in",
+        ),
+        ({"text__encoder": "words", "text__buckets": 0}, "config.text.buckets=0"),
         ({"data__caption_dropout": 1.5}, "config.data.caption_dropout"),
         ({"data__max_bad_fraction": -0.1}, "config.data.max_bad_fraction"),
         ({"data__threads": -1}, "config.data.threads=-1"),

@@ -1,5 +1,6 @@
-"""Byte tokens, and tokenizers of frozen encoders against transformers."""
+"""Byte and word tokens, and tokenizers of frozen encoders against transformers."""
 
+import binascii
 import json
 import logging
 import random
@@ -12,7 +13,8 @@ import pytest
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data import tokenizers
-from gigagan_jax.data.tokenizers import ByteTokenizer, FrozenTokenizer, make_tokenizer
+from gigagan_jax.data.tokenizers import ByteTokenizer, FrozenTokenizer, WordTokenizer, make_tokenizer
+from gigagan_jax.preparation.emoji_concepts import CONCEPTS
 
 
 # The warning comes once a process. Without a reset, each test would depend on those before it.
@@ -71,6 +73,40 @@ def test_a_lone_surrogate_does_not_stop_it():
 def test_too_short_a_length_is_refused():
     with pytest.raises(UserError, match="3 or more"):
         ByteTokenizer(2)
+
+
+# ---------------------------------------------------------------- words
+
+VOCABULARY = 1024**2
+
+
+def test_a_word_is_its_crc_without_case_and_punctuation():
+    rows = WordTokenizer(5, VOCABULARY)(["A red-apple", "a (Red) APPLE!", ""])
+    assert rows.dtype == np.int32
+    # binascii has the same sum as zlib, from other code.
+    words = [3 + binascii.crc32(word) % (VOCABULARY - 3) for word in (b"a", b"red", b"apple")]
+    np.testing.assert_array_equal(rows, [[1, *words, 2], [1, *words, 2], [1, 2, 0, 0, 0]])
+    np.testing.assert_array_equal(WordTokenizer(5, VOCABULARY).null_tokens(), rows[2])
+
+
+def test_a_long_caption_keeps_its_eot_and_is_cut_between_words(caplog):
+    tokenizer = WordTokenizer(4, VOCABULARY)
+    np.testing.assert_array_equal(tokenizer(["one two three"]), tokenizer(["one two"]))
+    assert "3 words is cut to the 2" in caplog.text
+
+
+def test_word_ids_stay_within_a_vocabulary_of_any_size():
+    for size in (4, 100, VOCABULARY):
+        rows = WordTokenizer(80, size)([" ".join(map(str, range(78))), "\ud800 é 猫"])
+        assert (rows.max() < size, rows[0, 1:-1].min() >= 3) == (True, True)
+    with pytest.raises(UserError, match="3 or more"):
+        WordTokenizer(2, 100)
+
+
+def test_concepts_of_emoji_have_ids_of_their_own():
+    words = {word for concept in CONCEPTS for word in concept.split("-")}
+    rows = WordTokenizer(3, VOCABULARY)(sorted(words))
+    assert len(np.unique(rows[:, 1])) == len(words) > 64
 
 
 # ---------------------------------------------------------------- tokenizers of frozen encoders
@@ -253,6 +289,7 @@ def test_frozen_without_a_begin_token(t5_folder, refused):
 
 def test_the_tokenizer_of_an_encoder(clip_folder):
     assert isinstance(make_tokenizer("bytes", 9), ByteTokenizer)
+    assert isinstance(make_tokenizer("words", 9, vocab_size=100), WordTokenizer)
     tokenizer = make_tokenizer("clip", 9, folder=clip_folder, **token_ids(clip_folder))
     assert isinstance(tokenizer, FrozenTokenizer)
     assert tokenizer(["the cat"]).shape == (1, 9)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigagan_jax.config import TransformerConfig
-from gigagan_jax.data.tokenizers import ByteTokenizer
+from gigagan_jax.config import TextConfig, TransformerConfig
+from gigagan_jax.data.tokenizers import ByteTokenizer, WordTokenizer
 from gigagan_jax.models import conditioning
 from gigagan_jax.models.conditioning import Conditioner, ConditionSettings, TextTransformer, TransformerBlock
 
@@ -134,6 +134,25 @@ def test_every_byte_and_its_place_matter(conditioner):
     np.testing.assert_array_equal(t[0], t[3])
     assert np.abs(t[0] - t[1]).max() > 1e-2
     assert np.abs(t[0] - t[2]).max() > 1e-2
+
+
+def test_a_word_is_the_sum_of_its_rows_in_two_tables(build):
+    text = TextConfig(encoder="words", length=4, width=8, buckets=16)
+    module, params = build(lambda rngs: conditioning.TrainedEncoder(text, rngs=rngs))
+    assert {name: x.shape for name, x in params.items() if "embedding" in name} == {
+        "embedding": (16, 8),
+        "quotient_embedding": (16, 8),
+    }
+    # Without the convolution over neighbours, what is left is embedding and position.
+    params["mix"], params["bias"] = jnp.zeros((3, 8)), jnp.zeros(8)
+    tokens = WordTokenizer(4, 16**2)(["red apple"])
+    first, second = (np.asarray(params[name]) for name in ("embedding", "quotient_embedding"))
+    # Ids of 256 are two digits of base 16.
+    digits = [[int(digit, 16) for digit in f"{i:02x}"] for i in tokens[0]]
+    expected = [
+        (first[low] + second[high]) / np.sqrt(2) + params["position"][k] for k, (high, low) in enumerate(digits)
+    ]
+    np.testing.assert_allclose(module.bind(params)(tokens)[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_captions_do_not_see_one_another(conditioner):

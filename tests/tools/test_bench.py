@@ -254,7 +254,7 @@ def lines(file):
         (("--dry", "--config=configs/digits.py"), "--dry"),
         (("--config=configs/digits.py", "--pin"), "--against"),
         (("--config=configs/digits.py", "--against=nowhere"), "no checkout"),
-        (("--config=configs/digits.py", "--train=configs/imagenet.py:tiny", "--budget=9"), "bytes encoder"),
+        (("--config=configs/digits.py", "--train=configs/imagenet.py:tiny", "--budget=9"), "bytes or words"),
         (("--config=configs/digits.py", "--train=configs/digits.py"), "no end"),
         (("--config=configs/digits.py", "--no_such_flag"), "unknown argument"),
         (("--dry", "--json=/nowhere/x.jsonl"), "cannot be written"),

@@ -327,7 +327,7 @@ def test_missing_clip_for_one_role_names_what_does_without(clip_folder):
         config_of("", text__encoder="bytes", loss__clip=(0.0, 0.0), loss__vision_aided=1.0)
     with pytest.raises(UserError, match=r"vision_aided\.text\.depth=0.*use at least 1"):
         config_of("", text__encoder="bytes", loss__clip=(0.0, 0.0), vision_aided__path=str(clip_folder))
-    with pytest.raises(UserError, match=r"text\.encoder=bytes needs none"):
+    with pytest.raises(UserError, match=r"text\.encoder=bytes and text\.encoder=words need none"):
         config_of("", text__encoder="clip")
     with pytest.raises(UserError, match=r"has 2 blocks"):
         FrozenNetworks(config_of(clip_folder, vision_aided__layers=(1, 3)))

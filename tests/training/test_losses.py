@@ -99,6 +99,32 @@ def test_the_pull_of_min_max_matching_ends_where_d_is_sure():
 # ---------------------------------------------------------------- weights
 
 
+def test_contrastive_matching_is_torchs_cross_entropy_over_the_captions_of_a_group():
+    torch = pytest.importorskip("torch")
+    own = RNG.normal(0, 3, (5, 4)).astype(np.float32)
+    others = RNG.normal(0, 3, (5, 6, 4)).astype(np.float32)
+    valid = RNG.random((5, 6)) < 0.6
+    valid[4] = False
+    found = jax.jit(losses.match_contrastive)(own, others, valid)
+    others[~valid] = -np.inf
+    # Classes are the captions, of which the own one is number 0.
+    logits = torch.from_numpy(np.concatenate([own[:, None], others], axis=1))
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros(5, 4, dtype=torch.long), reduction="none")
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found[4], 0.0)
+
+
+def test_contrastive_matching_has_finite_gradients_at_any_logit():
+    count = len(LOGITS)
+    others = jnp.asarray(np.stack([np.roll(LOGITS, k) for k in range(1, 4)], axis=1))[:, :, None]
+    valid = np.ones((count, 3), bool)
+    valid[::5] = False
+    total = lambda own, others: losses.match_contrastive(own, others, valid).mean()
+    for gradient in jax.grad(total, argnums=(0, 1))(jnp.asarray(LOGITS)[:, None], others):
+        assert np.isfinite(gradient).all()
+        assert not np.any(gradient[::5])
+
+
 def test_pair_weights_of_the_default_config():
     config = from_dict(laion.get_config())
     gan, match = losses.pair_weights(config)

@@ -13,7 +13,13 @@ from gigagan_jax.config import DEFAULT_RULES, MeshConfig
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import batch_shardings
-from gigagan_jax.training.mismatched_captions import draw_mismatch, draw_wrong_captions, group_size, same_caption
+from gigagan_jax.training.mismatched_captions import (
+    all_wrong_captions,
+    draw_mismatch,
+    draw_wrong_captions,
+    group_size,
+    same_caption,
+)
 from gigagan_jax.training.objectives import GanObjective, LossReport
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep
@@ -228,6 +234,20 @@ def test_null_captions_of_a_group_are_no_wrong_ones():
     assert set(place[:15]) == {15}
     assert not null[place[16:]].any()
     assert (place[16:] >= 16).all()
+
+
+def test_contrastive_captions_are_all_others_of_the_group():
+    # Two groups of four: two equal captions, a null one; and captions that all differ.
+    words = ["a", "b", "a", "", "c", "d", "e", "f"]
+    tokens, null = tokenize(words), np.array([word == "" for word in words])
+    t = jnp.arange(8.0)[:, None]
+    others, valid = all_wrong_captions(t, tokens, np.full(8, -1, np.int32), 4, null)
+    assert (others.shape, valid.shape) == ((8, 3, 1), (8, 3))
+    for i, word in enumerate(words):
+        group = range(i // 4 * 4, i // 4 * 4 + 4)
+        assert sorted(map(int, others[i, :, 0])) == [j for j in group if j != i]
+        expected = [j for j in group if words[j] not in (word, "")]
+        assert sorted(map(int, others[i, valid[i], 0])) == expected
 
 
 def test_one_group_is_the_whole_batch():

@@ -123,7 +123,7 @@ class FrozenNetworks:
         self.users: dict[str, str] = {}
         self.towers: dict[str, Tower] = {}
         towers_by_role: dict[str, tuple[str, str]] = {}
-        if config.condition == "text" and config.text.encoder != "bytes":
+        if config.condition == "text" and not config.text.is_trained:
             kind = {"clip": "clip_text", "t5": "t5"}[config.text.encoder]
             towers_by_role["text"] = (kind, config.text.path)
         if config.uses_clip_loss:

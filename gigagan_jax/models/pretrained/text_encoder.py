@@ -11,8 +11,8 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.models.pretrained import hub
 from gigagan_jax.models.pretrained.architectures import REQUIREMENTS, WITHOUT_TEXT, read_architecture
 
-# Ids of the byte tokenizer in data/tokenizers.py: 256 bytes and three special tokens, 2 ends a text.
-BYTE_VOCABULARY, BYTES_END = 259, 2
+# Ids of the byte and the word tokenizer in data/tokenizers.py: three special tokens, of which 2 ends a text; then 256 bytes.
+BYTE_VOCABULARY, TRAINED_END = 259, 2
 
 
 # ---------------------------------------------------------------- the text encoder, as T sees it
@@ -55,8 +55,9 @@ def text_spec(config: TextConfig) -> TextSpec:
     Raises:
       UserError: its files are missing or of another kind, or `text.length` exceeds its positions.
     """
-    if config.encoder == "bytes":
-        return TextSpec("bytes", config.width, 0, BYTE_VOCABULARY, BYTES_END)
+    if config.is_trained:
+        ids = BYTE_VOCABULARY if config.encoder == "bytes" else config.buckets**2
+        return TextSpec(config.encoder, config.width, 0, ids, TRAINED_END)
     sizes = read_architecture(config.encoder, config.path, REQUIREMENTS["text"])
     if config.encoder == "t5":
         # T5 has relative positions, so it takes rows of any length.
@@ -73,7 +74,7 @@ def text_spec(config: TextConfig) -> TextSpec:
 
 
 def tokenizer_options(config: TextConfig) -> dict[str, Any]:
-    """Options of the tokenizer of a frozen text encoder (data/tokenizers.py); empty for the byte encoder.
+    """Options of the encoder's tokenizer (data/tokenizers.py).
 
     Raises:
       UserError: the encoder's files are missing.
@@ -81,6 +82,8 @@ def tokenizer_options(config: TextConfig) -> dict[str, Any]:
     if config.encoder == "bytes":
         return {}
     spec = text_spec(config)
+    if config.encoder == "words":
+        return {"vocab_size": spec.vocab_size}
     folder = hub.find_folder(config.path, REQUIREMENTS["text"])
     return {
         "folder": folder,
