@@ -11,6 +11,9 @@ from ml_collections import ConfigDict
 
 from gigagan_jax import config as settings
 
+# Learning rate times channels: the rate is inverse to the width, as in configs/scale.py.
+_RATE = 0.9
+
 
 def small_model(resolution: int, *, channels: int, channel_base: int, w_dim: int, text: int, kimg: float) -> ConfigDict:
     """A text model of one block a resolution for two cores; configs/emoji.py is another.
@@ -34,11 +37,12 @@ def small_model(resolution: int, *, channels: int, channel_base: int, w_dim: int
     c.remat = False
     c.data.threads = 1
     # Captions of a few dozen words: D learns them in a quarter of the images that bytes take (docs/ablations.md).
-    c.text.encoder, c.text.width = "words", text
+    c.text.encoder, c.text.width, c.text.buckets = "words", text, 256
 
     g = c.generator
     g.z_dim, g.w_dim = 32, w_dim
-    g.blocks, g.bank = (1,) * levels, (2,) * levels
+    # A bank of two at 16 px: on a CPU it costs twice the convolution, in both directions.
+    g.blocks, g.bank = (1,) * levels, (1, 1, 2, *((1,) * (levels - 3)))
     # Attention at 8 px.
     g.attention_depth = (0, 1, *((0,) * (levels - 2)))
     g.residual_gain, g.attention_gain, g.rgb_gain = 0.4, 0.3, 0.3
@@ -56,7 +60,7 @@ def small_model(resolution: int, *, channels: int, channel_base: int, w_dim: int
     c.loss.pairing, c.loss.r2, c.loss.centring = "relativistic", True, 0.01
     c.loss.r1_gamma, c.loss.r1_levels = (0.02, 0.02), "all"
     for o in (c.g_optimizer, c.d_optimizer):
-        o.learning_rate, o.decay_kimg, o.final_ratio = 0.0035, kimg / 2, 0.05
+        o.learning_rate, o.decay_kimg, o.final_ratio = _RATE / channels, kimg / 2, 0.05
     c.ema.half_life_kimg, c.ema.rampup = 10.0, 0.1
     return c
 
@@ -71,7 +75,7 @@ def for_one_gpu(c: ConfigDict, *, text: int, depth: int, kimg: float) -> None:
         net.channel_base, net.channel_max = 4096, 256
         net.text.width, net.text.depth, net.text.heads = text, depth, 4
     for o in (c.g_optimizer, c.d_optimizer):
-        o.decay_kimg = kimg / 2
+        o.learning_rate, o.decay_kimg = _RATE / 256, kimg / 2
     c.ema.half_life_kimg = 50.0
 
 
@@ -94,8 +98,10 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"configs/shapes.py has no variant {arg!r}; known: 16, scenes, 64, tiny")
     scenes = arg in ("scenes", "64")
     resolution = 16 if arg in ("16", "tiny") else 64 if scenes else 32
-    kimg = 60.0 if arg == "16" else 300.0
-    c = small_model(resolution, channels=64, channel_base=512, w_dim=64, text=32, kimg=kimg)
+    if resolution == 16:
+        c = small_model(resolution, channels=48, channel_base=256, w_dim=48, text=32, kimg=60.0)
+    else:
+        c = small_model(resolution, channels=64, channel_base=512, w_dim=64, text=32, kimg=220.0)
     c.name = "shapes" + (f"-{arg}" if arg else "")
     c.evaluators = ("shapes",)
     c.data.source = "shapes"

@@ -77,7 +77,7 @@ def test_too_short_a_length_is_refused():
 
 # ---------------------------------------------------------------- words
 
-VOCABULARY = 1024**2
+VOCABULARY = 256**2
 
 
 def test_a_word_is_its_crc_without_case_and_punctuation():
