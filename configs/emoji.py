@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg not in ("", "all", "tiny"):
         raise ValueError(f"configs/emoji.py has no variant {arg!r}; known: all, tiny")
     resolution = 64 if arg == "all" else 32
-    c = shapes.small_model(resolution, channels=96, channel_base=1024, w_dim=96, text=48, kimg=600.0)
+    c = shapes.small_model(resolution, channels=96, channel_base=768, w_dim=96, text=48, kimg=200.0)
     c.name = "emoji" + (f"-{arg}" if arg else "")
     c.evaluators = ("emoji",)
     c.data.source = "tar"
