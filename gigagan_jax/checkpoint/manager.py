@@ -358,10 +358,18 @@ class Checkpoints:
     def restore_partial(self, step: int, abstract: Any) -> Any:
         """Restores the parts of the state that are in `abstract`, a dict such as {"g_ema": ..., "w_avg": ...}."""
         stored = self._translate_paths(step, abstract)
+        return self._translate_paths(step, self.restore_stored(step, stored), like=abstract)
+
+    def restore_stored(self, step: int, stored: Any) -> Any:
+        """`restore_partial` of dicts and lists as they are in the file: at the paths of the checkpoint's own format."""
         # Without these arguments Orbax restores the shardings of the training mesh, which a sampler does not have.
         arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), stored)
         item = ocp.args.PyTreeRestore(stored, restore_args=arguments, partial_restore=True)
-        return self._translate_paths(step, self._restore_items(step, state=item)["state"], like=abstract)
+        return self._restore_items(step, state=item)["state"]
+
+    def format_of(self, step: int) -> int:
+        """The number of the format that a checkpoint was written with."""
+        return int(self._stored_config(step).get(FORMAT_KEY, 0))
 
     def _translate_paths(self, step: int, state: Any, like: Any = None) -> Any:
         """Moves the parameters of a state, or of a dict of its parts, to the paths of this checkpoint's format.
@@ -373,7 +381,7 @@ class Checkpoints:
         """
         if not parameter_renames.RENAMED:
             return state
-        number = int(self._stored_config(step).get(FORMAT_KEY, 0))
+        number = self.format_of(step)
         # The moments of the optimizer are dicts of the same paths: the same translation applies to them.
         is_params = lambda x: isinstance(x, dict)
 

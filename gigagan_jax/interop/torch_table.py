@@ -6,7 +6,7 @@ A stacked parameter (`ScannedLayers`) is one row a layer: torch has a module for
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -109,18 +109,36 @@ def _layout(name: str, spec: Spec, stacked: int) -> str:
     return {2: "linear", 4: "convolution"}[dims] if last == "weight" else "as it is"
 
 
-def to_torch(network: Network, config: Config, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """(key, tensor) of the torch module, one at a time.
+def torch_shapes(network: Network, config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(key, shape) of the torch module, in the order of `to_torch`."""
+    shapes = _shapes(network)
+    for row in torch_rows(network, config):
+        own, axes = shapes[row.path][len(row.layer) :], LAYOUTS[row.layout]
+        yield row.key, own if axes is None else tuple(own[axis] for axis in axes)
 
-    Args:
-      params: of the network, arrays of any kind that NumPy reads.
-    """
-    values = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    for path, rows in itertools.groupby(torch_rows(network, config), key=lambda row: row.path):
-        # One parameter is in memory at a time, all layers of it.
-        array = np.asarray(values[path])
+
+def to_torch(network: Network, config: Config, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, tensor) of the torch module, of parameters that NumPy reads."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return to_torch_stream(network, config, ((path_name(path), x) for path, x in leaves))
+
+
+def to_torch_stream(
+    network: Network, config: Config, params: Iterable[tuple[str, Any]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The same of (path, parameter) in the order of the network's specs; one parameter is in memory at a time."""
+    groups = itertools.groupby(torch_rows(network, config), key=lambda row: row.path)
+    for (wanted, rows), (path, array) in zip(groups, params, strict=True):
+        if path != wanted:
+            raise ValueError(f"{wanted} was to come, {path} came")
+        array = np.asarray(array)
         for row in rows:
             yield row.key, row.to_torch(array)
+
+
+def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(network.specs, is_leaf=is_spec)
+    return {path_name(path): spec.shape for path, spec in leaves}
 
 
 def from_torch(
@@ -136,20 +154,17 @@ def from_torch(
     Raises:
       UserError: a tensor is missing, too many, or of another shape.
     """
-    rows = torch_rows(network, config)
-    _check_keys({row.key for row in rows}, set(keys), where)
-    shapes = {
-        path_name(path): s.shape for path, s in jax.tree_util.tree_leaves_with_path(network.specs, is_leaf=is_spec)
-    }
+    rows, shapes = torch_rows(network, config), _shapes(network)
+    wanted = dict(torch_shapes(network, config))
+    _check_keys(set(wanted), set(keys), where)
+    for key, shape in wanted.items():
+        if tuple(keys[key]) != shape:
+            raise UserError(
+                f"{where}: {key} is {list(keys[key])}, the config asks for {list(shape)}: the weights are of another model"
+            )
     for path, group in itertools.groupby(rows, key=lambda row: row.path):
         out = np.empty(shapes[path], np.float32)
         for row in group:
-            wanted = row.to_torch(np.broadcast_to(np.float32(0), shapes[path])).shape
-            if tuple(keys[row.key]) != wanted:
-                raise UserError(
-                    f"{where}: {row.key} is {list(keys[row.key])}, the config asks for {list(wanted)}: the weights are of "
-                    "another model"
-                )
             out[row.layer] = row.from_torch(np.asarray(read(row.key), np.float32))
         yield path, out
 

@@ -55,10 +55,10 @@ class Weights:
         # {name of a tensor: its file}
         self._where: dict[str, Path] = {}
         self._opened: dict[Path, Any] = {}
-        index = folder / INDEX
         if (folder / single).exists():
             files: Iterable[Path] = [folder / single]
         else:
+            index = folder / (INDEX if single == SINGLE else f"{single}.index.json")
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not shards:
                 raise UserError(f"{index} names no shards (weight_map); fetch it again")
@@ -92,6 +92,10 @@ class Weights:
     def metadata(self) -> dict[str, str]:
         """What the single file says of itself; of shards, what the first says."""
         return next(iter(self._opened.values())).metadata() or {}
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        return tuple(self._open_file(self._where[key]).get_slice(key).get_shape())
 
     def read_tensor(self, key: str) -> np.ndarray:
         """One tensor, as stored."""

@@ -1,0 +1,83 @@
+"""The README.md of a converted checkpoint: a model card with what the run knows, and blanks for what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gigagan_jax.config import Config
+
+# Stands for what only the person who publishes can say.
+BLANK = "[to be filled in]"
+# Data that this project makes or that comes with a package: what is known of its licence.
+_KNOWN_DATA = {
+    "digits": ("scikit-learn's handwritten digits (UCI Optical Recognition of Handwritten Digits)", "CC-BY-4.0"),
+    "shapes": ("drawn shapes, made by gigagan_jax", "none: they are drawn by a program"),
+}
+
+
+def write(config: Config, step: int, choices: Sequence[str], verdict: str = "") -> str:
+    """The card.
+
+    Args:
+      config: of the run.
+      step: of the checkpoint.
+      choices: what was converted.
+      verdict: of the comparison with the original.
+    """
+    data, data_licence = _KNOWN_DATA.get(config.data.source, (BLANK, BLANK))
+    source = "" if config.data.source in _KNOWN_DATA else f" (`data.source={config.data.source}`)"
+    text = {"text": _text_encoder(config), "class": f"{config.num_classes} classes", "none": "nothing"}[
+        config.condition
+    ]
+    call = {
+        "text": "tokens" if config.text.is_trained else "tokens, features=features",
+        "class": "labels=torch.tensor([0])",
+        "none": "",
+    }[config.condition]
+    training = "" if "training" not in choices else _TRAINING
+    return f"""---
+license: {BLANK}
+library_name: pytorch
+tags: [gigagan, text-to-image]
+---
+
+# {config.name}
+
+A GigaGAN (Kang et al., CVPR 2023, arXiv:2303.05511) of {config.resolution} px, trained with gigagan_jax and converted to PyTorch.
+
+| | |
+|---|---|
+| step | {step} |
+| conditioned on | {text} |
+| training data | {data}{source} |
+| licence of the data | {data_licence} |
+| licence of the weights | {BLANK} |
+| intended use, and limits | {BLANK} |
+| compared with the original | {verdict or "no"} |
+
+`torch_gigagan.py` needs torch only. `model.safetensors` is the moving average of the generator.
+
+```python
+import json
+import safetensors.torch, torch
+from torch_gigagan import Generator
+
+generator = Generator(json.load(open("config.json")))
+generator.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+images = generator(torch.randn(1, generator.z_dim){", " if call else ""}{call})  # low to high, [N, 3, R, R] in [-1, 1]
+```
+{training}"""
+
+
+def _text_encoder(config: Config) -> str:
+    if config.text.is_trained:
+        return f"captions, by an encoder of {config.text.encoder} that is part of the model"
+    name = config.text.path or BLANK
+    return (
+        f"captions, by the frozen {config.text.encoder} encoder {name}, layer {config.text.layer}: its features go in"
+    )
+
+
+_TRAINING = """
+`training/` has the networks as they were trained, and `training.json` the counts of steps and images.
+"""

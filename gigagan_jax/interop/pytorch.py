@@ -1,0 +1,190 @@
+"""A checkpoint as a folder that PyTorch users know: safetensors, config.json, one torch file, a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gigagan_jax.checkpoint.manager import Checkpoints
+from gigagan_jax.config import Config, to_dict
+from gigagan_jax.config.migrations import with_format
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.interop import model_card
+from gigagan_jax.interop.checkpoint_arrays import CheckpointArrays
+from gigagan_jax.interop.safetensors_stream import SHARD_BYTES, Tensor, write_tensors
+from gigagan_jax.interop.torch_table import to_torch_stream, torch_shapes
+from gigagan_jax.models.build import build_discriminator, build_generator, build_vision_aided
+from gigagan_jax.models.network import Network
+from gigagan_jax.models.pretrained.text_encoder import text_spec
+
+TORCH_FILE = Path(__file__).with_name("torch_gigagan.py")
+CONFIG_FILE, TRAINING_FOLDER, TRAINING_FILE = "config.json", "training", "training.json"
+# What can be converted: the average of G, which samples; the networks of training; the moments of their optimizers.
+CHOICES = ("average", "training", "optimizer")
+_W_AVG = "w_avg"
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One file of the folder, or its shards.
+
+    Attributes:
+      name: under the folder.
+      tensors: what it holds, in their order.
+      read: gives them.
+    """
+
+    name: str
+    tensors: list[Tensor]
+    read: Callable[[], Iterator[tuple[str, np.ndarray]]]
+
+
+def state_networks(config: Config) -> dict[str, Network]:
+    """{name in the state: network} of a run."""
+    networks = {"g": build_generator(config), "d": build_discriminator(config)}
+    return networks | ({"v": build_vision_aided(config)} if config.loss.vision_aided else {})
+
+
+def plan_files(arrays: CheckpointArrays, config: Config, choices: Sequence[str]) -> list[File]:
+    """The files of a converted checkpoint.
+
+    Args:
+      arrays: of the checkpoint.
+      config: of the run.
+      choices: of CHOICES.
+    """
+    networks = state_networks(config)
+    files = []
+    if "average" in choices:
+        files.append(_network_file("model.safetensors", arrays, config, networks["g"], "g", "average"))
+    for name, network in networks.items():
+        if "training" in choices:
+            file = f"{TRAINING_FOLDER}/{network.name}.safetensors"
+            files.append(_network_file(file, arrays, config, network, name, "params"))
+        if "optimizer" in choices:
+            files.append(_optimizer_file(arrays, config, network, name))
+    return files
+
+
+def _network_file(file: str, arrays: CheckpointArrays, config: Config, network: Network, name: str, part: str) -> File:
+    tensors = [Tensor(key, shape) for key, shape in torch_shapes(network, config)]
+    read = lambda: to_torch_stream(network, config, arrays.read(network, name, part))
+    if name != "g":
+        return File(file, tensors, read)
+    width = (config.generator.w_dim,)
+
+    def with_w_avg() -> Iterator[tuple[str, np.ndarray]]:
+        yield _W_AVG, arrays.read_array(_W_AVG, width)
+        yield from read()
+
+    return File(file, [Tensor(_W_AVG, width), *tensors], with_w_avg)
+
+
+def _optimizer_file(arrays: CheckpointArrays, config: Config, network: Network, name: str) -> File:
+    """Moments under the names of torch's Adam: `exp_avg.KEY` and `exp_avg_sq.KEY`; without beta1 there is no `exp_avg`."""
+    settings = getattr(config, f"{name}_optimizer")
+    kinds = {"mu": "exp_avg", "nu": "exp_avg_sq"} if settings.beta1 else {"nu": "exp_avg_sq"}
+    shapes = list(torch_shapes(network, config))
+    tensors = [Tensor(f"{kind}.{key}", shape) for kind in kinds.values() for key, shape in shapes]
+
+    def read() -> Iterator[tuple[str, np.ndarray]]:
+        for part, kind in kinds.items():
+            for key, array in to_torch_stream(network, config, arrays.read(network, name, part)):
+                yield f"{kind}.{key}", array
+
+    return File(f"{TRAINING_FOLDER}/{network.name}_optimizer.safetensors", tensors, read)
+
+
+def torch_config(config: Config) -> dict[str, Any]:
+    """config.json of the folder: the run's config without places of its machine, and the sizes of a frozen text encoder.
+
+    Raises:
+      UserError: the text encoder's config is not to be found.
+    """
+    values = with_format(to_dict(config))
+    for group, key in (("data", "path"), ("data", "index"), ("data", "embeddings")):
+        values[group] = values[group] | {key: ""}
+    values["data"] = values["data"] | {"mixture": []}
+    if config.condition == "text" and not config.text.is_trained:
+        spec = text_spec(config.text)
+        values["text"] = values["text"] | {"end_id": spec.end_id, "encoder_width": spec.width}
+    # Tuples are lists in JSON: what is written is what a reader gets.
+    return json.loads(json.dumps(values))
+
+
+def write_folder(
+    out: Path,
+    checkpoints: Checkpoints,
+    step: int,
+    choices: Sequence[str],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+    check: Callable[[Path], str] | None = None,
+) -> list[str]:
+    """Converts a checkpoint; the folder gets its name when all of it is written and checked.
+
+    Args:
+      out: folder that is not there yet.
+      checkpoints: of the workdir.
+      step: of the checkpoint.
+      choices: of CHOICES.
+      shard_bytes: most of one file.
+      progress: called with (bytes done, bytes in all).
+      check: called with the folder before it gets its name; its text is part of the model card.
+
+    Returns:
+      names of the files that were written
+
+    Raises:
+      UserError: the folder exists or cannot be written, or the checkpoint cannot be read.
+    """
+    if out.exists():
+        raise UserError(f"--out={out} exists: name a new folder")
+    config = checkpoints.read_config(step)
+    arrays = CheckpointArrays(checkpoints, step)
+    files = plan_files(arrays, config, choices)
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    total, done = sum(t.size for file in files for t in file.tensors), 0
+    try:
+        part.mkdir(parents=True)
+        for file in files:
+            place = part / file.name
+            place.parent.mkdir(exist_ok=True)
+            metadata = {"format": "pt", "step": str(step), "model": config.name}
+            written = write_tensors(
+                place.parent, file.tensors, file.read(), name=place.name, metadata=metadata, shard_bytes=shard_bytes
+            )
+            for size in written:
+                done += size
+                if progress is not None:
+                    progress(done, total)
+        (part / CONFIG_FILE).write_text(json.dumps(torch_config(config), indent=1) + "\n")
+        if "training" in choices or "optimizer" in choices:
+            (part / TRAINING_FOLDER / TRAINING_FILE).write_text(json.dumps(_counts(arrays, config), indent=1) + "\n")
+        shutil.copyfile(TORCH_FILE, part / TORCH_FILE.name)
+        verdict = "" if check is None else check(part)
+        (part / "README.md").write_text(model_card.write(config, step, choices, verdict))
+        os.replace(part, out)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file())
+
+
+def _counts(arrays: CheckpointArrays, config: Config) -> Mapping[str, Any]:
+    """What training needs besides arrays: the step, the images, and how often each optimizer has stepped."""
+    return {
+        "step": int(arrays.read_array("step", (), np.int32)),
+        "images": int(arrays.read_array("images", (), np.uint32)),
+        "optimizer_steps": {network.name: arrays.read_count(name) for name, network in state_networks(config).items()},
+    }
