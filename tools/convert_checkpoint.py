@@ -1,37 +1,54 @@
-"""Converts a checkpoint to PyTorch.
+"""Converts checkpoints to PyTorch and back.
 
-    python tools/convert_checkpoint.py --workdir=runs/digits --to=pytorch --out=DIR [--what=average,training,optimizer]
+    python tools/convert_checkpoint.py --to=pytorch --workdir=runs/digits --out=DIR [--what=average,training,optimizer]
+    python tools/convert_checkpoint.py --from=pytorch --input=DIR --out=runs/again
 
 The folder has model.safetensors (in shards past 5 GB), config.json, torch_gigagan.py and a model card. Arrays are read a few at a
 time. Outputs of both sides are compared where both networks fit into --memory, else every tensor through the inverse map.
+The way back makes a workdir that `train` goes on from: without the networks of training G is its average and D starts anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from gigagan_jax import cli
 from gigagan_jax.checkpoint.manager import Checkpoints
+from gigagan_jax.checkpoint.workdir import open_workdir
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_bytes
 from gigagan_jax.core.progress import ProgressBar
-from gigagan_jax.interop import pytorch, torch_check
+from gigagan_jax.interop import pytorch, pytorch_import, torch_check
+from gigagan_jax.training.state import Networks
 
 
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=cli.local_folder, required=True, help="of a training run")
-    parser.add_argument("--to", choices=("pytorch",), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder that is made")
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to", choices=("pytorch",))
+    direction.add_argument("--from", dest="source", choices=("pytorch",))
+    parser.add_argument("--workdir", type=cli.local_folder, help="--to: of a training run")
+    parser.add_argument("--input", type=cli.local_folder, help="--from: folder that was converted, or trained in torch")
+    parser.add_argument("--out", type=Path, required=True, help="folder that is made: of the other framework")
     parser.add_argument(
         "--what", default="average", help=f"of {','.join(pytorch.CHOICES)}, with commas between (average)"
     )
     parser.add_argument("--memory", type=float, default=8.0, help="GB that the comparison may take (8)")
     parser.add_argument("--shard", type=float, default=5.0, help="GB of a file at most (5)")
     args = parser.parse_args(argv)
+    needed, other = ("workdir", "input") if args.to else ("input", "workdir")
+    if getattr(args, needed) is None or getattr(args, other) is not None:
+        raise UserError(f"{'--to' if args.to else '--from'}=pytorch needs --{needed}=DIR, and no --{other}")
+    return convert_to(args) if args.to else convert_from(args)
+
+
+def convert_to(args: argparse.Namespace) -> int:
+    """A checkpoint as a folder for torch."""
     choices = [word for word in args.what.split(",") if word]
     unknown = set(choices) - set(pytorch.CHOICES)
     if unknown or not choices:
@@ -52,6 +69,40 @@ def verb(argv: Sequence[str]) -> int:
     size = sum((args.out / name).stat().st_size for name in files)
     print(f"step {step}: {check.verdict}")
     print(f"{format_bytes(size)} in {args.out}: {', '.join(files)}")
+    return 0
+
+
+def convert_from(args: argparse.Namespace) -> int:
+    """A folder of torch as a workdir."""
+    imported = pytorch_import.read_folder(args.input)
+    if args.out.exists():
+        raise UserError(f"--out={args.out} exists: name a new folder")
+    networks = Networks(imported.config)
+    state = networks.state_of_arrays(
+        imported.params,
+        imported.average,
+        imported.w_avg,
+        imported.moments,
+        imported.counts,
+        imported.step,
+        imported.images,
+    )
+    # Whole before it has its name.
+    part = args.out.with_name(f".{args.out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        open_workdir(part, imported.config)
+        checkpoints = Checkpoints(part, imported.config)
+        step = imported.step
+        checkpoints.save(step, state, imported.data, imported.config, imported.frozen, images=imported.images)
+        checkpoints.close()
+        os.replace(part, args.out)
+    except OSError as error:
+        raise UserError(f"--out={args.out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    anew = sorted(networks.trained().keys() - imported.params.keys() - {"g"})
+    print(f"step {step} in {args.out}" + (f"; {', '.join(anew)} and all moments start anew" if anew else ""))
     return 0
 
 

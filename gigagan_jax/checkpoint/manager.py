@@ -317,11 +317,16 @@ class Checkpoints:
 
     def check_frozen(self, step: int, identities: Mapping[str, str]) -> None:
         """Raises UserError if a checkpoint was trained with frozen weights other than those of `identities`."""
-        # Earlier versions had no frozen networks. Process 0 decides, or a slow network disk could split the processes.
+        stored = self.frozen_identities(step)
+        if stored is not None:
+            check_same_frozen(stored, identities, f"checkpoint {self.folder / str(step)}")
+
+    def frozen_identities(self, step: int) -> dict[str, str] | None:
+        """{role: SHA-256} of the frozen networks of a checkpoint; None in one of an early version."""
+        # Process 0 decides, or a slow network disk could split the processes.
         if not communication.broadcast_from_main((self.folder / str(step) / "frozen").exists()):
-            return
-        stored = self._restore_items(step, frozen=ocp.args.JsonRestore())["frozen"]
-        check_same_frozen(stored, identities, f"checkpoint {self.folder / str(step)}")
+            return None
+        return self._restore_items(step, frozen=ocp.args.JsonRestore())["frozen"]
 
     def data_position(self, step: int) -> dict[str, Any]:
         """Returns the position in the data that a checkpoint holds."""

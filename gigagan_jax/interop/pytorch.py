@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ TORCH_FILE = Path(__file__).with_name("torch_gigagan.py")
 CONFIG_FILE, TRAINING_FOLDER, TRAINING_FILE = "config.json", "training", "training.json"
 # What can be converted: the average of G, which samples; the networks of training; the moments of their optimizers.
 CHOICES = ("average", "training", "optimizer")
-_W_AVG = "w_avg"
+W_AVG = "w_avg"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +81,10 @@ def _network_file(file: str, arrays: CheckpointArrays, config: Config, network: 
     width = (config.generator.w_dim,)
 
     def with_w_avg() -> Iterator[tuple[str, np.ndarray]]:
-        yield _W_AVG, arrays.read_array(_W_AVG, width)
+        yield W_AVG, arrays.read_array(W_AVG, width)
         yield from read()
 
-    return File(file, [Tensor(_W_AVG, width), *tensors], with_w_avg)
+    return File(file, [Tensor(W_AVG, width), *tensors], with_w_avg)
 
 
 def _optimizer_file(arrays: CheckpointArrays, config: Config, network: Network, name: str) -> File:
@@ -169,7 +169,11 @@ def write_folder(
                     progress(done, total)
         (part / CONFIG_FILE).write_text(json.dumps(torch_config(config), indent=1) + "\n")
         if "training" in choices or "optimizer" in choices:
-            (part / TRAINING_FOLDER / TRAINING_FILE).write_text(json.dumps(_counts(arrays, config), indent=1) + "\n")
+            counts = _counts(arrays, config) | {
+                "data": checkpoints.data_position(step),
+                "frozen": checkpoints.frozen_identities(step) or {},
+            }
+            (part / TRAINING_FOLDER / TRAINING_FILE).write_text(json.dumps(counts, indent=1) + "\n")
         shutil.copyfile(TORCH_FILE, part / TORCH_FILE.name)
         verdict = "" if check is None else check(part)
         (part / "README.md").write_text(model_card.write(config, step, choices, verdict))
@@ -181,7 +185,7 @@ def write_folder(
     return sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file())
 
 
-def _counts(arrays: CheckpointArrays, config: Config) -> Mapping[str, Any]:
+def _counts(arrays: CheckpointArrays, config: Config) -> dict[str, Any]:
     """What training needs besides arrays: the step, the images, and how often each optimizer has stepped."""
     return {
         "step": int(arrays.read_array("step", (), np.int32)),

@@ -15,7 +15,7 @@ from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.config import Config
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.interop.checkpoint_arrays import CheckpointArrays
-from gigagan_jax.interop.pytorch import TRAINING_FOLDER, state_networks, torch_config
+from gigagan_jax.interop.pytorch import TRAINING_FOLDER, W_AVG, state_networks, torch_config
 from gigagan_jax.interop.torch_table import from_torch, nest
 from gigagan_jax.models.network import Network, Params
 from gigagan_jax.models.pretrained.text_encoder import text_spec
@@ -69,7 +69,7 @@ class Check:
 
     def _compare_tensors(self, folder: Path, file: str, network: Network, name: str, part: str) -> str:
         weights = Weights(folder, single=file)
-        keys = {key: weights.shape_of(key) for key in sorted(weights.keys()) if key != "w_avg"}
+        keys = {key: weights.shape_of(key) for key in sorted(weights.keys()) if key != W_AVG}
         back = from_torch(network, self._config, keys, weights.read_tensor, str(folder / file))
         for (path, found), (_, wanted) in zip(back, self._arrays.read(network, name, part), strict=True):
             if not np.array_equal(found, wanted, equal_nan=True):

@@ -191,8 +191,10 @@ class Run:
         self._warn_of_rising_rates(before)
         state, position = checkpoints.restore(latest, self.abstract_state())
         self._warn_of_moved_ramps(before, int(state.images))
-        # From the example after the last one trained on: none is lost, none comes twice.
-        data.restore(position)
+        # From the example after the last one trained on: none is lost, none comes twice. A converted checkpoint may have
+        # no position.
+        if position:
+            data.restore(position)
         # Checkpoints written before there was a monitor have no entry for it.
         guard.monitor.restore(position.get("health"))
         return state, latest

@@ -98,6 +98,41 @@ class Networks:
             nets[name] = Net(params, opt)
         return GanState(everywhere, everywhere, g_ema=cut["g"], w_avg=everywhere, **nets)
 
+    def state_of_arrays(
+        self,
+        params: dict[str, Params],
+        average: Params,
+        w_avg: np.ndarray,
+        moments: dict[str, dict[str, Params]],
+        counts: dict[str, int],
+        step: int,
+        images: int,
+    ) -> GanState:
+        """A state of NumPy arrays, as tools/convert_checkpoint.py has them; what is missing starts anew.
+
+        Args:
+          params: of the networks that are there, "g", "d" and "v".
+          average: of G; also its parameters where they are missing.
+          w_avg: float32 [w_dim].
+          moments: {network: {"mu", "nu": tree}} of the optimizers that are there.
+          counts: {network: steps of its optimizer}.
+          step, images: of the run.
+        """
+        mesh = sharding.make_mesh(self.config.mesh, jax.devices()[:1])
+        nets = {}
+        for name, (module, tx) in self.trained().items():
+            own = params.get(name, average if name == "g" else None)
+            if own is None:
+                own = jax.device_get(module.init(self.config.seed, module.shardings(mesh, self.config.rules)))
+            empty = jax.eval_shape(tx.init, own)
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), empty)
+            adam, *rest = zeros
+            if name in moments:
+                adam = adam._replace(count=np.asarray(counts[name], np.int32), **moments[name])
+            nets[name] = Net(own, (adam, *rest))
+        where = np.asarray(step, np.int32), np.asarray(images, np.uint32)
+        return GanState(*where, g_ema=average, w_avg=w_avg, **nets)
+
     def init(self, mesh: Any) -> GanState:
         """The initial state, born sharded."""
         where = self.shardings(mesh)

@@ -6,17 +6,21 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from gigagan_jax.checkpoint.manager import Checkpoints
+from gigagan_jax.checkpoint.manager import Checkpoints, states_equal, with_shardings
+from gigagan_jax.config import MeshConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.latents import z_of_seed
 from gigagan_jax.inference.text_to_image import TextToImage
 from gigagan_jax.interop import pytorch
 from gigagan_jax.interop.checkpoint_arrays import CheckpointArrays
 from gigagan_jax.interop.torch_check import Check
+from gigagan_jax.parallel import sharding
+from gigagan_jax.training.state import Networks
 from tests.runs import ROOT
 
 sys.path.append(str(ROOT / "tools"))  # as for a script there
@@ -91,7 +95,8 @@ def test_moments_have_the_names_of_torchs_adam(converted):
     assert {key.removeprefix("exp_avg_sq.") for key in moments} == set(networks)
     assert all(moments[f"exp_avg_sq.{key}"].shape == x.shape for key, x in networks.items())
     counts = json.loads((converted / "training" / "training.json").read_text())
-    assert counts == {"step": 15, "images": 240, "optimizer_steps": {"generator": 15, "discriminator": 15}}
+    assert (counts["step"], counts["images"]) == (15, 240)
+    assert counts["optimizer_steps"] == {"generator": 15, "discriminator": 15}
 
 
 def test_a_transposed_tensor_of_the_right_shape_is_seen(converted, tmp_path):
@@ -112,6 +117,7 @@ def test_a_transposed_tensor_of_the_right_shape_is_seen(converted, tmp_path):
         (["--what=weights"], "choose of average"),
         (["--what="], "choose of average"),
         (["--workdir=missing"], "missing"),
+        ([f"--input={RUN}"], "needs --workdir=DIR, and no --input"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message, tmp_path):
@@ -153,3 +159,92 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         convert(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- and back
+
+
+def back(folder, out):
+    return convert_checkpoint.verb(["--from=pytorch", f"--input={folder}", f"--out={out}"])
+
+
+def restore(workdir):
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.require_valid_step()
+    networks = Networks(checkpoints.read_config(step))
+    where = networks.shardings(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    state, data = checkpoints.restore(step, with_shardings(networks.abstract(), where))
+    return step, state, data
+
+
+def test_there_and_back_is_the_same_state(converted, tmp_path):
+    assert back(converted, tmp_path / "run") == 0
+    (step, state, data), (_, expected, position) = restore(tmp_path / "run"), restore(RUN)
+    assert (step, data) == (15, position)
+    assert states_equal(state, expected)
+    assert Checkpoints(tmp_path / "run").read_config(15) == Checkpoints(RUN).read_config(15)
+    images = TextToImage.from_workdir(tmp_path / "run")(["the digit 3"], [1])
+    np.testing.assert_array_equal(images, TextToImage.from_workdir(RUN)(["the digit 3"], [1]))
+
+
+def test_the_average_alone_starts_a_run_of_it(tmp_path):
+    assert convert(tmp_path / "average") == 0
+    assert back(tmp_path / "average", tmp_path / "run") == 0
+    (step, state, data), (_, expected, _) = restore(tmp_path / "run"), restore(RUN)
+    assert (step, int(state.images), data) == (0, 0, {})
+    assert states_equal(state.g.params, expected.g_ema)
+    assert states_equal(state.g_ema, expected.g_ema)
+    assert all(not np.any(x) for x in jax.tree.leaves((state.g.opt, state.d.opt)))
+    assert not states_equal(state.d.params, expected.d.params)
+
+
+def spoil(folder, change):
+    tensors = read(folder)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+def rewrite_config(folder, change):
+    values = json.loads((folder / "config.json").read_text())
+    change(values)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def cut_short(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def only_a_pickle(folder):
+    shutil.rmtree(folder / "training")
+    (folder / "model.safetensors").rename(folder / "model.pt")
+
+
+DAMAGE = {
+    "missing": (lambda f: spoil(f, lambda t: t.pop("constant")), "has no constant"),
+    "extra": (lambda f: spoil(f, lambda t: t.update(more=np.zeros(1, np.float32))), "has an unknown more"),
+    "shape": (
+        lambda f: spoil(f, lambda t: t.update(constant=np.zeros((1, 4, 4), np.float32))),
+        "constant is .1, 4, 4.",
+    ),
+    "cut": (cut_short, "damaged or cut short"),
+    "pickle": (only_a_pickle, "is a pickle"),
+    "newer": (lambda f: rewrite_config(f, lambda c: c.update(format=999)), "config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "no weights": (
+        lambda f: [shutil.rmtree(f / "training"), (f / "model.safetensors").unlink()],
+        "holds no model.safetensors",
+    ),
+    "counts": (lambda f: (f / "training" / "training.json").write_text("[]"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_one_line_and_leaves_nothing(damage, converted, tmp_path):
+    spoil_it, message = DAMAGE[damage]
+    shutil.copytree(converted, tmp_path / "folder")
+    spoil_it(tmp_path / "folder")
+    with pytest.raises(UserError, match=message) as error:
+        back(tmp_path / "folder", tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert [f.name for f in tmp_path.iterdir()] == ["folder"]

@@ -1,0 +1,161 @@
+"""A folder of `pytorch.py` back as the arrays of a train state, whoever trained it meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gigagan_jax.config import Config, from_dict
+from gigagan_jax.config.migrations import upgrade_config
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.interop.pytorch import CONFIG_FILE, TRAINING_FILE, TRAINING_FOLDER, W_AVG, state_networks
+from gigagan_jax.interop.torch_table import from_torch, nest
+from gigagan_jax.models.network import Network, Params
+from gigagan_jax.models.pretrained.hub import INDEX, SINGLE, read_json
+from gigagan_jax.models.pretrained.weights import Weights
+
+# Of config.json, for torch alone.
+_TORCH_ONLY = ("end_id", "encoder_width")
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What a folder holds. Networks and moments have the names of the state: "g", "d", "v".
+
+    Attributes:
+      config: of the run.
+      params: parameters of the networks that are there.
+      average: of G.
+      w_avg: float32 [w_dim].
+      moments: {network: {"mu" or "nu": tree}}, where they are there.
+      counts: {network: steps of its optimizer}.
+      step, images: of the run; 0 where the folder does not say.
+      data: position in the data; empty where the folder does not say.
+      frozen: {role: SHA-256} of frozen networks.
+    """
+
+    config: Config
+    params: dict[str, Params]
+    average: Params
+    w_avg: np.ndarray
+    moments: dict[str, dict[str, Params]]
+    counts: dict[str, int]
+    step: int
+    images: int
+    data: dict[str, Any]
+    frozen: dict[str, str]
+
+
+def read_folder(folder: Path) -> Imported:
+    """Reads all of a folder.
+
+    Raises:
+      UserError: a file is missing or damaged, or the tensors are not those of the config.
+    """
+    config = read_config(folder)
+    networks = state_networks(config)
+    training = folder / TRAINING_FOLDER
+    counted = _read_counts(training / TRAINING_FILE)
+    params, moments = {}, {}
+    for name, network in networks.items():
+        if (found := _weights(training, f"{network.name}.safetensors")) is not None:
+            params[name] = _read_network(found, network, config, training)
+        if (found := _weights(training, f"{network.name}_optimizer.safetensors")) is not None:
+            moments[name] = _read_moments(found, network, config, training)
+    source = _weights(folder, SINGLE)
+    if source is None and "g" not in params:
+        raise UserError(f"{folder} holds no {SINGLE}: is it a folder of tools/convert_checkpoint.py --to=pytorch?")
+    average = params["g"] if source is None else _read_network(source, networks["g"], config, folder)
+    holder = source or _weights(training, f"{networks['g'].name}.safetensors")
+    assert holder is not None
+    return Imported(
+        config,
+        params,
+        average,
+        _read_w_avg(holder, config, folder),
+        moments,
+        {name: int(counted["optimizer_steps"].get(network.name, 0)) for name, network in networks.items()},
+        int(counted["step"]),
+        int(counted["images"]),
+        dict(counted["data"]),
+        dict(counted["frozen"]),
+    )
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a folder. Raises UserError where it is missing, damaged, or of a later version."""
+    file = folder / CONFIG_FILE
+    values = dict(read_json(file))
+    text = values.get("text")
+    if isinstance(text, Mapping):
+        values["text"] = {key: value for key, value in text.items() if key not in _TORCH_ONLY}
+    return from_dict(upgrade_config(values, str(file))[0])
+
+
+def _weights(folder: Path, name: str) -> Weights | None:
+    index = INDEX if name == SINGLE else f"{name}.index.json"
+    if not (folder / name).exists() and not (folder / index).exists():
+        _refuse_pickle(folder, name)
+        return None
+    return Weights(folder, single=name)
+
+
+def _refuse_pickle(folder: Path, name: str) -> None:
+    stem = name.removesuffix(".safetensors")
+    for suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        if (folder / f"{stem}{suffix}").exists():
+            raise UserError(
+                f"{folder / stem}{suffix} is a pickle, which can run code: save it with safetensors.torch.save_file as {name}"
+            )
+
+
+def _shapes(weights: Weights, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    keys = (key for key in sorted(weights.keys()) if key.startswith(prefix) and key != W_AVG)
+    return {key.removeprefix(prefix): weights.shape_of(key) for key in keys}
+
+
+def _read_network(weights: Weights, network: Network, config: Config, folder: Path) -> Params:
+    where = f"{folder} ({network.name})"
+    return nest(dict(from_torch(network, config, _shapes(weights), weights.read_tensor, where)))
+
+
+def _read_moments(weights: Weights, network: Network, config: Config, folder: Path) -> dict[str, Params]:
+    moments = {}
+    for ours, theirs in (("mu", "exp_avg."), ("nu", "exp_avg_sq.")):
+        shapes = _shapes(weights, theirs)
+        if shapes or theirs == "exp_avg_sq.":
+            read = lambda key, prefix=theirs: weights.read_tensor(prefix + key)
+            where = f"{folder} ({theirs}* of the {network.name})"
+            moments[ours] = nest(dict(from_torch(network, config, shapes, read, where)))
+    return moments
+
+
+def _read_w_avg(weights: Weights, config: Config, folder: Path) -> np.ndarray:
+    stored = weights.keys()
+    if W_AVG not in stored:
+        raise UserError(f"{folder} has no {W_AVG}, the mean of w: add it to the generator's tensors")
+    w_avg = np.asarray(weights.read_tensor(W_AVG), np.float32)
+    if w_avg.shape != (config.generator.w_dim,):
+        raise UserError(f"{folder}: {W_AVG} is {list(w_avg.shape)}, not [{config.generator.w_dim}]")
+    return w_avg
+
+
+def _read_counts(file: Path) -> dict[str, Any]:
+    counts = {"step": 0, "images": 0, "optimizer_steps": {}, "data": {}, "frozen": {}}
+    if not file.exists():
+        return counts
+    try:
+        found = json.loads(file.read_text())
+        numbers = [found["step"], found["images"], *found["optimizer_steps"].values()]
+        if not all(isinstance(n, int) and n >= 0 for n in numbers):
+            raise ValueError("counts must be whole numbers")
+        return counts | found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}): convert again, or remove it to start counting anew"
+        ) from error
