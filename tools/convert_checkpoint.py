@@ -23,6 +23,7 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_bytes
 from gigagan_jax.core.progress import ProgressBar
 from gigagan_jax.interop import pytorch, pytorch_import, torch_check
+from gigagan_jax.interop.checkpoint_arrays import open_original
 from gigagan_jax.training.state import Networks
 
 
@@ -32,7 +33,7 @@ def verb(argv: Sequence[str]) -> int:
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--to", choices=("pytorch",))
     direction.add_argument("--from", dest="source", choices=("pytorch",))
-    parser.add_argument("--workdir", type=cli.local_folder, help="--to: of a training run")
+    parser.add_argument("--workdir", type=cli.local_folder, help="--to: of a training run, or published weights")
     parser.add_argument("--input", type=cli.local_folder, help="--from: folder that was converted, or trained in torch")
     parser.add_argument("--out", type=Path, required=True, help="folder that is made: of the other framework")
     parser.add_argument(
@@ -53,8 +54,7 @@ def convert_to(args: argparse.Namespace) -> int:
     unknown = set(choices) - set(pytorch.CHOICES)
     if unknown or not choices:
         raise UserError(f"--what={args.what}: choose of {', '.join(pytorch.CHOICES)}")
-    checkpoints = Checkpoints(args.workdir)
-    step = checkpoints.require_valid_step()
+    original = open_original(args.workdir)
     progress: list[ProgressBar] = []
 
     def show(done: int, total: int) -> None:
@@ -62,12 +62,12 @@ def convert_to(args: argparse.Namespace) -> int:
             progress.append(ProgressBar("converting", total // 2**20, " MiB"))
         progress[0].step(done // 2**20 - progress[0].done)
 
-    check = torch_check.Check(checkpoints, step, choices, args.memory * 1e9)
+    check = torch_check.Check(original, choices, args.memory * 1e9)
     files = pytorch.write_folder(
-        args.out, checkpoints, step, choices, shard_bytes=int(args.shard * 1e9), progress=show, check=check
+        args.out, original, choices, shard_bytes=int(args.shard * 1e9), progress=show, check=check
     )
     size = sum((args.out / name).stat().st_size for name in files)
-    print(f"step {step}: {check.verdict}")
+    print(f"step {original.step}: {check.verdict}")
     print(f"{format_bytes(size)} in {args.out}: {', '.join(files)}")
     return 0
 

@@ -1,23 +1,115 @@
-"""Arrays of a checkpoint, a few at a time: one of any size is read on a machine with little memory."""
+"""What is converted: a checkpoint or published weights, whose arrays are read a few at a time."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from gigagan_jax.checkpoint.manager import Checkpoints
+from gigagan_jax.config import Config
+from gigagan_jax.config.migrations import FORMAT_KEY
 from gigagan_jax.config.parameter_renames import path_at_format
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.workdir_files import CONFIG_FILE
 from gigagan_jax.interop.torch_table import nest
+from gigagan_jax.interop.weights import has_weights, read_config
+from gigagan_jax.models.build import build_discriminator, build_generator, build_vision_aided
 from gigagan_jax.models.network import Network, is_spec, path_name
+from gigagan_jax.models.pretrained.hub import read_json
+from gigagan_jax.models.pretrained.weights import Weights
 
 # Bytes that are read at once: a call of Orbax takes a third of a second, whatever it reads.
 _AT_ONCE = 256 * 2**20
 # Where the arrays of a network lie in a state: its parameters, their average, and the moments of its optimizer.
 PARTS = ("params", "average", "mu", "nu")
+
+
+class Arrays(Protocol):
+    """Where the arrays of a model come from."""
+
+    def read(self, network: Network, name: str, part: str) -> Iterator[tuple[str, np.ndarray]]:
+        """(path, float32 array) of each parameter of a network, in the order of its specs."""
+        ...
+
+    def read_array(self, name: str, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+        """One array at the top of the state, such as "w_avg"."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """What is converted.
+
+    Attributes:
+      config: of the run.
+      step: of the checkpoint.
+      arrays: of its state.
+      counts: the step, the images, how often each optimizer has stepped, the position in the data and the identities of
+        frozen networks; None for published weights, which have an average of G and nothing else.
+    """
+
+    config: Config
+    step: int
+    arrays: Arrays
+    counts: dict[str, Any] | None
+
+
+def state_networks(config: Config) -> dict[str, Network]:
+    """{name in the state: network} of a run."""
+    networks = {"g": build_generator(config), "d": build_discriminator(config)}
+    return networks | ({"v": build_vision_aided(config)} if config.loss.vision_aided else {})
+
+
+def open_original(workdir: Path) -> Original:
+    """The newest intact checkpoint of a run, or published weights (weights.py).
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    if has_weights(workdir):
+        weights = Weights(workdir)
+        return Original(
+            read_config(workdir), int(weights.metadata().get("step", 0)), PublishedArrays(workdir, weights), None
+        )
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.require_valid_step()
+    config, arrays = checkpoints.read_config(step), CheckpointArrays(checkpoints, step)
+    counts = {
+        "step": int(arrays.read_array("step", (), np.int32)),
+        "images": int(arrays.read_array("images", (), np.uint32)),
+        "optimizer_steps": {network.name: arrays.read_count(name) for name, network in state_networks(config).items()},
+        "data": checkpoints.data_position(step),
+        "frozen": checkpoints.frozen_identities(step) or {},
+    }
+    return Original(config, step, arrays, counts)
+
+
+class PublishedArrays:
+    """The average of G in published weights.
+
+    Args:
+      folder: with model.safetensors and config.json.
+      weights: its tensors.
+    """
+
+    def __init__(self, folder: Path, weights: Weights):
+        self._weights, self._format = weights, int(read_json(folder / CONFIG_FILE).get(FORMAT_KEY, 0))
+
+    def read(self, network: Network, name: str, part: str) -> Iterator[tuple[str, np.ndarray]]:
+        if (name, part) != ("g", "average"):
+            raise UserError("published weights hold the average of G alone: --what=average")
+        for path, _ in jax.tree_util.tree_leaves_with_path(network.specs, is_leaf=is_spec):
+            stored = path_at_format(network.name, path_name(path), self._format)
+            yield path_name(path), self._weights.read_tensor(stored).astype(np.float32)
+
+    def read_array(self, name: str, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+        return self._weights.read_tensor(name).astype(dtype)
 
 
 class CheckpointArrays:

@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.config import Config, to_dict
 from gigagan_jax.config.migrations import with_format
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.interop import model_card
-from gigagan_jax.interop.checkpoint_arrays import CheckpointArrays
+from gigagan_jax.interop.checkpoint_arrays import Arrays, Original, state_networks
 from gigagan_jax.interop.safetensors_stream import SHARD_BYTES, Tensor, write_tensors
 from gigagan_jax.interop.torch_table import to_torch_stream, torch_shapes
-from gigagan_jax.models.build import build_discriminator, build_generator, build_vision_aided
 from gigagan_jax.models.network import Network
 from gigagan_jax.models.pretrained.text_encoder import text_spec
 
@@ -46,20 +44,14 @@ class File:
     read: Callable[[], Iterator[tuple[str, np.ndarray]]]
 
 
-def state_networks(config: Config) -> dict[str, Network]:
-    """{name in the state: network} of a run."""
-    networks = {"g": build_generator(config), "d": build_discriminator(config)}
-    return networks | ({"v": build_vision_aided(config)} if config.loss.vision_aided else {})
-
-
-def plan_files(arrays: CheckpointArrays, config: Config, choices: Sequence[str]) -> list[File]:
+def plan_files(original: Original, choices: Sequence[str]) -> list[File]:
     """The files of a converted checkpoint.
 
     Args:
-      arrays: of the checkpoint.
-      config: of the run.
+      original: what is converted.
       choices: of CHOICES.
     """
+    arrays, config = original.arrays, original.config
     networks = state_networks(config)
     files = []
     if "average" in choices:
@@ -73,7 +65,7 @@ def plan_files(arrays: CheckpointArrays, config: Config, choices: Sequence[str])
     return files
 
 
-def _network_file(file: str, arrays: CheckpointArrays, config: Config, network: Network, name: str, part: str) -> File:
+def _network_file(file: str, arrays: Arrays, config: Config, network: Network, name: str, part: str) -> File:
     tensors = [Tensor(key, shape) for key, shape in torch_shapes(network, config)]
     read = lambda: to_torch_stream(network, config, arrays.read(network, name, part))
     if name != "g":
@@ -87,7 +79,7 @@ def _network_file(file: str, arrays: CheckpointArrays, config: Config, network: 
     return File(file, [Tensor(W_AVG, width), *tensors], with_w_avg)
 
 
-def _optimizer_file(arrays: CheckpointArrays, config: Config, network: Network, name: str) -> File:
+def _optimizer_file(arrays: Arrays, config: Config, network: Network, name: str) -> File:
     """Moments under the names of torch's Adam: `exp_avg.KEY` and `exp_avg_sq.KEY`; without beta1 there is no `exp_avg`."""
     settings = getattr(config, f"{name}_optimizer")
     kinds = {"mu": "exp_avg", "nu": "exp_avg_sq"} if settings.beta1 else {"nu": "exp_avg_sq"}
@@ -121,8 +113,7 @@ def torch_config(config: Config) -> dict[str, Any]:
 
 def write_folder(
     out: Path,
-    checkpoints: Checkpoints,
-    step: int,
+    original: Original,
     choices: Sequence[str],
     *,
     shard_bytes: int = SHARD_BYTES,
@@ -133,8 +124,7 @@ def write_folder(
 
     Args:
       out: folder that is not there yet.
-      checkpoints: of the workdir.
-      step: of the checkpoint.
+      original: what is converted.
       choices: of CHOICES.
       shard_bytes: most of one file.
       progress: called with (bytes done, bytes in all).
@@ -148,9 +138,10 @@ def write_folder(
     """
     if out.exists():
         raise UserError(f"--out={out} exists: name a new folder")
-    config = checkpoints.read_config(step)
-    arrays = CheckpointArrays(checkpoints, step)
-    files = plan_files(arrays, config, choices)
+    if original.counts is None and list(choices) != ["average"]:
+        raise UserError(f"--what={','.join(choices)}: published weights hold the average of G alone")
+    config, step = original.config, original.step
+    files = plan_files(original, choices)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     total, done = sum(t.size for file in files for t in file.tensors), 0
@@ -169,11 +160,7 @@ def write_folder(
                     progress(done, total)
         (part / CONFIG_FILE).write_text(json.dumps(torch_config(config), indent=1) + "\n")
         if "training" in choices or "optimizer" in choices:
-            counts = _counts(arrays, config) | {
-                "data": checkpoints.data_position(step),
-                "frozen": checkpoints.frozen_identities(step) or {},
-            }
-            (part / TRAINING_FOLDER / TRAINING_FILE).write_text(json.dumps(counts, indent=1) + "\n")
+            (part / TRAINING_FOLDER / TRAINING_FILE).write_text(json.dumps(original.counts, indent=1) + "\n")
         shutil.copyfile(TORCH_FILE, part / TORCH_FILE.name)
         verdict = "" if check is None else check(part)
         (part / "README.md").write_text(model_card.write(config, step, choices, verdict))
@@ -183,12 +170,3 @@ def write_folder(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file())
-
-
-def _counts(arrays: CheckpointArrays, config: Config) -> dict[str, Any]:
-    """What training needs besides arrays: the step, the images, and how often each optimizer has stepped."""
-    return {
-        "step": int(arrays.read_array("step", (), np.int32)),
-        "images": int(arrays.read_array("images", (), np.uint32)),
-        "optimizer_steps": {network.name: arrays.read_count(name) for name, network in state_networks(config).items()},
-    }

@@ -13,7 +13,8 @@ import numpy as np
 from gigagan_jax.config import Config, from_dict
 from gigagan_jax.config.migrations import upgrade_config
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.interop.pytorch import CONFIG_FILE, TRAINING_FILE, TRAINING_FOLDER, W_AVG, state_networks
+from gigagan_jax.interop.checkpoint_arrays import state_networks
+from gigagan_jax.interop.pytorch import CONFIG_FILE, TRAINING_FILE, TRAINING_FOLDER, W_AVG
 from gigagan_jax.interop.torch_table import from_torch, nest
 from gigagan_jax.models.network import Network, Params
 from gigagan_jax.models.pretrained.hub import INDEX, SINGLE, read_json

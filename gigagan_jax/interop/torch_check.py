@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.config import Config
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.interop.checkpoint_arrays import CheckpointArrays
-from gigagan_jax.interop.pytorch import TRAINING_FOLDER, W_AVG, state_networks, torch_config
+from gigagan_jax.interop.checkpoint_arrays import Original, state_networks
+from gigagan_jax.interop.pytorch import TRAINING_FOLDER, W_AVG, torch_config
 from gigagan_jax.interop.torch_table import from_torch, nest
 from gigagan_jax.models.network import Network, Params
 from gigagan_jax.models.pretrained.text_encoder import text_spec
@@ -31,8 +30,7 @@ class Check:
     """Compares what `write_folder` wrote.
 
     Args:
-      checkpoints: of the workdir.
-      step: of the checkpoint.
+      original: what was converted.
       choices: that were converted.
       memory: bytes that a comparison of outputs may take.
 
@@ -40,8 +38,8 @@ class Check:
       verdict: of the last call.
     """
 
-    def __init__(self, checkpoints: Checkpoints, step: int, choices: Sequence[str], memory: float):
-        self._arrays, self._config = CheckpointArrays(checkpoints, step), checkpoints.read_config(step)
+    def __init__(self, original: Original, choices: Sequence[str], memory: float):
+        self._arrays, self._config = original.arrays, original.config
         self._choices, self._memory, self.verdict = choices, memory, ""
 
     def __call__(self, folder: Path) -> str:

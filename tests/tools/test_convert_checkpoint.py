@@ -17,7 +17,7 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.latents import z_of_seed
 from gigagan_jax.inference.text_to_image import TextToImage
 from gigagan_jax.interop import pytorch
-from gigagan_jax.interop.checkpoint_arrays import CheckpointArrays
+from gigagan_jax.interop.checkpoint_arrays import CheckpointArrays, open_original
 from gigagan_jax.interop.torch_check import Check
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.state import Networks
@@ -105,10 +105,10 @@ def test_a_transposed_tensor_of_the_right_shape_is_seen(converted, tmp_path):
     key = next(key for key, x in tensors.items() if x.ndim == 2 and x.shape[0] == x.shape[1])
     tensors[key] = np.ascontiguousarray(tensors[key].T)
     safetensors.numpy.save_file(tensors, tmp_path / "folder" / "model.safetensors")
-    checkpoints = Checkpoints(RUN)
+    original = open_original(RUN)
     for memory, message in ((8e9, "differ by"), (0, "is not what the checkpoint has")):
         with pytest.raises(UserError, match=message):
-            Check(checkpoints, 15, ["average"], memory)(tmp_path / "folder")
+            Check(original, ["average"], memory)(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,22 @@ def test_a_folder_that_is_there_is_left_alone(converted, tmp_path):
         convert(tmp_path / "file" / "out")
 
 
+def test_published_weights_are_converted_too(tmp_path):
+    published = ROOT / "docs" / "weights" / "digits"
+    command = [f"--workdir={published}", "--to=pytorch"]
+    assert convert_checkpoint.verb([*command, f"--out={tmp_path / 'out'}"]) == 0
+    assert "outputs of the generator agree" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(UserError, match="average of G alone"):
+        convert_checkpoint.verb([*command, f"--out={tmp_path / 'more'}", "--what=training"])
+
+
 def test_nothing_half_written_stays_where_the_check_fails(tmp_path):
     def refuse(folder):
         assert (folder / "model.safetensors").exists()
         raise UserError("differs")
 
-    checkpoints = Checkpoints(RUN)
     with pytest.raises(UserError, match="differs"):
-        pytorch.write_folder(tmp_path / "out", checkpoints, 15, ["average"], check=refuse)
+        pytorch.write_folder(tmp_path / "out", open_original(RUN), ["average"], check=refuse)
     assert not list(tmp_path.iterdir())
 
 
