@@ -13,8 +13,8 @@ import numpy as np
 from gigagan_jax import cli
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_bytes
+from gigagan_jax.core.workdir_files import WEIGHTS_FILE
 from gigagan_jax.inference.text_to_image import TextToImage
-from gigagan_jax.interop import weights
 
 DTYPES = {"float16": np.float16, "float32": np.float32}
 
@@ -32,16 +32,8 @@ def verb(argv: Sequence[str]) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out={args.out} is a file: name a folder")
     model = TextToImage.from_workdir(args.workdir, text_path=args.text_path)
-    size = weights.save_weights(
-        args.out,
-        model.config,
-        model.params,
-        model.w_avg,
-        step=model.step,
-        identities=model.sampler.identities,
-        dtype=DTYPES[args.dtype],
-    )
-    print(f"step {model.step}, {format_bytes(size)}, in {args.out}")
+    model.save_pretrained(args.out, dtype=DTYPES[args.dtype])
+    print(f"step {model.step}, {format_bytes((args.out / WEIGHTS_FILE).stat().st_size)}, in {args.out}")
     return 0
 
 

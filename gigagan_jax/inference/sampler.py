@@ -24,8 +24,9 @@ from gigagan_jax.parallel import sharding
 class Sampler:
     """Images of prompts by a generator, whose weights are given with each call.
 
-    The batch of one device is fixed, and short requests are filled up: the same program runs whatever is asked for, so
-    that a prompt and a seed give the same image in any batch.
+    There are two programs: of one image a device, for requests that it suffices for, and of `device_batch`. Short requests
+    are filled up, so that within a program a prompt and a seed give the same image in any request. The images of the two
+    programs may differ by rounding, by one level of 255.
 
     Args:
       config: the run's config.
@@ -44,8 +45,9 @@ class Sampler:
     def __init__(self, config: Config, mesh: Any, *, device_batch: int = 8, frozen: Callable[[], Params] | None = None):
         self.config, self.mesh = config, mesh
         self.module = build_generator(config)
-        # One batch a device, whatever is asked for: the program is compiled once.
-        self.batch = device_batch * sharding.batch_shards(mesh, config.rules)
+        # Images of the two programs, on all devices together; each is compiled once.
+        self.fewest = sharding.batch_shards(mesh, config.rules)
+        self.batch = device_batch * self.fewest
         self.tokenizer = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
         self.frozen = FrozenNetworks(config, roles=("text",))
         self.identities: dict[str, str] = {}
@@ -130,12 +132,13 @@ class Sampler:
         truncations = np.array([truncation, global_truncation], np.float32)
         params = jax.device_put(params, self.shardings)  # a running average may be cut further than its parameters
         images, total = [], len(prompts)
-        for start in range(0, total, self.batch):
-            count = min(self.batch, total - start)
+        size = self.fewest if total <= self.fewest else self.batch
+        for start in range(0, total, size):
+            count = min(size, total - start)
             # The last batch is filled up with its last row, and the surplus dropped.
-            rows = [start + min(i, count - 1) for i in range(self.batch)]
+            rows = [start + min(i, count - 1) for i in range(size)]
             put = lambda x, where, rows=rows: jax.make_array_from_callback(
-                (self.batch, *x.shape[1:]), where, lambda index: x[rows][index]
+                (size, *x.shape[1:]), where, lambda index: x[rows][index]
             )
             batch = {k: put(x, self._inputs[k]) for k, x in columns.items()}
             out = self._run(params, w_avg, batch, truncations, self._frozen)

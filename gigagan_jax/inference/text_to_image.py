@@ -1,11 +1,12 @@
 """From prompts to images by a trained model: load once, call many times.
 
-model = TextToImage.from_workdir("runs/digits")
-images = model(["a handwritten seven"], seeds=[0])     # uint8 [1, R, R, 3]
+model = TextToImage.from_pretrained("docs/weights/digits")     # or from_workdir("runs/digits")
+images = model("a handwritten seven", seed=3)     # uint8 [1, R, R, 3]
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from gigagan_jax.config import Config, MeshConfig, with_fields
 from gigagan_jax.inference.sampler import Sampler
 from gigagan_jax.interop import weights
 from gigagan_jax.models.network import Params
+from gigagan_jax.models.pretrained import hub
 from gigagan_jax.parallel import sharding
 
 
@@ -72,11 +74,46 @@ class TextToImage:
         state = checkpoints.restore_partial(step, wanted)
         return cls(sampler, state["g_ema"], state["w_avg"], step)
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, text_path: str | None = None, device_batch: int = 8) -> "TextToImage":
+        """Published weights (interop/weights.py) in a folder or on the Hugging Face hub.
+
+        Args:
+          path: folder with model.safetensors and config.json, or a hub id, `org/name` or `org/name@revision`.
+          text_path, device_batch: as `from_workdir` takes them.
+
+        Raises:
+          UserError: there is no such folder and no such model, or its weights are damaged.
+        """
+        folder = hub.find_folder(str(path), hub.Requirement("from_pretrained"))
+        return cls.from_workdir(folder, text_path=text_path, device_batch=device_batch)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: Any = np.float16) -> None:
+        """Writes model.safetensors and config.json, which `from_pretrained` reads.
+
+        Args:
+          folder: made where it is missing.
+          dtype: of the tensors.
+
+        Raises:
+          UserError: the folder holds something else or cannot be written, or a value does not fit the dtype.
+        """
+        weights.save_weights(
+            Path(folder),
+            self.config,
+            self.params,
+            self.w_avg,
+            step=self.step,
+            identities=self.sampler.identities,
+            dtype=dtype,
+        )
+
     def __call__(
         self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
+        prompts: str | Sequence[str],
+        seeds: Sequence[int] | None = None,
         *,
+        seed: int = 0,
         truncation: float = 1.0,
         global_truncation: float = 1.0,
         progress: Callable[[int, int], None] | None = None,
@@ -84,8 +121,9 @@ class TextToImage:
         """Images of prompts.
 
         Args:
-          prompts: one an image; class numbers as text for a class-conditional model.
-          seeds: one an image, 0 to 2^32 - 1.
+          prompts: one an image, or one for one image; class numbers as text for a class-conditional model.
+          seeds: one an image, 0 to 2^32 - 1; None for seed, seed + 1, ...
+          seed: of the first image, without `seeds`.
           truncation: 0 (the mean w of a prompt) to 1 (all variety).
           global_truncation: 0 (the mean w of all prompts) to 1; the paper's psi is both.
           progress: called with (images done, images in all).
@@ -96,6 +134,8 @@ class TextToImage:
         Raises:
           UserError: a seed or truncation out of range, a prompt that is no class of a class-conditional model.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
         return self.sampler(
             self.params,
             self.w_avg,

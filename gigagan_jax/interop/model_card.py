@@ -29,6 +29,8 @@ def write(config: Config, step: int, choices: Sequence[str], verdict: str = "") 
     text = {"text": _text_encoder(config), "class": f"{config.num_classes} classes", "none": "nothing"}[
         config.condition
     ]
+    words = config.condition == "text" and config.text.is_trained
+    tokens = 'tokens = tokenize(["..."], config["text"])\n' if words else ""
     call = {
         "text": "tokens" if config.text.is_trained else "tokens, features=features",
         "class": "labels=torch.tensor([0])",
@@ -60,11 +62,12 @@ A GigaGAN (Kang et al., CVPR 2023, arXiv:2303.05511) of {config.resolution} px, 
 ```python
 import json
 import safetensors.torch, torch
-from torch_gigagan import Generator
+from torch_gigagan import Generator{", tokenize" if words else ""}
 
-generator = Generator(json.load(open("config.json")))
+config = json.load(open("config.json"))
+generator = Generator(config)
 generator.load_state_dict(safetensors.torch.load_file("model.safetensors"))
-images = generator(torch.randn(1, generator.z_dim){", " if call else ""}{call})  # low to high, [N, 3, R, R] in [-1, 1]
+{tokens}images = generator(torch.randn(1, generator.z_dim){", " if call else ""}{call})  # low to high, [N, 3, R, R] in [-1, 1]
 ```
 {training}"""
 

@@ -6,6 +6,7 @@ Images are [N, 3, R, R] in [-1, 1]. `config` is the content of a converted check
     config = json.loads(Path("config.json").read_text())
     generator = Generator(config)
     generator.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+    tokens = tokenize(["a handwritten seven"], config["text"])
     images = generator(torch.randn(1, generator.z_dim), tokens)[-1]
 
 Weights are drawn from N(0, 1) and scaled where they are used (equalized learning rate; Karras et al., 2018).
@@ -13,6 +14,8 @@ Weights are drawn from N(0, 1) and scaled where they are used (equalized learnin
 
 import itertools
 import math
+import re
+import zlib
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,28 @@ from torch import Tensor, nn
 TRAINED_ENCODERS = ("bytes", "words")
 # The tokenizers of bytes and words: pad, begin, end; then bytes, or hashed words.
 BYTE_VOCABULARY = 259
-PAD_ID, END_ID = 0, 2
+PAD_ID, BEGIN_ID, END_ID = 0, 1, 2
+
+
+def tokenize(captions: list[str], text: dict) -> Tensor:
+    """Captions -> tokens [N, C] of a trained encoder: begin, bytes or words, end, pads.
+
+    A frozen encoder (CLIP, T5) has a tokenizer of its own, in transformers.
+    """
+    length, rows = text["length"], []
+    for caption in captions:
+        if text["encoder"] == "words":
+            words = re.findall(r"\w+", caption.casefold())
+            ids = [3 + zlib.crc32(word.encode("utf-8", "replace")) % (text["buckets"] ** 2 - 3) for word in words]
+            ids = ids[: length - 2]
+        else:
+            # A character that does not fit whole is left out.
+            data = caption.encode("utf-8", "replace")[: length - 2].decode("utf-8", "ignore").encode()
+            ids = [byte + 3 for byte in data]
+        row = [BEGIN_ID, *ids, END_ID]
+        rows.append(row + [PAD_ID] * (length - len(row)))
+    return torch.tensor(rows)
+
 
 # ---------------------------------------------------------------- layers
 

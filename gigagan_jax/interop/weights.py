@@ -59,8 +59,8 @@ def save_weights(
     step: int,
     identities: Mapping[str, str] | None = None,
     dtype: Any = np.float16,
-) -> int:
-    """Writes the two files; returns the size of the tensors' file in bytes.
+) -> None:
+    """Writes the two files.
 
     Args:
       folder: made where it is missing.
@@ -113,7 +113,6 @@ def save_weights(
             os.replace(half, folder / name)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"--out={folder} cannot be written: {error}") from error
-    return (folder / WEIGHTS_FILE).stat().st_size
 
 
 def read_config(folder: Path, text_path: str | None = None) -> Config:

@@ -53,6 +53,21 @@ def test_the_pictures_are_those_of_the_run(published, tmp_path):
     assert (draw(tmp_path) == of_run).all()
 
 
+def test_one_image_is_that_of_a_batch_and_three_lines_suffice(published, tmp_path):
+    model = TextToImage.from_pretrained(published)
+    one = model("the digit 3", seed=2)
+    assert one.shape == (1, 8, 8, 3)
+    batch = model(["the digit 3"] * 3, seed=1)
+    # Two programs: equal but for rounding.
+    assert np.abs(one.astype(int) - batch[1:2]).max() <= 1
+    np.testing.assert_array_equal(batch, model(["the digit 3"] * 3, [1, 2, 3]))
+    model.save_pretrained(tmp_path / "again")
+    again = TextToImage.from_pretrained(tmp_path / "again")("the digit 3", seed=2)
+    np.testing.assert_array_equal(again, one)
+    with pytest.raises(UserError, match="no such folder"):
+        TextToImage.from_pretrained(tmp_path / "missing")
+
+
 def test_two_files_without_places_of_the_machine(published):
     assert sorted(f.name for f in published.iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((published / "config.json").read_text())

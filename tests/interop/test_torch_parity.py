@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from configs import imagenet, laion
-from gigagan_jax.config import from_dict, to_dict
+from gigagan_jax.config import TextConfig, from_dict, to_dict
+from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.interop import torch_gigagan
 from gigagan_jax.interop.torch_table import from_torch, nest, to_torch
 from gigagan_jax.models.build import build_discriminator, build_generator, build_vision_aided
 from gigagan_jax.models.discriminator import prediction_pairs
 from gigagan_jax.models.network import is_spec, path_name
+from gigagan_jax.models.pretrained.text_encoder import tokenizer_options
 
 N = 4
 FAST = {"xla_backend_optimization_level": 0}
@@ -126,6 +128,25 @@ def nchw(x):
 @pytest.fixture(scope="module", params=CONFIGS)
 def config(request):
     return CONFIGS[request.param]()
+
+
+CAPTIONS = (
+    "",
+    "a cat",
+    "Red  APPLE, it's",
+    "é" * 60,
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z",
+    "\ud800 猫",
+)
+
+
+@pytest.mark.parametrize("encoder", ["bytes", "words"])
+@pytest.mark.parametrize("length", [3, 8, 21])
+def test_tokenize(encoder, length):
+    text = TextConfig(encoder=encoder, length=length, buckets=16)
+    tokenizer = make_tokenizer(encoder, length, **tokenizer_options(text))
+    theirs = torch_gigagan.tokenize(list(CAPTIONS), dataclasses.asdict(text))
+    np.testing.assert_array_equal(tokenizer(CAPTIONS), theirs.numpy())
 
 
 def test_generator(config):

@@ -53,17 +53,16 @@ def test_the_folder_draws_what_sample_draws_with_torch_and_safetensors_alone(con
     np.savez(
         converted.parent / "given.npz",
         z=z_of_seed(np.array(seeds, np.uint32), model.config.generator.z_dim),
-        tokens=model.sampler.tokenizer(prompts),
     )
     # The lines of the model card, in a process that finds neither jax nor this package.
     (code,) = re.findall(r"```python\n(.*?)```", (converted / "README.md").read_text(), re.DOTALL)
     code = code.replace("torch.randn(1, generator.z_dim)", "torch.from_numpy(given['z'])")
+    code = code.replace('["..."]', repr(prompts))
     program = f"""
 import sys
 sys.modules["jax"] = sys.modules["gigagan_jax"] = None
 import numpy as np, torch
 given = np.load("../given.npz")
-tokens = torch.from_numpy(given["tokens"]).long()
 {code}
 np.save("../drawn.npy", images[-1].detach().numpy())
 """
