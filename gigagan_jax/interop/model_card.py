@@ -82,5 +82,6 @@ def _text_encoder(config: Config) -> str:
 
 
 _TRAINING = """
-`training/` has the networks as they were trained, and `training.json` the counts of steps and images.
+`training/` has the networks as they were trained, and `training.json` the counts of steps and images. `torch_training.py` goes on
+from them: `Training.load(".")`.
 """

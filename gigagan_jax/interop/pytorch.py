@@ -22,7 +22,7 @@ from gigagan_jax.interop.torch_table import to_torch_stream, torch_shapes
 from gigagan_jax.models.network import Network
 from gigagan_jax.models.pretrained.text_encoder import text_spec
 
-TORCH_FILE = Path(__file__).with_name("torch_gigagan.py")
+TORCH_FILES = tuple(Path(__file__).with_name(name) for name in ("torch_gigagan.py", "torch_training.py"))
 CONFIG_FILE, TRAINING_FOLDER, TRAINING_FILE = "config.json", "training", "training.json"
 # What can be converted: the average of G, which samples; the networks of training; the moments of their optimizers.
 CHOICES = ("average", "training", "optimizer")
@@ -161,7 +161,8 @@ def write_folder(
         (part / CONFIG_FILE).write_text(json.dumps(torch_config(config), indent=1) + "\n")
         if "training" in choices or "optimizer" in choices:
             (part / TRAINING_FOLDER / TRAINING_FILE).write_text(json.dumps(original.counts, indent=1) + "\n")
-        shutil.copyfile(TORCH_FILE, part / TORCH_FILE.name)
+        for source in TORCH_FILES:
+            shutil.copyfile(source, part / source.name)
         verdict = "" if check is None else check(part)
         (part / "README.md").write_text(model_card.write(config, step, choices, verdict))
         os.replace(part, out)

@@ -91,7 +91,7 @@ def torch_config(config):
 
 
 def load(module, network, config, params):
-    state = {key: torch.from_numpy(x) for key, x in to_torch(network, config, params)}
+    state = {key: torch.from_numpy(x.copy()) for key, x in to_torch(network, config, params)}
     missing, unknown = module.load_state_dict(state, strict=False)
     assert (set(missing) - {"w_avg"}, unknown) == (set(), [])
     return module
