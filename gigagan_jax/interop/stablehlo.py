@@ -75,7 +75,8 @@ def export_generator(
     sizes = lambda shape: tuple(n if size == "n" else size for size in shape)
     inputs = {name: jax.ShapeDtypeStruct(sizes(shape), dtype) for name, (shape, dtype) in input_shapes(config).items()}
     if inside:
-        return export.export(jax.jit(lambda inputs: run(params, inputs)), platforms=platforms)(inputs).serialize()
+        exported = export.export(jax.jit(lambda inputs: run(params, inputs)), platforms=platforms)(inputs)
+        return bytes(exported.serialize())
     paths, structure = jax.tree_util.tree_flatten_with_path(params)
     names = [path_name(path) for path, _ in paths]
 
@@ -83,4 +84,4 @@ def export_generator(
         return run(jax.tree_util.tree_unflatten(structure, [weights[name] for name in names]), inputs)
 
     shapes = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, (_, x) in zip(names, paths, strict=True)}
-    return export.export(jax.jit(from_names), platforms=platforms)(shapes, inputs).serialize()
+    return bytes(export.export(jax.jit(from_names), platforms=platforms)(shapes, inputs).serialize())
