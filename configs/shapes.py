@@ -36,7 +36,7 @@ def small_model(resolution: int, *, channels: int, channel_base: int, w_dim: int
     c.dtype = "float32"
     c.remat = False
     c.data.threads = 1
-    # Captions of a few dozen words: D learns them in a quarter of the images that bytes take (docs/ablations.md).
+    # Captions of a few dozen words in all: a table of words needs no letters to be read first.
     c.text.encoder, c.text.width, c.text.buckets = "words", text, 256
 
     g = c.generator

@@ -101,8 +101,9 @@ def convert_from(args: argparse.Namespace) -> int:
         raise UserError(f"--out={args.out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    anew = sorted(networks.trained().keys() - imported.params.keys() - {"g"})
-    print(f"step {step} in {args.out}" + (f"; {', '.join(anew)} and all moments start anew" if anew else ""))
+    anew = [name for name in networks.trained() if name not in imported.params and name != "g"]
+    anew += [f"moments of {name}" for name in networks.trained() if name not in imported.moments]
+    print(f"step {step} in {args.out}" + (f"; these start anew: {', '.join(anew)}" if anew else ""))
     return 0
 
 

@@ -20,8 +20,7 @@ from gigagan_jax import cli
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_table
 from gigagan_jax.core.progress import ProgressBar
-from gigagan_jax.data.sources.tar import TarSource
-from gigagan_jax.evaluation.emoji import Cells, EmojiJudge, read_cells
+from gigagan_jax.evaluation.emoji import Cells, EmojiJudge, read_folder
 from gigagan_jax.evaluation.features import HedFeatures
 from gigagan_jax.inference.images import draw_grid
 from gigagan_jax.inference.text_to_image import TextToImage
@@ -90,7 +89,7 @@ def verb(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.count < 1:
         raise UserError(f"--count={args.count} must be positive")
-    cells = read_cells(*(TarSource(str(args.data / part)) for part in ("train", "held_out")))
+    cells = read_folder(args.data)
     judges = {"pixels": EmojiJudge(cells)}
     if args.features is not None:
         judges["features"] = EmojiJudge(cells, HedFeatures(args.features))

@@ -23,8 +23,7 @@ from gigagan_jax.core.formatting import format_table
 from gigagan_jax.core.progress import ProgressBar
 from gigagan_jax.data.sources.shapes_drawing import draw_scene
 from gigagan_jax.data.sources.shapes_scenes import ALL_PAIRS, COLORS, judged_scenes
-from gigagan_jax.data.sources.tar import TarSource
-from gigagan_jax.evaluation.emoji import EmojiJudge, read_cells
+from gigagan_jax.evaluation.emoji import EmojiJudge, read_folder
 from gigagan_jax.evaluation.shapes import QUESTIONS, judge_scene, share_right
 from gigagan_jax.evaluation.shapes_reader import read_objects
 from gigagan_jax.inference.images import draw_grid, side_by_side
@@ -83,7 +82,7 @@ def measure(count: int) -> tuple[list[tuple[str, ...]], list[tuple[np.ndarray, s
 
 def measure_emoji(folder: Path) -> list[tuple[str, ...]]:
     """Rows of the table for the pictures that `tools/prepare_data.py emoji` wrote to a folder."""
-    cells = read_cells(*(TarSource(str(folder / part)) for part in ("train", "held_out")))
+    cells = read_folder(folder)
     judge = EmojiJudge(cells)
     rows = []
     for blur, noise in EMOJI_CASES:

@@ -30,7 +30,7 @@ def path_at_format(network: str, path: str, number: int = 0) -> str:
 
 def to_paths_at_format(network: str, params: Mapping[str, Any], number: int) -> dict[str, Any]:
     """A tree of parameters (or of what belongs to each) as checkpoints of a format have it."""
-    return _nest({path_at_format(network, path, number): x for path, x in _flatten(params).items()})
+    return nest({path_at_format(network, path, number): x for path, x in _flatten(params).items()})
 
 
 def from_paths_at_format(
@@ -38,7 +38,7 @@ def from_paths_at_format(
 ) -> dict[str, Any]:
     """The way back, to the tree of `like`."""
     flat = _flatten(params)
-    return _nest({path: flat[path_at_format(network, path, number)] for path in _flatten(like)})
+    return nest({path: flat[path_at_format(network, path, number)] for path in _flatten(like)})
 
 
 def _replace_start(path: str, now: str, before: str) -> str:
@@ -60,7 +60,8 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[Any, Any]:
+def nest(flat: Mapping[str, Any]) -> dict[Any, Any]:
+    """{path: value} -> nested as parameters are."""
     nested: dict[Any, Any] = {}
     for path, value in flat.items():
         # nnx keys the entries of a list by integers.

@@ -1,5 +1,6 @@
 """Tokenizers: captions to rows of token ids."""
 
+import abc
 import logging
 import os
 import re
@@ -36,89 +37,84 @@ class Tokenizer(Protocol):
         ...
 
 
-class ByteTokenizer:
-    """UTF-8 bytes as tokens, for small runs and tests: no vocabulary file is needed.
+class _TrainedTokenizer(abc.ABC):
+    """A tokenizer of a trained encoder. A row is bos, tokens of the caption, eot, pads; the empty caption is the null caption.
 
-    A row is bos, bytes + 3, eot, pads. The empty caption, bos eot pad ..., is the null caption.
+    Args:
+      length: tokens a row, bos and eot included; at least 3.
+
+    Raises:
+      UserError: the length leaves no room for text.
     """
 
-    # Three special tokens come first, so byte b is token b + 3.
-    pad_id = 0
-    bos_id = 1
-    eot_id = 2
-    vocab_size = 3 + 256
+    # Three special tokens come first.
+    pad_id, bos_id, eot_id = 0, 1, 2
 
     def __init__(self, length: int):
-        """length: tokens a row, bos and eot included; at least 3. Raises UserError below that."""
         if length < 3:
             raise UserError(
                 f"a text length of {length} tokens leaves no room for text: bos and eot take 2; use 3 or more"
             )
         self.length = length
 
-    def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """Tokenizes captions to int32 [N, length]. Long ones are cut between characters and still end with eot."""
-        rows = np.full((len(captions), self.length), self.pad_id, dtype=np.int32)
-        for row, caption in zip(rows, captions, strict=True):
-            # 'replace': JSON files may hold lone surrogates, which UTF-8 cannot encode.
-            text = caption.encode("utf-8", "replace")
-            if len(text) > self.length - 2:
-                self._report_truncation(len(text))
-                # 'ignore' drops the incomplete character at the cut.
-                text = text[: self.length - 2].decode("utf-8", "ignore").encode()
-            row[0] = self.bos_id
-            # uint8 would overflow at + 3.
-            row[1 : len(text) + 1] = np.frombuffer(text, np.uint8).astype(np.int32) + 3
-            row[len(text) + 1] = self.eot_id
-        return rows
-
-    def null_tokens(self) -> np.ndarray:
-        """The row of the null caption, int32 [length]."""
-        return self([""])[0]
-
-    def _report_truncation(self, size: int) -> None:
-        _report_truncation("bytes", size, self.length - 2, self.length)
-
-
-class WordTokenizer:
-    """Words as tokens, for runs whose captions have few words: no vocabulary file is needed.
-
-    A row is bos, words, eot, pads. A word is a run of letters, digits and underscores, without case; all else separates words.
-    Its id is its CRC-32 modulo the vocabulary: two words rarely share one. The empty caption is the null caption.
-
-    Args:
-      length: tokens a row, bos and eot included; at least 3.
-      vocab_size: number of ids, 4 or more.
-
-    Raises:
-      UserError: the length leaves no room for a word.
-    """
-
-    pad_id, bos_id, eot_id = 0, 1, 2
-
-    def __init__(self, length: int, vocab_size: int):
-        if length < 3:
-            raise UserError(
-                f"a text length of {length} tokens leaves no room for text: bos and eot take 2; use 3 or more"
-            )
-        self.length, self.vocab_size = length, vocab_size
+    @abc.abstractmethod
+    def _ids(self, caption: str, room: int) -> Sequence[int] | np.ndarray:
+        """At most `room` tokens of a caption."""
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
         """Tokenizes captions to int32 [N, length]. Long ones are cut and still end with eot."""
         rows = np.full((len(captions), self.length), self.pad_id, dtype=np.int32)
         for row, caption in zip(rows, captions, strict=True):
-            words = re.findall(r"\w+", caption.casefold())
-            if len(words) > self.length - 2:
-                _report_truncation("words", len(words), self.length - 2, self.length)
-                words = words[: self.length - 2]
-            ids = [3 + zlib.crc32(word.encode("utf-8", "replace")) % (self.vocab_size - 3) for word in words]
-            tokens = [self.bos_id, *ids, self.eot_id]
-            row[: len(tokens)] = tokens
+            ids = self._ids(caption, self.length - 2)
+            row[0] = self.bos_id
+            row[1 : len(ids) + 1] = ids
+            row[len(ids) + 1] = self.eot_id
         return rows
 
     def null_tokens(self) -> np.ndarray:
         """The row of the null caption, int32 [length]."""
         return self([""])[0]
+
+
+class ByteTokenizer(_TrainedTokenizer):
+    """UTF-8 bytes as tokens, for small runs and tests: no vocabulary file is needed. Long captions are cut between characters.
+
+    Byte b is token b + 3.
+    """
+
+    vocab_size = 3 + 256
+
+    def _ids(self, caption: str, room: int) -> np.ndarray:
+        # 'replace': JSON files may hold lone surrogates, which UTF-8 cannot encode.
+        text = caption.encode("utf-8", "replace")
+        if len(text) > room:
+            _report_truncation("bytes", len(text), room, self.length)
+            # 'ignore' drops the incomplete character at the cut.
+            text = text[:room].decode("utf-8", "ignore").encode()
+        # uint8 would overflow at + 3.
+        return np.frombuffer(text, np.uint8).astype(np.int32) + 3
+
+
+class WordTokenizer(_TrainedTokenizer):
+    """Words as tokens, for runs whose captions have few words: no vocabulary file is needed.
+
+    A word is a run of letters, digits and underscores, without case; all else separates words. Its id is its CRC-32 modulo the
+    vocabulary: two words rarely share one.
+
+    Args:
+      length: tokens a row, bos and eot included; at least 3.
+      vocab_size: number of ids, 4 or more.
+    """
+
+    def __init__(self, length: int, vocab_size: int):
+        super().__init__(length)
+        self.vocab_size = vocab_size
+
+    def _ids(self, caption: str, room: int) -> list[int]:
+        words = re.findall(r"\w+", caption.casefold())
+        if len(words) > room:
+            _report_truncation("words", len(words), room, self.length)
+        return [3 + zlib.crc32(word.encode("utf-8", "replace")) % (self.vocab_size - 3) for word in words[:room]]
 
 
 def _report_truncation(unit: str, size: int, room: int, length: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import scipy.ndimage
@@ -15,6 +16,7 @@ import scipy.ndimage
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.example import BadExample
 from gigagan_jax.data.source import Source
+from gigagan_jax.data.sources.tar import TarSource
 
 # Pixels of the side at which pictures are compared.
 _SIDE = 16
@@ -73,6 +75,11 @@ def read_cells(train: Source, held_out: Source) -> Cells:
         raise UserError("evaluators: the pictures of the emoji have several sizes: prepare them anew")
     hidden = np.arange(len(examples)) >= len(train)
     return Cells(np.stack([e.image for e in examples]), captions, hidden)
+
+
+def read_folder(folder: Path) -> Cells:
+    """The cells of a folder that `tools/prepare_data.py emoji` wrote. Raises UserError where it is none."""
+    return read_cells(*(TarSource(str(folder / part)) for part in ("train", "held_out")))
 
 
 @dataclasses.dataclass(frozen=True)

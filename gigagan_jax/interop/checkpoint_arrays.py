@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +14,13 @@ import numpy as np
 from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.config import Config
 from gigagan_jax.config.migrations import FORMAT_KEY
-from gigagan_jax.config.parameter_renames import path_at_format
+from gigagan_jax.config.parameter_renames import nest, path_at_format
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CONFIG_FILE
-from gigagan_jax.interop.torch_table import nest
+from gigagan_jax.interop.safetensors_stream import cut_by_size
 from gigagan_jax.interop.weights import has_weights, read_config
 from gigagan_jax.models.build import build_discriminator, build_generator, build_vision_aided
-from gigagan_jax.models.network import Network, is_spec, path_name
+from gigagan_jax.models.network import Network, path_name
 from gigagan_jax.models.pretrained.hub import read_json
 from gigagan_jax.models.pretrained.weights import Weights
 
@@ -50,14 +50,14 @@ class Original:
       config: of the run.
       step: of the checkpoint.
       arrays: of its state.
-      counts: the step, the images, how often each optimizer has stepped, the position in the data and the identities of
-        frozen networks; None for published weights, which have an average of G and nothing else.
+      read_counts: reads the step, the images, how often each optimizer has stepped, the position in the data and the
+        identities of frozen networks; None for published weights, which have an average of G and nothing else.
     """
 
     config: Config
     step: int
     arrays: Arrays
-    counts: dict[str, Any] | None
+    read_counts: Callable[[], dict[str, Any]] | None
 
 
 def state_networks(config: Config) -> dict[str, Network]:
@@ -80,14 +80,14 @@ def open_original(workdir: Path) -> Original:
     checkpoints = Checkpoints(workdir)
     step = checkpoints.require_valid_step()
     config, arrays = checkpoints.read_config(step), CheckpointArrays(checkpoints, step)
-    counts = {
+    read_counts = lambda: {
         "step": int(arrays.read_array("step", (), np.int32)),
         "images": int(arrays.read_array("images", (), np.uint32)),
         "optimizer_steps": {network.name: arrays.read_count(name) for name, network in state_networks(config).items()},
         "data": checkpoints.data_position(step),
         "frozen": checkpoints.frozen_identities(step) or {},
     }
-    return Original(config, step, arrays, counts)
+    return Original(config, step, arrays, read_counts)
 
 
 class PublishedArrays:
@@ -104,9 +104,9 @@ class PublishedArrays:
     def read(self, network: Network, name: str, part: str) -> Iterator[tuple[str, np.ndarray]]:
         if (name, part) != ("g", "average"):
             raise UserError("published weights hold the average of G alone: --what=average")
-        for path, _ in jax.tree_util.tree_leaves_with_path(network.specs, is_leaf=is_spec):
-            stored = path_at_format(network.name, path_name(path), self._format)
-            yield path_name(path), self._weights.read_tensor(stored).astype(np.float32)
+        for path in network.specs_by_path():
+            stored = path_at_format(network.name, path, self._format)
+            yield path, self._weights.read_tensor(stored).astype(np.float32)
 
     def read_array(self, name: str, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
         return self._weights.read_tensor(name).astype(dtype)
@@ -136,9 +136,8 @@ class CheckpointArrays:
         Raises:
           UserError: the checkpoint cannot be read.
         """
-        leaves = jax.tree_util.tree_leaves_with_path(network.specs, is_leaf=is_spec)
-        shapes = {path_name(path): spec.shape for path, spec in leaves}
-        for group in _groups(shapes):
+        shapes = {path: spec.shape for path, spec in network.specs_by_path().items()}
+        for group in cut_by_size(shapes, lambda path: 4 * math.prod(shapes[path]), _AT_ONCE):
             stored = {path: path_at_format(network.name, path, self._format) for path in group}
             wanted = {stored[path]: self._leaf(shapes[path]) for path in group}
             found = _open(self._checkpoints.restore_stored(self.step, _wrap(nest(wanted), name, part)), name, part)
@@ -157,20 +156,6 @@ class CheckpointArrays:
 
     def _leaf(self, shape: Sequence[int], dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=self._where)
-
-
-def _groups(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """Paths in their order, as many as fit into _AT_ONCE."""
-    group: list[str] = []
-    size = 0
-    for path, shape in shapes.items():
-        own = 4 * math.prod(shape)
-        if group and size + own > _AT_ONCE:
-            yield group
-            group, size = [], 0
-        group.append(path)
-        size += own
-    yield group
 
 
 def _wrap(tree: dict[str, Any], name: str, part: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gigagan_jax.config import Config
+from gigagan_jax.models.pretrained.hub import is_hub_id
 
 # Stands for what only the person who publishes can say.
 BLANK = "[to be filled in]"
@@ -75,7 +76,7 @@ generator.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 def _text_encoder(config: Config) -> str:
     if config.text.is_trained:
         return f"captions, by an encoder of {config.text.encoder} that is part of the model"
-    name = config.text.path or BLANK
+    name = config.text.path if is_hub_id(config.text.path) else BLANK
     return (
         f"captions, by the frozen {config.text.encoder} encoder {name}, layer {config.text.layer}: its features go in"
     )

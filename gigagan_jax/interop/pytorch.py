@@ -19,7 +19,9 @@ from gigagan_jax.interop import model_card
 from gigagan_jax.interop.checkpoint_arrays import Arrays, Original, state_networks
 from gigagan_jax.interop.safetensors_stream import SHARD_BYTES, Tensor, write_tensors
 from gigagan_jax.interop.torch_table import to_torch_stream, torch_shapes
+from gigagan_jax.interop.weights import without_places
 from gigagan_jax.models.network import Network
+from gigagan_jax.models.pretrained.hub import is_hub_id
 from gigagan_jax.models.pretrained.text_encoder import text_spec
 
 TORCH_FILES = tuple(Path(__file__).with_name(name) for name in ("torch_gigagan.py", "torch_training.py"))
@@ -79,10 +81,14 @@ def _network_file(file: str, arrays: Arrays, config: Config, network: Network, n
     return File(file, [Tensor(W_AVG, width), *tensors], with_w_avg)
 
 
+def moment_kinds(config: Config, name: str) -> dict[str, str]:
+    """{moment in the state: its name in torch's Adam} of a network's optimizer; without beta1 there is no mean."""
+    return ({"mu": "exp_avg"} if getattr(config, f"{name}_optimizer").beta1 else {}) | {"nu": "exp_avg_sq"}
+
+
 def _optimizer_file(arrays: Arrays, config: Config, network: Network, name: str) -> File:
-    """Moments under the names of torch's Adam: `exp_avg.KEY` and `exp_avg_sq.KEY`; without beta1 there is no `exp_avg`."""
-    settings = getattr(config, f"{name}_optimizer")
-    kinds = {"mu": "exp_avg", "nu": "exp_avg_sq"} if settings.beta1 else {"nu": "exp_avg_sq"}
+    """Moments under the names of torch's Adam: `exp_avg.KEY` and `exp_avg_sq.KEY`."""
+    kinds = moment_kinds(config, name)
     shapes = list(torch_shapes(network, config))
     tensors = [Tensor(f"{kind}.{key}", shape) for kind in kinds.values() for key, shape in shapes]
 
@@ -97,13 +103,12 @@ def _optimizer_file(arrays: Arrays, config: Config, network: Network, name: str)
 def torch_config(config: Config) -> dict[str, Any]:
     """config.json of the folder: the run's config without places of its machine, and the sizes of a frozen text encoder.
 
+    A frozen network that has a hub id keeps it.
+
     Raises:
       UserError: the text encoder's config is not to be found.
     """
-    values = with_format(to_dict(config))
-    for group, key in (("data", "path"), ("data", "index"), ("data", "embeddings")):
-        values[group] = values[group] | {key: ""}
-    values["data"] = values["data"] | {"mixture": []}
+    values = without_places(with_format(to_dict(config)), keep=is_hub_id)
     if config.condition == "text" and not config.text.is_trained:
         spec = text_spec(config.text)
         values["text"] = values["text"] | {"end_id": spec.end_id, "encoder_width": spec.width}
@@ -138,7 +143,7 @@ def write_folder(
     """
     if out.exists():
         raise UserError(f"--out={out} exists: name a new folder")
-    if original.counts is None and list(choices) != ["average"]:
+    if original.read_counts is None and list(choices) != ["average"]:
         raise UserError(f"--what={','.join(choices)}: published weights hold the average of G alone")
     config, step = original.config, original.step
     files = plan_files(original, choices)
@@ -159,8 +164,8 @@ def write_folder(
                 if progress is not None:
                     progress(done, total)
         (part / CONFIG_FILE).write_text(json.dumps(torch_config(config), indent=1) + "\n")
-        if "training" in choices or "optimizer" in choices:
-            (part / TRAINING_FOLDER / TRAINING_FILE).write_text(json.dumps(original.counts, indent=1) + "\n")
+        if original.read_counts is not None and {"training", "optimizer"} & set(choices):
+            (part / TRAINING_FOLDER / TRAINING_FILE).write_text(json.dumps(original.read_counts(), indent=1) + "\n")
         for source in TORCH_FILES:
             shutil.copyfile(source, part / source.name)
         verdict = "" if check is None else check(part)

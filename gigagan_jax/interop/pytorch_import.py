@@ -12,10 +12,11 @@ import numpy as np
 
 from gigagan_jax.config import Config, from_dict
 from gigagan_jax.config.migrations import upgrade_config
+from gigagan_jax.config.parameter_renames import nest
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.interop.checkpoint_arrays import state_networks
-from gigagan_jax.interop.pytorch import CONFIG_FILE, TRAINING_FILE, TRAINING_FOLDER, W_AVG
-from gigagan_jax.interop.torch_table import from_torch, nest
+from gigagan_jax.interop.pytorch import CONFIG_FILE, TRAINING_FILE, TRAINING_FOLDER, W_AVG, moment_kinds
+from gigagan_jax.interop.torch_table import from_torch
 from gigagan_jax.models.network import Network, Params
 from gigagan_jax.models.pretrained.hub import INDEX, SINGLE, read_json
 from gigagan_jax.models.pretrained.weights import Weights
@@ -67,7 +68,7 @@ def read_folder(folder: Path) -> Imported:
         if (found := _weights(training, f"{network.name}.safetensors")) is not None:
             params[name] = _read_network(found, network, config, training)
         if (found := _weights(training, f"{network.name}_optimizer.safetensors")) is not None:
-            moments[name] = _read_moments(found, network, config, training)
+            moments[name] = _read_moments(found, network, config, training, moment_kinds(config, name))
     source = _weights(folder, SINGLE)
     if source is None and "g" not in params:
         raise UserError(f"{folder} holds no {SINGLE}: is it a folder of tools/convert_checkpoint.py --to=pytorch?")
@@ -125,14 +126,14 @@ def _read_network(weights: Weights, network: Network, config: Config, folder: Pa
     return nest(dict(from_torch(network, config, _shapes(weights), weights.read_tensor, where)))
 
 
-def _read_moments(weights: Weights, network: Network, config: Config, folder: Path) -> dict[str, Params]:
+def _read_moments(
+    weights: Weights, network: Network, config: Config, folder: Path, kinds: Mapping[str, str]
+) -> dict[str, Params]:
     moments = {}
-    for ours, theirs in (("mu", "exp_avg."), ("nu", "exp_avg_sq.")):
-        shapes = _shapes(weights, theirs)
-        if shapes or theirs == "exp_avg_sq.":
-            read = lambda key, prefix=theirs: weights.read_tensor(prefix + key)
-            where = f"{folder} ({theirs}* of the {network.name})"
-            moments[ours] = nest(dict(from_torch(network, config, shapes, read, where)))
+    for ours, theirs in kinds.items():
+        read = lambda key, theirs=theirs: weights.read_tensor(f"{theirs}.{key}")
+        where = f"{folder} ({theirs}.* of the {network.name})"
+        moments[ours] = nest(dict(from_torch(network, config, _shapes(weights, f"{theirs}."), read, where)))
     return moments
 
 

@@ -6,15 +6,16 @@ The format is eight bytes of the header's length, a header in JSON, and the tens
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
 from gigagan_jax.models.pretrained.hub import INDEX, SINGLE
 
 NAMES = {"float32": "F32", "float16": "F16", "int32": "I32", "int64": "I64"}
+T = TypeVar("T")
 # As transformers and diffusers cut them.
 SHARD_BYTES = 5 * 10**9
 
@@ -38,14 +39,18 @@ class Tensor(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
-def cut_shards(tensors: Iterable[Tensor], most: int = SHARD_BYTES) -> list[list[Tensor]]:
-    """Tensors in their order, in shards of at most so many bytes; a tensor that is larger has a shard of its own."""
-    shards: list[list[Tensor]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > most:
-            shards.append([])
-        shards[-1].append(tensor)
-    return shards
+def cut_by_size(items: Iterable[T], size_of: Callable[[T], int], most: int) -> list[list[T]]:
+    """Items in their order, in groups of at most so many bytes; one that is larger has a group of its own."""
+    groups: list[list[T]] = [[]]
+    size = 0
+    for item in items:
+        own = size_of(item)
+        if groups[-1] and size + own > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += own
+    return groups
 
 
 def write_tensors(
@@ -71,7 +76,7 @@ def write_tensors(
       ValueError: another tensor came than was announced.
       OSError: the disk is full, or the folder cannot be written.
     """
-    shards = cut_shards(tensors, shard_bytes)
+    shards = cut_by_size(tensors, lambda tensor: tensor.size, shard_bytes)
     stem = name.removesuffix(".safetensors")
     several = len(shards) > 1
     label = lambda i: f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" if several else name

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from gigagan_jax.config import Config
+from gigagan_jax.config.parameter_renames import nest
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.interop.checkpoint_arrays import Original, state_networks
 from gigagan_jax.interop.pytorch import TRAINING_FOLDER, W_AVG, torch_config
-from gigagan_jax.interop.torch_table import from_torch, nest
+from gigagan_jax.interop.torch_table import from_torch
 from gigagan_jax.models.network import Network, Params
 from gigagan_jax.models.pretrained.text_encoder import text_spec
 from gigagan_jax.models.pretrained.weights import Weights

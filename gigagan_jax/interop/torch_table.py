@@ -15,7 +15,7 @@ import numpy as np
 from gigagan_jax.config import Config, GeneratorConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.models.generator import spread_attention
-from gigagan_jax.models.network import Network, Params, Spec, is_spec, path_name
+from gigagan_jax.models.network import Network, Params, Spec, path_name
 
 # kind: (axes of the torch tensor in terms of ours). The inverse permutation leads back.
 LAYOUTS = {
@@ -61,8 +61,7 @@ def torch_rows(network: Network, config: Config) -> list[Row]:
       config: of the run.
     """
     rows = []
-    for path, spec in jax.tree_util.tree_leaves_with_path(network.specs, is_leaf=is_spec):
-        name = path_name(path)
+    for name, spec in network.specs_by_path().items():
         for index in itertools.product(*map(range, spec.shape[: name.split("/").count("layer")])):
             key = _torch_key(name.split("/"), iter(index), network.name, config.generator)
             rows.append(Row(name, index, key, _layout(name, spec, len(index))))
@@ -111,9 +110,9 @@ def _layout(name: str, spec: Spec, stacked: int) -> str:
 
 def torch_shapes(network: Network, config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(key, shape) of the torch module, in the order of `to_torch`."""
-    shapes = _shapes(network)
+    specs = network.specs_by_path()
     for row in torch_rows(network, config):
-        own, axes = shapes[row.path][len(row.layer) :], LAYOUTS[row.layout]
+        own, axes = specs[row.path].shape[len(row.layer) :], LAYOUTS[row.layout]
         yield row.key, own if axes is None else tuple(own[axis] for axis in axes)
 
 
@@ -136,11 +135,6 @@ def to_torch_stream(
             yield row.key, row.to_torch(array)
 
 
-def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(network.specs, is_leaf=is_spec)
-    return {path_name(path): spec.shape for path, spec in leaves}
-
-
 def from_torch(
     network: Network, config: Config, keys: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], where: str
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -154,7 +148,7 @@ def from_torch(
     Raises:
       UserError: a tensor is missing, too many, or of another shape.
     """
-    rows, shapes = torch_rows(network, config), _shapes(network)
+    specs = network.specs_by_path()
     wanted = dict(torch_shapes(network, config))
     _check_keys(set(wanted), set(keys), where)
     for key, shape in wanted.items():
@@ -162,8 +156,8 @@ def from_torch(
             raise UserError(
                 f"{where}: {key} is {list(keys[key])}, the config asks for {list(shape)}: the weights are of another model"
             )
-    for path, group in itertools.groupby(rows, key=lambda row: row.path):
-        out = np.empty(shapes[path], np.float32)
+    for path, group in itertools.groupby(torch_rows(network, config), key=lambda row: row.path):
+        out = np.empty(specs[path].shape, np.float32)
         for row in group:
             out[row.layer] = row.from_torch(np.asarray(read(row.key), np.float32))
         yield path, out
@@ -174,15 +168,3 @@ def _check_keys(wanted: set[str], found: set[str], where: str) -> None:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{where} {problem} {min(names)}{more}: the weights are of another model, or damaged")
-
-
-def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """{path: value} -> nested as parameters are, with numbers as keys of lists."""
-    out: dict[Any, Any] = {}
-    for path, value in values.items():
-        *groups, last = path.split("/")
-        group: dict[Any, Any] = out
-        for part in groups:
-            group = group.setdefault(int(part) if part.isdecimal() else part, {})
-        group[last] = value
-    return out

@@ -20,25 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
-    from torch_gigagan import (
-        AttentionLayer,
-        CrossAttention,
-        Discriminator,
-        DiscriminatorAttention,
-        Generator,
-        SelfAttention,
-        image_pyramid,
-    )
+    import torch_gigagan as networks
 except ImportError:
-    from gigagan_jax.interop.torch_gigagan import (
-        AttentionLayer,
-        CrossAttention,
-        Discriminator,
-        DiscriminatorAttention,
-        Generator,
-        SelfAttention,
-        image_pyramid,
-    )
+    from gigagan_jax.interop import torch_gigagan as networks
 
 Logits = dict[tuple[int, int], Tensor]
 
@@ -136,7 +120,10 @@ class Training:
             if absent:
                 raise NotImplementedError(f"this value of {name} is not implemented in torch_training.py")
         self.config, self.device = config, torch.device(device)
-        self.generator, self.discriminator = Generator(config).to(device), Discriminator(config).to(device)
+        self.generator, self.discriminator = (
+            networks.Generator(config).to(device),
+            networks.Discriminator(config).to(device),
+        )
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
         interval = loss["r1_interval"]
         # Lazy regularisation (StyleGAN2, appendix B): D's rates are those of interval / (interval + 1) of a step.
@@ -155,7 +142,13 @@ class Training:
     def _make_optimizer(network: nn.Module, o: dict, lazy: float) -> torch.optim.AdamW:
         attention = set()
         for module in network.modules():
-            if isinstance(module, SelfAttention | CrossAttention | AttentionLayer | DiscriminatorAttention):
+            if isinstance(
+                module,
+                networks.SelfAttention
+                | networks.CrossAttention
+                | networks.AttentionLayer
+                | networks.DiscriminatorAttention,
+            ):
                 attention |= {id(p) for p in module.parameters()}
         groups: dict[float, list[Tensor]] = {}
         for parameter in network.parameters():
@@ -202,7 +195,7 @@ class Training:
           losses by name
         """
         c = self.config
-        reals = image_pyramid(images.to(self.device).float() / 127.5 - 1.0, len(level_weights(c)))
+        reals = networks.image_pyramid(images.to(self.device).float() / 127.5 - 1.0, len(level_weights(c)))
         given = (tokens, labels, features)
         same = same_captions(tokens, labels, len(images))
         draws = draw(c, same) if draws is None else draws

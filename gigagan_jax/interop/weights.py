@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,7 @@ def save_weights(
     for name, x in stored.items():
         if not np.isfinite(x).all():
             raise UserError(f"{name} has values that {np.dtype(dtype).name} does not hold: export with --dtype=float32")
-    values = with_format(to_dict(config))
-    # Places on the machine that trained it are of no use elsewhere, and nobody's business.
-    for group, key in (("data", "path"), ("data", "index"), ("data", "embeddings"), ("text", "path"), ("clip", "path")):
-        values[group] = values[group] | {key: ""}
-    values["vision_aided"] = values["vision_aided"] | {"path": ""}
-    values["data"] = values["data"] | {"mixture": []}
+    values = without_places(with_format(to_dict(config)))
     # Networks of these losses are not needed for sampling: without them their paths may be empty.
     values["loss"] = values["loss"] | {"clip": [0.0, 0.0], "vision_aided": 0.0}
     metadata = {"step": str(step), "model": config.name, "frozen": json.dumps(dict(identities or {}))}
@@ -113,6 +108,21 @@ def save_weights(
             os.replace(half, folder / name)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"--out={folder} cannot be written: {error}") from error
+
+
+def without_places(values: dict[str, Any], keep: Callable[[str], bool] = lambda path: False) -> dict[str, Any]:
+    """A config's values without places on the machine that trained it: of no use elsewhere, and nobody's business.
+
+    Args:
+      values: of `to_dict`.
+      keep: predicate of the paths of frozen networks that stay.
+    """
+    values = {group: dict(x) if isinstance(x, dict) else x for group, x in values.items()}
+    values["data"] |= {"path": "", "index": "", "embeddings": "", "mixture": []}
+    for group in ("text", "clip", "vision_aided"):
+        if not keep(values[group]["path"]):
+            values[group]["path"] = ""
+    return values
 
 
 def read_config(folder: Path, text_path: str | None = None) -> Config:

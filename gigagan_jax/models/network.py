@@ -56,6 +56,10 @@ class Network:
         # Plain dicts carry no nnx bookkeeping, which costs host time in every step at thousands of leaves.
         self.specs: Any = nnx.to_pure_dict(specs)
 
+    def specs_by_path(self) -> dict[str, Spec]:
+        """{path, such as "levels/0/entry/conv0/filters": what the parameter looks like}, in the order of the specs."""
+        return {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(self.specs, is_leaf=is_spec)}
+
     def bind(self, params: Params) -> Any:
         """The module with `params` in it."""
         return nnx.merge(self.graph, params)

@@ -14,7 +14,7 @@ from gigagan_jax.config import Config, config_digest
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_table
 from gigagan_jax.core.workdir_files import DRY_RUN_FILE
-from gigagan_jax.models.network import Network, is_spec, path_name
+from gigagan_jax.models.network import Network
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import abstract_batch, batch_shardings
 from gigagan_jax.training.objectives import GanObjective
@@ -54,9 +54,8 @@ def summarize_modules(networks: Networks, mesh: Any) -> str:
 
 
 def _list_parameters(module: Network, mesh: Any, config: Config) -> list[tuple[str, Any, Any]]:
-    specs = jax.tree_util.tree_leaves_with_path(module.specs, is_leaf=is_spec)
     places = jax.tree.leaves(module.shardings(mesh, config.rules))
-    return [(path_name(p), s, w) for (p, s), w in zip(specs, places, strict=True)]
+    return [(path, s, w) for (path, s), w in zip(module.specs_by_path().items(), places, strict=True)]
 
 
 def _bytes_per_device(abstract: Any, shardings: Any) -> int:

@@ -65,9 +65,11 @@ class GanObjective:
         c = self.config
         self.weights_gan, self.weights_match = losses.pair_weights(c)
         self.weights_vision = (1.0 / len(c.vision_aided.layers),) * len(c.vision_aided.layers)
-        self.match_g = c.loss.match_g if c.loss.match_g_form != "off" else 0.0
+        # Weights of the matching-aware loss: nothing but a caption can be wrong.
+        has_captions = c.condition == "text"
+        self.match_d = c.loss.match_d if has_captions else 0.0
+        self.match_g = c.loss.match_g if has_captions and c.loss.match_g_form != "off" else 0.0
         self.is_contrastive = c.loss.match_d_form == "contrastive"
-        self.uses_wrong_captions = c.condition == "text" and (c.loss.match_d > 0 or self.match_g > 0)
         # Decided by the config: without null captions the program has no masks.
         self.null_text = text_spec(c.text) if masks_null_captions(c) else None
 
@@ -94,24 +96,23 @@ class GanObjective:
         z = sharding.constrain(z, "batch", None)
         return self.networks.g.bind(params)(z, batch.get("tokens"), batch["label"], batch.get("features"))
 
-    def own_and_wrong_captions(
-        self, disc: Any, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
-        """t_D of each image's own caption, of a wrong one, and where there is a wrong one (mismatched_captions.py).
+    def own_captions(self, disc: Any, batch: Batch) -> jax.Array | None:
+        """t_D of each image's own caption or class, [N, D]; None without a condition."""
+        return disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
+
+    def wrong_captions(self, own: jax.Array | None, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """t_D of wrong captions, and where there are any (mismatched_captions.py).
 
         Returns:
-          (own [N, D], wrong [N, D], valid bool [N]), the contrastive form (own [N, D], wrong [N, M, D], valid bool [N, M]);
-          None for what the config does not have
+          (wrong [N, D], valid bool [N]); of the contrastive form ([N, M, D], bool [N, M])
         """
-        own = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
-        if own is None or not self.uses_wrong_captions:
-            return own, None, None
+        assert own is not None
         tokens, null, most = batch["tokens"], self.null_captions(batch), self.config.loss.mismatch_group
         if self.is_contrastive:
             wrong, valid = all_wrong_captions(own, tokens, batch["label"], most, null)
-            return own, sharding.constrain(wrong, "batch", None, None), valid
+            return sharding.constrain(wrong, "batch", None, None), valid
         wrong, valid = draw_wrong_captions(key, own, tokens, batch["label"], most, null)
-        return own, sharding.constrain(wrong, "batch", None), valid
+        return sharding.constrain(wrong, "batch", None), valid
 
     def vision_logits(
         self, params: Params, frozen: Params, images: jax.Array, batch: Batch, key: jax.Array
@@ -146,7 +147,8 @@ class GanObjective:
         reals = real_levels(batch, c)
         # D's half does not train G: no gradient flows back through the images.
         fakes = generated_levels(jax.lax.stop_gradient(self.generate(g_params, batch, key_z)[0]), c)
-        own, wrong, valid = self.own_and_wrong_captions(disc, batch, key_wrong)
+        own = self.own_captions(disc, batch)
+        wrong, valid = self.wrong_captions(own, batch, key_wrong) if self.match_d else (None, None)
         logits = disc({"fake": fakes, "real": reals}, own, wrong)
         fake, real = logits["fake"], logits["real"]
 
@@ -154,10 +156,10 @@ class GanObjective:
         gan_d = losses.gan_d if c.loss.pairing == "separate" else losses.relativistic_d
         metrics = {"loss/d_gan": losses.over_pairs(gan_d, self.weights_gan, fake.own, real.own)}
         loss = metrics["loss/d_gan"]
-        if self.uses_wrong_captions and c.loss.match_d:
+        if self.match_d:
             # eq. 8: an image with a wrong caption is a fake, a real one too.
             metrics["loss/d_match"] = self.match_d_loss(fake, real, valid)
-            loss += c.loss.match_d * metrics["loss/d_match"]
+            loss += self.match_d * metrics["loss/d_match"]
         if c.loss.centring:
             metrics["loss/centring"] = losses.over_pairs(losses.centring, self.weights_gan, fake.own, real.own)
             loss += c.loss.centring * metrics["loss/centring"]
@@ -200,7 +202,7 @@ class GanObjective:
         """Mean logits of the output image at the last exit."""
         place = -len(entry_levels(self.config.discriminator))
         out = {"logits/real": real.own[place].mean(), "logits/fake": fake.own[place].mean()}
-        if self.uses_wrong_captions and self.config.loss.match_d:
+        if self.match_d:
             out["logits/wrong"] = real.wrong[place].mean()
         return out
 
@@ -219,7 +221,7 @@ class GanObjective:
         c = self.config
         reals = real_levels(batch, c)
         disc = self.networks.d.bind(critics["d"])
-        own = disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
+        own = self.own_captions(disc, batch)
         images = {"real": reals}
         if c.loss.r2:
             key_z, _ = jax.random.split(key)
@@ -347,9 +349,8 @@ class GanObjective:
         key_z, key_wrong = jax.random.split(key)
         images, w = self.generate(params, batch, key_z)
         disc = self.networks.d.bind(critics["d"])
-        own, wrong, valid = self.own_and_wrong_captions(disc, batch, key_wrong)
-        if not self.match_g:
-            wrong = None
+        own = self.own_captions(disc, batch)
+        wrong, valid = self.wrong_captions(own, batch, key_wrong) if self.match_g else (None, None)
         logits = disc({"fake": generated_levels(images, c)}, own, wrong)
         fake = logits["fake"]
         if c.loss.pairing == "relativistic":
@@ -358,7 +359,7 @@ class GanObjective:
 
         metrics = {"loss/g_gan": self.adversarial_g_loss(logits)}
         loss = metrics["loss/g_gan"]
-        if self.uses_wrong_captions and self.match_g:
+        if self.match_g:
             metrics["loss/g_match"] = self.match_g_loss(fake, valid)
             loss += self.match_g * metrics["loss/g_match"]
         if captions is not None:

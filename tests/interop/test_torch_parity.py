@@ -11,9 +11,10 @@ import torch
 
 from configs import imagenet, laion
 from gigagan_jax.config import TextConfig, from_dict, to_dict
+from gigagan_jax.config.parameter_renames import nest
 from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.interop import torch_gigagan
-from gigagan_jax.interop.torch_table import from_torch, nest, to_torch
+from gigagan_jax.interop.torch_table import from_torch, to_torch
 from gigagan_jax.models.build import build_discriminator, build_generator, build_vision_aided
 from gigagan_jax.models.discriminator import prediction_pairs
 from gigagan_jax.models.network import is_spec, path_name

@@ -227,7 +227,15 @@ def only_a_pickle(folder):
     (folder / "model.safetensors").rename(folder / "model.pt")
 
 
+def spoil_moments(folder):
+    name = "training/generator_optimizer.safetensors"
+    tensors = read(folder, name)
+    tensors.pop(next(iter(tensors)))
+    safetensors.numpy.save_file(tensors, folder / name)
+
+
 DAMAGE = {
+    "moments": (spoil_moments, r"exp_avg_sq.\* of the generator. has no"),
     "missing": (lambda f: spoil(f, lambda t: t.pop("constant")), "has no constant"),
     "extra": (lambda f: spoil(f, lambda t: t.update(more=np.zeros(1, np.float32))), "has an unknown more"),
     "shape": (

@@ -318,7 +318,8 @@ def test_every_micro_batch_on_every_shard_is_mismatched(step_parts, micro_batche
     def loss(params, batch, key):
         """No loss: notes what each image was given, at its own id."""
         disc = networks.d.bind(params)
-        own, wrong, valid = step.objective.own_and_wrong_captions(disc, batch, key)
+        own = step.objective.own_captions(disc, batch)
+        wrong, valid = step.objective.wrong_captions(own, batch, key)
         t = jnp.stack([own, wrong], axis=1)
         id_ = batch["image"][:, 0, 0, 0].astype(jnp.int32)
         part = jnp.full(len(id_), jax.random.uniform(key))

@@ -43,6 +43,12 @@ class Requirement:
     instead: str = ""
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a path has the form of a hub id and names no folder here."""
+    # "./a/b" and "/a/b" look like hub ids to the pattern, but are meant as folders.
+    return bool(_HUB_ID.fullmatch(path)) and not path.startswith((".", "/")) and not os.path.exists(path)
+
+
 def find_folder(path: str, need: Requirement, *, config: bool = True) -> Path:
     """The folder of a network: a local one, or one in the hub's cache, after a download if needed.
 
@@ -62,8 +68,7 @@ def find_folder(path: str, need: Requirement, *, config: bool = True) -> Path:
     # A folder that the user named is not downloaded again, so its errors have no hint.
     hint = "" if local else _download_hint(path)
     if not local:
-        # "./a/b" and "/a/b" look like hub ids to the pattern, but are meant as folders.
-        if not _HUB_ID.fullmatch(path) or path.startswith((".", "/")):
+        if not is_hub_id(path):
             raise UserError(
                 f"{need.field}={path}: there is no such folder, and it is no hub id (org/name){_alternative_hint(need)}"
             )

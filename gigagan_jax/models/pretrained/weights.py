@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.models.network import Network, Params, is_spec, path_name
+from gigagan_jax.models.network import Network, Params, path_name
 from gigagan_jax.models.pretrained.hub import CONFIG, INDEX, SINGLE, read_json
 
 
@@ -130,7 +130,7 @@ def load_params(
       UserError: a tensor is missing, left over, or of another shape.
     """
     table = {row.path: row for row in rows}
-    specs = {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(module.specs, is_leaf=is_spec)}
+    specs = module.specs_by_path()
     # A mistake of the code, not of the user: hence ValueError.
     if table.keys() != specs.keys():
         raise ValueError(f"{module.name}: the key table and the network differ: {sorted(table.keys() ^ specs.keys())}")

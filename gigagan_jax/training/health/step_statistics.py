@@ -16,7 +16,7 @@ import numpy as np
 from gigagan_jax.config import Config
 from gigagan_jax.models.discriminator import entry_levels, prediction_pairs
 from gigagan_jax.models.layers.resample import upsample
-from gigagan_jax.models.network import Params, is_spec, path_name
+from gigagan_jax.models.network import Params
 from gigagan_jax.training.state import Networks
 
 Metrics = dict[str, jax.Array]
@@ -208,8 +208,7 @@ class HealthVector:
         self._part_of: dict[str, list[int]] = {}  # of each leaf
         # Gradients are summed by module: names of single parameters would make the vector thousands long.
         for net, (module, _) in networks.trained().items():
-            leaves = jax.tree_util.tree_leaves_with_path(module.specs, is_leaf=is_spec)
-            parts = [f"{module.name}/{_part_name(path_name(path))}" for path, _ in leaves]
+            parts = [f"{module.name}/{_part_name(path)}" for path in module.specs_by_path()]
             self.modules[net] = list(dict.fromkeys(parts))
             self._part_of[net] = [self.modules[net].index(part) for part in parts]
         exits = [config.resolutions[::-1][p.exit] for p in prediction_pairs(config.discriminator) if p.level == 0]
