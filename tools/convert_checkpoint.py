@@ -11,6 +11,7 @@ The way back makes a workdir that `train` goes on from: without the networks of 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -54,6 +55,9 @@ def convert_to(args: argparse.Namespace) -> int:
     unknown = set(choices) - set(pytorch.CHOICES)
     if unknown or not choices:
         raise UserError(f"--what={args.what}: choose of {', '.join(pytorch.CHOICES)}")
+    for name in ("memory", "shard"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name}={getattr(args, name)} must be a positive number of GB")
     original = open_original(args.workdir)
     progress: list[ProgressBar] = []
 
@@ -68,7 +72,7 @@ def convert_to(args: argparse.Namespace) -> int:
     )
     size = sum((args.out / name).stat().st_size for name in files)
     print(f"step {original.step}: {check.verdict}")
-    print(f"{format_bytes(size)} in {args.out}: {', '.join(files)}")
+    print(f"{format_bytes(size)} in {args.out}: {len(files)} files, begin with README.md")
     return 0
 
 

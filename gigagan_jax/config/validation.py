@@ -138,6 +138,9 @@ def _check_frozen(config: Any) -> None:
         raise UserError(
             "config.loss.clip: the contrastive loss compares with captions and needs config.condition='text'"
         )
+    # Three ids are special: a word needs a fourth.
+    if config.text.encoder == "words" and config.text.buckets < 2:
+        raise UserError(f"config.text.buckets={config.text.buckets}: must be at least 2")
     # Only text conditions load the encoder and CLIP.
     if config.condition != "text":
         return

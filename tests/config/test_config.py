@@ -175,6 +175,7 @@ def test_resolution_is_a_power_of_two_of_at_least_8(resolution):
             "contrastive form has it built in",
         ),
         ({"text__encoder": "words", "text__buckets": 0}, "config.text.buckets=0"),
+        ({"text__encoder": "words", "text__buckets": 1}, "config.text.buckets=1: must be at least 2"),
         ({"data__caption_dropout": 1.5}, "config.data.caption_dropout"),
         ({"data__max_bad_fraction": -0.1}, "config.data.max_bad_fraction"),
         ({"data__threads": -1}, "config.data.threads=-1"),

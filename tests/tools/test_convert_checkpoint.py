@@ -74,7 +74,7 @@ np.save("../drawn.npy", images[-1].detach().numpy())
 
 
 def test_shards_hold_what_one_file_holds(converted, tmp_path):
-    assert convert(tmp_path / "cut", "--shard=0.00002", "--memory=0") == 0
+    assert convert(tmp_path / "cut", "--shard=0.00002", "--memory=1e-9") == 0
     names = sorted(f.name for f in (tmp_path / "cut").glob("*.safetensors"))
     assert len(names) > 3
     assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
@@ -115,6 +115,7 @@ def test_a_transposed_tensor_of_the_right_shape_is_seen(converted, tmp_path):
     [
         (["--what=weights"], "choose of average"),
         (["--what="], "choose of average"),
+        (["--shard=nan"], "--shard=nan must be a positive number"),
         (["--workdir=missing"], "missing"),
         ([f"--input={RUN}"], "needs --workdir=DIR, and no --input"),
     ],
