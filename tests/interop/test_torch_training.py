@@ -126,7 +126,6 @@ def test_a_loss_that_is_not_here_is_named():
         Training(json.loads(json.dumps(torch_config(config))))
 
 
-@pytest.mark.slow
 def test_a_saved_run_is_loaded_as_it_was(tmp_path):
     config = contrastive()
     run = Training(json.loads(json.dumps(torch_config(config))))
