@@ -23,7 +23,8 @@ from gigagan_jax.data.sources.shapes_scenes import (
     SIZES,
     judged_scenes,
 )
-from gigagan_jax.data.tokenizers import ByteTokenizer
+from gigagan_jax.data.tokenizers import ByteTokenizer, make_tokenizer
+from gigagan_jax.models.pretrained.text_encoder import tokenizer_options
 
 
 def open_shapes(**fields):
@@ -133,23 +134,27 @@ def test_no_judged_scene_is_trained():
     assert not trained & judged
 
 
-def test_captions_fit_the_configs():
-    longest = {
-        most: max(len(c) for s, _ in judged_scenes(4000, most, ALL_PAIRS) for c in s.captions()) for most in (1, 3)
-    }
-    # bos and eot come on top.
-    assert longest[1] + 2 <= 46
-    assert longest[3] + 2 <= 112
-    fields = to_dict(from_dict(shapes.get_config("scenes")))
-    for length in (111, 112):
-        given = fields | {"text": fields["text"] | {"length": length}}
-        if length < 112:
-            with pytest.raises(
-                UserError, match=r"config.text.length=111 cuts captions of drawn shapes off: set it to 112"
-            ):
-                from_dict(given)
-        else:
-            from_dict(given)
+# Tokens of the longest captions, bos and eot included: of one object, and of several.
+LONGEST = {"bytes": (46, 112), "words": (10, 20)}
+
+
+@pytest.mark.parametrize("encoder", LONGEST)
+def test_captions_fit_the_configs(encoder):
+    for most, needed in zip((1, 3), LONGEST[encoder], strict=True):
+        config = from_dict(shapes.get_config("scenes" if most == 3 else ""))
+        text = dataclasses.replace(config.text, encoder=encoder, length=200)
+        tokenizer = make_tokenizer(encoder, 200, **tokenizer_options(text))
+        rows = tokenizer([c for s, _ in judged_scenes(4000, most, ALL_PAIRS) for c in s.captions()])
+        # Pads are zero.
+        assert needed - 4 <= (rows != 0).sum(1).max() <= needed
+        fields = to_dict(config)
+        fields["text"] |= {"encoder": encoder, "length": needed}
+        from_dict(fields)
+        fields["text"] |= {"length": needed - 1}
+        with pytest.raises(
+            UserError, match=f"config.text.length={needed - 1} cuts captions of drawn shapes off: set it to {needed}"
+        ):
+            from_dict(fields)
 
 
 @pytest.mark.parametrize(
