@@ -33,7 +33,7 @@ from gigagan_jax.cli.config_file import load_config
 from gigagan_jax.core import files
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.processes import hold_file_lock
-from gigagan_jax.core.workdir_files import METRICS_FILE
+from gigagan_jax.core.workdir_files import COMPILATION_CACHE_FOLDER, METRICS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "ablations.jsonl"
@@ -65,7 +65,7 @@ def missing_runs(arms: Sequence[Arm], seeds: Sequence[int], results: Path) -> It
     """Runs without a result, the first seed of every arm first. The results are read again before each."""
     for seed in seeds:
         for arm in arms:
-            if not has_result(results, arm, seed):
+            if not arm.results_of and not has_result(results, arm, seed):
                 yield arm, seed
 
 
@@ -89,9 +89,11 @@ def run_arm(arm: Arm, seed: int, workdir: Path) -> dict[str, Any]:
     else:
         command += [f"--config={arm.config}", *arm.flags]
     log = workdir.with_suffix(".log")
+    # The seeds of an arm run the same program: they share what is compiled.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / COMPILATION_CACHE_FOLDER)}
     with log.open("ab") as out:
         code = subprocess.run(
-            command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, stdout=out, stderr=out, check=False
+            command, cwd=root, env=cache | os.environ | {"PYTHONPATH": str(root)}, stdout=out, stderr=out, check=False
         ).returncode
     if code:
         raise UserError(f"the run {workdir.name} ended with code {code}; see {log}")
@@ -143,7 +145,8 @@ def _raise_taken() -> None:
 def train_missing(arms: Sequence[Arm], seeds: Sequence[int], results: Path, folder: Path) -> None:
     """Trains what is missing; skips runs that another process trains."""
     folder.mkdir(parents=True, exist_ok=True)
-    total = len(arms) * len(seeds)
+    trained = {arm.name for arm in arms if not arm.results_of}
+    total = len(trained) * len(seeds)
     for arm, seed in missing_runs(arms, seeds, results):
         name = f"{arm.name}-{seed}"
         try:
@@ -157,8 +160,7 @@ def train_missing(arms: Sequence[Arm], seeds: Sequence[int], results: Path, fold
         except _Taken:
             print(f"{name}: another process trains it", flush=True)
             continue
-        names = {a.name for a in arms}
-        done = sum(run["arm"] in names for run in read_results(results))
+        done = sum(run["arm"] in trained for run in read_results(results))
         print(f"{name}: {result['seconds']:.0f} s; {done} of {total} runs are done", flush=True)
 
 
@@ -184,7 +186,8 @@ def verb(argv: Sequence[str]) -> int:
             raise UserError(
                 f"--only: there is no arm {', '.join(sorted(unknown))}; known: {', '.join(a.name for a in arms)}"
             )
-        train_missing([a for a in arms if not wanted or a.name in wanted], seeds, args.results, args.workdir.resolve())
+        chosen = {arm.trained for arm in arms if not wanted or arm.name in wanted}
+        train_missing([arm for arm in arms if arm.name in chosen], seeds, args.results, args.workdir.resolve())
         return 0
     names = {arm.name for arm in arms}
     runs = [run for run in read_results(args.results) if run["arm"] in names]

@@ -48,14 +48,14 @@ def format_tables(arms: Sequence[Arm], runs: Sequence[dict[str, Any]]) -> str:
     """Markdown, a table for each `table` of the arms; arms without a run are left out."""
     parts = []
     for name in dict.fromkeys(arm.table for arm in arms):
-        rows = [arm for arm in arms if arm.table == name and any(run["arm"] == arm.name for run in runs)]
+        rows = [arm for arm in arms if arm.table == name and any(run["arm"] == arm.trained for run in runs)]
         if not rows:
             continue
         head = ["arm", "seeds", *(title for _, title, _ in COLUMNS)]
         lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         for arm in rows:
-            seeds = sum(run["arm"] == arm.name for run in runs)
-            cells = [format_cell(values_of(runs, arm.name, metric), decimals) for metric, _, decimals in COLUMNS]
+            seeds = sum(run["arm"] == arm.trained for run in runs)
+            cells = [format_cell(values_of(runs, arm.trained, metric), decimals) for metric, _, decimals in COLUMNS]
             lines.append(f"| {arm.title} | {seeds} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -63,7 +63,7 @@ def format_tables(arms: Sequence[Arm], runs: Sequence[dict[str, Any]]) -> str:
 
 def draw_picture(arms: Sequence[Arm], runs: Sequence[dict[str, Any]]) -> Image.Image:
     """A row for each arm, a panel for each of four metrics, a point for each seed and a bar for the mean."""
-    rows = [arm for arm in arms if any(run["arm"] == arm.name for run in runs)]
+    rows = [arm for arm in arms if any(run["arm"] == arm.trained for run in runs)]
     panels = [column for column in COLUMNS if column[0] in _DRAWN]
     width = _LABEL + len(panels) * (_PANEL + _PAD) + _PAD
     height = _HEAD + _ROW * len(rows) + _PAD
@@ -77,7 +77,7 @@ def draw_picture(arms: Sequence[Arm], runs: Sequence[dict[str, Any]]) -> Image.I
         draw.line([at(_LABEL, y), at(width - _PAD, y)], _LINE, 1)
     for j, (metric, title, decimals) in enumerate(panels):
         left = _LABEL + j * (_PANEL + _PAD)
-        everything = np.concatenate([values_of(runs, arm.name, metric) for arm in rows])
+        everything = np.concatenate([values_of(runs, arm.trained, metric) for arm in rows])
         if not len(everything):
             continue
         low, high = float(everything.min()), float(everything.max())
@@ -89,7 +89,7 @@ def draw_picture(arms: Sequence[Arm], runs: Sequence[dict[str, Any]]) -> Image.I
             draw.text(at(x, 28), f"{value:.{decimals}f}", _FAINT, font, anchor=anchor)
         for i, arm in enumerate(rows):
             y = _HEAD + i * _ROW + _ROW // 2
-            values = values_of(runs, arm.name, metric)
+            values = values_of(runs, arm.trained, metric)
             for value in values:
                 x = place(value)
                 draw.ellipse([at(x - 3.5, y - 3.5), at(x + 3.5, y + 3.5)], _POINT)

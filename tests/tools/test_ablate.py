@@ -47,6 +47,24 @@ def result(arm, seed, **metrics):
     return {"arm": arm, "seed": seed, "metrics": {f"shapes/{k.replace('__', '/')}": v for k, v in metrics.items()}}
 
 
+def test_an_arm_in_two_tables_is_trained_once(tmp_path):
+    again = '\n[[arms]]\nname = "small"\ntable = "settings"\ntitle = "again"\nresults_of = "NAME"\n'
+    file = tmp_path / "two.toml"
+    file.write_text(TINY + again.replace("NAME", "baseline"))
+    arms, seeds = ablate.read_arms(file)
+    missing = ablate.missing_runs(arms, seeds, tmp_path / "none.jsonl")
+    assert [(arm.name, seed) for arm, seed in missing] == [("baseline", 0), ("sum", 0), ("baseline", 1), ("sum", 1)]
+    table = ablate_report.format_tables(arms, [result("baseline", 0, seen__shape=0.75)])
+    assert [line.split(" | ")[:3] for line in table.splitlines()[2:]] == [
+        ["| as it is", "1", "0.75"],
+        ["| again", "1", "0.75"],
+    ]
+    for other in ("sum", "nothing", "small"):
+        file.write_text(TINY + again.replace("NAME", other))
+        with pytest.raises(UserError, match="results_of of small must name an arm with the same settings"):
+            ablate.read_arms(file)
+
+
 def test_the_arms_of_the_project_are_configs():
     arms, seeds = ablate.read_arms()
     assert len({arm.name for arm in arms}) == len(arms)
