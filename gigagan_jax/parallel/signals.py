@@ -1,10 +1,15 @@
 """SIGTERM and SIGINT: recorded while the loop runs, handled between steps."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+# Seconds until a signal that fell into a finaliser is sent again.
+_AGAIN = 0.05
 
 
 class Interrupted(BaseException):
@@ -33,6 +38,7 @@ class StopSignals:
         self._held = False
         # The handlers to restore, by signal.
         self._before: dict[int, Any] = {}
+        self._hook_before = sys.unraisablehook
 
     def __enter__(self) -> "StopSignals":
         self.number = 0
@@ -40,6 +46,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._handle_signal)
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._handle_unraisable
         return self
 
     @contextlib.contextmanager
@@ -60,7 +67,18 @@ class StopSignals:
         if not self._held:
             raise Interrupted(number, agreed=False)
 
+    def _handle_unraisable(self, unraisable: Any) -> None:
+        """A handler may run within a finaliser or a callback of the garbage collector, whose exceptions Python drops."""
+        if not issubclass(unraisable.exc_type, Interrupted):
+            self._hook_before(unraisable)
+            return
+        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), unraisable.exc_value.number))
+        again.daemon = True
+        again.start()
+
     def __exit__(self, *exception: object) -> None:
+        if self._before:
+            sys.unraisablehook = self._hook_before
         for number, handler in self._before.items():
             # signal.signal returned None for a handler that was not installed from Python.
             signal.signal(number, handler or signal.SIG_DFL)

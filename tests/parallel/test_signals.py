@@ -1,0 +1,50 @@
+"""SIGTERM and SIGINT outside of the loop and within it."""
+
+import signal
+import sys
+import time
+
+import pytest
+
+from gigagan_jax.parallel.signals import Interrupted, StopSignals
+
+
+class InFinaliser:
+    """Calls a function when it is deleted. Python drops exceptions there."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __del__(self):
+        self.function()
+
+
+def test_a_signal_within_a_finaliser_stops_the_run_without_a_traceback(capfd):
+    def work():
+        thing = InFinaliser(lambda: signal.raise_signal(signal.SIGTERM))
+        del thing
+        time.sleep(10)
+
+    with StopSignals(), pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        work()
+    assert capfd.readouterr().err == ""
+
+
+def test_held_signals_are_read_by_the_loop():
+    signals = StopSignals()
+    with signals, signals.hold_signals():
+        thing = InFinaliser(lambda: signal.raise_signal(signal.SIGTERM))
+        del thing
+        assert signals.number == signal.SIGTERM
+
+
+def test_other_exceptions_of_finalisers_go_to_the_hook_before(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(unraisable.exc_type))
+    hook = sys.unraisablehook
+    with StopSignals():
+        assert sys.unraisablehook != hook
+        thing = InFinaliser(lambda: 1 / 0)
+        del thing
+    assert seen == [ZeroDivisionError]
+    assert sys.unraisablehook is hook
