@@ -39,6 +39,7 @@ COLUMNS = (
         "seen/pair",
         "held_out/pair",
         "position_variance",
+        "radius_variance",
         "size_variance",
         "caption_variance",
     ),

@@ -108,6 +108,7 @@ class ShapesReport:
       seen_shuffled, held_out_shuffled: the same, of pictures compared with each other's captions within their part: what a
         model that ignores captions gets.
       position_variance: variance of the largest object's place within a size, generated over drawn.
+      radius_variance: variance of its radius, generated over drawn.
       size_variance: variance of its radius within a size, generated over drawn.
       caption_variance: variance of its place between two pictures of one caption, over drawn; NaN without a second set.
       frechet: distance of the reader's features, in units of their spread over drawn scenes.
@@ -119,6 +120,7 @@ class ShapesReport:
     seen_shuffled: dict[str, float]
     held_out_shuffled: dict[str, float]
     position_variance: float
+    radius_variance: float
     size_variance: float
     caption_variance: float
     frechet: float
@@ -128,8 +130,8 @@ class ShapesReport:
         """Flat, with names such as `seen/color`; without what was not asked."""
         parts = ("seen", "held_out", "seen_shuffled", "held_out_shuffled")
         values = {f"{part}/{name}": value for part in parts for name, value in getattr(self, part).items()}
-        values |= {"position_variance": self.position_variance, "size_variance": self.size_variance}
-        values |= {"caption_variance": self.caption_variance, "frechet": self.frechet}
+        for name in ("position_variance", "radius_variance", "size_variance", "caption_variance", "frechet"):
+            values[name] = getattr(self, name)
         return {name: value for name, value in values.items() if np.isfinite(value)}
 
     def format_table(self) -> str:
@@ -147,7 +149,8 @@ class ShapesReport:
         rows = [
             ("variance of the position, of drawn", self.position_variance),
             ("  between pictures of one caption", self.caption_variance),
-            ("variance of the radius, of drawn", self.size_variance),
+            ("variance of the radius, of drawn", self.radius_variance),
+            ("  within a size", self.size_variance),
             ("Frechet distance of features", self.frechet),
         ]
         lines += [f"{title:<35}{value:>6.2f}" for title, value in rows if np.isfinite(value)]
@@ -187,7 +190,7 @@ class ShapesJudge:
                 raise ValueError(f"the judge asked for {len(self.scenes)} pictures, got {len(pictures)}")
         read = [read_objects(image) for image in images]
         drawn = self._read_drawn(images.shape[1])
-        position, size = self._variances(read, drawn)
+        position, radius, size = self._variances(read, drawn)
         parts = {"seen": slice(0, self._seen), "held_out": slice(self._seen, None)}
         shares = {}
         for name, part in parts.items():
@@ -198,6 +201,7 @@ class ShapesJudge:
         return ShapesReport(
             **shares,
             position_variance=position,
+            radius_variance=radius,
             size_variance=size,
             caption_variance=float("nan") if again is None else _caption_variance(read, again, drawn),
             frechet=_frechet(read, drawn),
@@ -214,8 +218,8 @@ class ShapesJudge:
     def _answers(self, read: Sequence[Sequence[ReadObject]], scenes: Sequence[Scene]) -> list[dict[str, bool]]:
         return [judge_scene(o, s, self.max_objects) for o, s in zip(read, scenes, strict=True)]
 
-    def _variances(self, read: list[list[ReadObject]], drawn: list[list[ReadObject]]) -> tuple[float, float]:
-        """Of position and radius of the largest object, as means over sizes of generated / drawn."""
+    def _variances(self, read: list[list[ReadObject]], drawn: list[list[ReadObject]]) -> tuple[float, float, float]:
+        """Generated over drawn, of the largest object: position (mean over sizes), radius, radius (mean over sizes)."""
         # By the size that was read: one object of the wrong size varies more than all radii of a size.
         largest = [[o[0] for o in objects if o and o[0].readable] for objects in (read, drawn)]
         ratios = []
@@ -229,8 +233,10 @@ class ShapesJudge:
                 continue
             a, b = generated.var(axis=0, ddof=1), real.var(axis=0, ddof=1)
             ratios.append((a[:2].sum() / b[:2].sum(), a[2] / b[2]))
-        position, radius = np.mean(ratios, axis=0)
-        return float(position), float(radius)
+        position, radius_of_size = np.mean(ratios, axis=0)
+        radii = [np.array([o.radius for o in part]) for part in largest]
+        radius = radii[0].var(ddof=1) / radii[1].var(ddof=1) if min(map(len, radii)) > 1 else 0.0
+        return float(position), float(radius), float(radius_of_size)
 
 
 def _caption_variance(read: list[list[ReadObject]], again: np.ndarray, drawn: list[list[ReadObject]]) -> float:

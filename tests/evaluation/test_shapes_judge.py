@@ -180,3 +180,4 @@ def test_variances_are_within_a_size():
     for report in (right, some):
         assert report.position_variance < 0.1
         assert report.size_variance < 0.1
+        assert report.radius_variance == pytest.approx(1, abs=0.2)
