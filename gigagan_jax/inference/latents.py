@@ -15,6 +15,12 @@ def z_of_seed(seed: jax.Array, z_dim: int) -> jax.Array:
     return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), (z_dim,)))(seed)
 
 
+def center_z(z_dim: int) -> jax.Array:
+    """float32 [K, z_dim], the z of every prompt's center."""
+    # Fixed seeds, far from the small ones that users choose: the center of a prompt never changes.
+    return z_of_seed(jnp.arange(CENTER_SAMPLES, dtype=jnp.uint32) + jnp.uint32(0x80000000), z_dim)
+
+
 def lerp(a: jax.Array, b: jax.Array, t: jax.Array | float) -> jax.Array:
     """Interpolates linearly: a + t (b - a)."""
     return a + t * (b - a)
@@ -45,8 +51,7 @@ def truncate_w(
     Returns:
       [N, w_dim]
     """
-    # Fixed seeds, far from the small ones that users choose: the center of a prompt never changes.
-    z = z_of_seed(jnp.arange(CENTER_SAMPLES, dtype=jnp.uint32) + jnp.uint32(0x80000000), z_dim)
+    z = center_z(z_dim)
     total = jnp.zeros_like(w)
     # One sample of all prompts at a time: the batch keeps its size and its sharding.
     for i in range(CENTER_SAMPLES):

@@ -1,0 +1,159 @@
+"""What artefacts of a generator share: their inputs, the function that they are checked against, their folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gigagan_jax.config import Config
+from gigagan_jax.models.build import build_generator
+from gigagan_jax.models.network import Params
+from gigagan_jax.models.pretrained.text_encoder import text_spec
+
+# Largest difference of an image, which lies in about [-1, 1]: a tenth of a grey level.
+TOLERANCE = 2 / 255 / 10
+PROGRAM_FILE, W_AVG_FILE = "run.py", "w_avg.npy"
+
+
+def input_shapes(config: Config) -> dict[str, tuple[tuple[str | int, ...], Any]]:
+    """{input: (shape, dtype)} of an artefact; "n" is the batch.
+
+    z; tokens, with features of a frozen text encoder, or labels; w_avg; truncation towards the mean of the prompt, and towards
+    w_avg (docs/truncation.md).
+    """
+    shapes: dict[str, tuple[tuple[str | int, ...], Any]] = {"z": (("n", config.generator.z_dim), np.float32)}
+    if config.condition == "text":
+        shapes["tokens"] = (("n", config.text.length), np.int32)
+        if not config.text.is_trained:
+            shapes["features"] = (("n", config.text.length, text_spec(config.text).width), np.float32)
+    elif config.condition == "class":
+        shapes["labels"] = (("n",), np.int32)
+    shapes["w_avg"] = ((config.generator.w_dim,), np.float32)
+    shapes |= {"truncation": ((), np.float32), "global_truncation": ((), np.float32)}
+    return shapes
+
+
+def example_inputs(config: Config, count: int, w_avg: np.ndarray) -> dict[str, np.ndarray]:
+    """Inputs of a check: random z and captions of several lengths, some truncation."""
+    rng = np.random.default_rng(count)
+    inputs = {"w_avg": w_avg, "truncation": np.float32(0.8), "global_truncation": np.float32(0.9)}
+    inputs["z"] = rng.standard_normal((count, config.generator.z_dim)).astype(np.float32)
+    if config.condition == "class":
+        inputs["labels"] = rng.integers(0, config.num_classes, count).astype(np.int32)
+    elif config.condition == "text":
+        spec = text_spec(config.text)
+        inputs["tokens"] = np.zeros((count, config.text.length), np.int32)
+        for i, row in enumerate(inputs["tokens"]):
+            # The empty caption is among them.
+            length = i * (config.text.length - 2) // max(1, count - 1)
+            row[: length + 2] = (1, *rng.integers(3, min(spec.vocab_size, 1000), length), spec.end_id)
+        if not config.text.is_trained:
+            shape = (count, config.text.length, spec.width)
+            inputs["features"] = rng.standard_normal(shape).astype(np.float32)
+    return {name: np.asarray(inputs[name]) for name in input_shapes(config)}
+
+
+def make_function(config: Config, centers: np.ndarray) -> Callable[[Params, dict[str, Any]], jax.Array]:
+    """f(params, inputs) -> float32 images [N, R, R, 3] in about [-1, 1], computed in float32.
+
+    Args:
+      config: of the run.
+      centers: float32 [K, z_dim], the z whose mean w is that of a prompt.
+    """
+    network = build_generator(dataclasses.replace(config, dtype="float32", remat=False))
+
+    def run(params: Params, inputs: dict[str, jax.Array]) -> jax.Array:
+        generator = network.bind(params)
+        condition = generator.condition(inputs.get("tokens"), inputs.get("labels"), inputs.get("features"))
+        w = generator.map(inputs["z"], condition)
+        mean = jnp.zeros_like(w)
+        for z in centers:
+            mean += generator.map(jnp.broadcast_to(z, inputs["z"].shape), condition) / len(centers)
+        near = inputs["w_avg"] + inputs["global_truncation"] * (w - inputs["w_avg"])
+        return generator.synthesize(mean + inputs["truncation"] * (near - mean), condition)[-1]
+
+    return run
+
+
+def write_program(config: Config, load: str, call: str) -> str:
+    """run.py: draws one picture without this package.
+
+    Args:
+      config: of the run.
+      load: lines that make `generator`, after the imports.
+      call: expression of float images [1, R, R, 3], of `inputs`.
+    """
+    side, text = config.resolution, config.text
+    hashed = f"3 + zlib.crc32(word.encode()) % {text.buckets**2 - 3} for word in re.findall(r'\\w+', prompt.casefold())"
+    ids = {"words": hashed, "bytes": "byte + 3 for byte in prompt.encode()"}
+    given = {"none": "", "class": '"labels": np.array([int(prompt)], np.int32), '}
+    lines = []
+    if config.condition == "text" and text.is_trained:
+        length = text.length
+        lines.append(f"ids = [{ids[text.encoder]}][:{length - 2}]")
+        lines.append(f"tokens = np.array([[1, *ids, 2, *[0] * ({length - 2} - len(ids))]], np.int32)")
+        given["text"] = '"tokens": tokens, '
+    elif config.condition == "text":
+        # Both come of transformers (docs/pytorch.md says which layer).
+        lines.append("tokens, features = np.load('tokens.npy'), np.load('features.npy')  # of the prompt")
+        given["text"] = '"tokens": tokens, "features": features, '
+    modules = [name for name in ("re", "zlib") if any(f"{name}." in line for line in lines)]
+    body = "\n".join(lines + ([] if not lines else [""]))
+    return f'''"""python run.py PROMPT SEED draws image.ppm."""
+{"".join(f"import {name}{chr(10)}" for name in modules)}import sys
+
+{load}
+
+prompt, seed = sys.argv[1], int(sys.argv[2])
+{body}inputs = {{{given[config.condition]}"w_avg": np.load("{W_AVG_FILE}")}}
+inputs |= {{"truncation": np.array(1, np.float32), "global_truncation": np.array(1, np.float32)}}
+image = {call}
+pixels = np.clip(np.rint((image[0] + 1) * 127.5), 0, 255).astype(np.uint8)
+open("image.ppm", "wb").write(b"P6 {side} {side} 255\\n" + pixels.tobytes())
+'''
+
+
+def write_readme(config: Config, step: int, title: str, notes: str, verdict: str) -> str:
+    """README.md of the folder.
+
+    Args:
+      config: of the run.
+      step: of the checkpoint.
+      title: of the format.
+      notes: what holds for the format.
+      verdict: of the check.
+    """
+    rows = "\n".join(
+        f"| `{name}` | {np.dtype(dtype).name} `[{', '.join(map(str, shape))}]` | {_MEANINGS[name]} |"
+        for name, (shape, dtype) in input_shapes(config).items()
+    )
+    return f"""# {config.name} as {title}
+
+A GigaGAN generator (Kang et al., CVPR 2023, arXiv:2303.05511) of {config.resolution} px: the moving average of its run,
+step {step}, in float32.
+`python run.py PROMPT SEED` draws `image.ppm`. Licences of weights and data: [to be filled in].
+
+| input | | |
+|---|---|---|
+{rows}
+
+{notes}
+
+Compared with `gigagan_jax`: {verdict}.
+"""
+
+
+_MEANINGS = {
+    "z": "normal numbers",
+    "tokens": "the caption: begin, words or bytes, end, zeros",
+    "features": "of the frozen text encoder for these tokens",
+    "labels": "classes",
+    "w_avg": f"the mean w of all prompts, in `{W_AVG_FILE}`",
+    "truncation": "0 (the mean picture of a prompt) to 1 (all variety)",
+    "global_truncation": "0 (the mean w of all prompts) to 1; the paper's psi is both",
+}
