@@ -1,9 +1,10 @@
-"""Converts checkpoints to PyTorch and back.
+"""Converts checkpoints to PyTorch or safetensors, and back.
 
     python tools/convert_checkpoint.py --to=pytorch --workdir=runs/digits --out=DIR [--what=average,training,optimizer]
     python tools/convert_checkpoint.py --from=pytorch --input=DIR --out=runs/again
 
-The folder has model.safetensors (in shards past 5 GB), config.json, torch_gigagan.py and a model card. Arrays are read a few at a
+The folder has model.safetensors (in shards past 5 GB), config.json and a model card; for PyTorch, torch_gigagan.py and
+torch_training.py too. --to=safetensors keeps the names and layouts of this project. Arrays are read a few at a
 time. Outputs of both sides are compared where both networks fit into --memory, else every tensor through the inverse map.
 The way back makes a workdir that `train` goes on from: without the networks of training G is its average and D starts anew.
 """
@@ -23,8 +24,9 @@ from gigagan_jax.checkpoint.workdir import open_workdir
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_bytes
 from gigagan_jax.core.progress import ProgressBar
-from gigagan_jax.interop import pytorch, pytorch_import, torch_check
+from gigagan_jax.interop import model_folder, model_folder_reader, torch_check
 from gigagan_jax.interop.checkpoint_arrays import open_original
+from gigagan_jax.interop.tensor_names import TENSOR_NAMES
 from gigagan_jax.training.state import Networks
 
 
@@ -32,29 +34,31 @@ def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--to", choices=("pytorch",))
-    direction.add_argument("--from", dest="source", choices=("pytorch",))
+    direction.add_argument("--to", choices=sorted(TENSOR_NAMES))
+    direction.add_argument("--from", dest="source", choices=sorted(TENSOR_NAMES))
     parser.add_argument("--workdir", type=cli.local_folder, help="--to: of a training run, or published weights")
     parser.add_argument("--input", type=cli.local_folder, help="--from: folder that was converted, or trained in torch")
     parser.add_argument("--out", type=Path, required=True, help="folder that is made: of the other framework")
     parser.add_argument(
-        "--what", default="average", help=f"of {','.join(pytorch.CHOICES)}, with commas between (average)"
+        "--what", default="average", help=f"of {','.join(model_folder.CHOICES)}, with commas between (average)"
     )
     parser.add_argument("--memory", type=float, default=8.0, help="GB that the comparison may take (8)")
     parser.add_argument("--shard", type=float, default=5.0, help="GB of a file at most (5)")
     args = parser.parse_args(argv)
     needed, other = ("workdir", "input") if args.to else ("input", "workdir")
     if getattr(args, needed) is None or getattr(args, other) is not None:
-        raise UserError(f"{'--to' if args.to else '--from'}=pytorch needs --{needed}=DIR, and no --{other}")
+        raise UserError(
+            f"{f'--to={args.to}' if args.to else f'--from={args.source}'} needs --{needed}=DIR, and no --{other}"
+        )
     return convert_to(args) if args.to else convert_from(args)
 
 
 def convert_to(args: argparse.Namespace) -> int:
-    """A checkpoint as a folder for torch."""
+    """A checkpoint as a folder."""
     choices = [word for word in args.what.split(",") if word]
-    unknown = set(choices) - set(pytorch.CHOICES)
+    unknown = set(choices) - set(model_folder.CHOICES)
     if unknown or not choices:
-        raise UserError(f"--what={args.what}: choose of {', '.join(pytorch.CHOICES)}")
+        raise UserError(f"--what={args.what}: choose of {', '.join(model_folder.CHOICES)}")
     for name in ("memory", "shard"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name}={getattr(args, name)} must be a positive number of GB")
@@ -66,9 +70,9 @@ def convert_to(args: argparse.Namespace) -> int:
             progress.append(ProgressBar("converting", total // 2**20, " MiB"))
         progress[0].step(done // 2**20 - progress[0].done)
 
-    check = torch_check.Check(original, choices, args.memory * 1e9)
-    files = pytorch.write_folder(
-        args.out, original, choices, shard_bytes=int(args.shard * 1e9), progress=show, check=check
+    check = torch_check.Check(original, choices, args.to, args.memory * 1e9)
+    files = model_folder.write_folder(
+        args.out, original, choices, args.to, shard_bytes=int(args.shard * 1e9), progress=show, check=check
     )
     size = sum((args.out / name).stat().st_size for name in files)
     print(f"step {original.step}: {check.verdict}")
@@ -77,8 +81,8 @@ def convert_to(args: argparse.Namespace) -> int:
 
 
 def convert_from(args: argparse.Namespace) -> int:
-    """A folder of torch as a workdir."""
-    imported = pytorch_import.read_folder(args.input)
+    """A converted folder as a workdir."""
+    imported = model_folder_reader.read_folder(args.input, args.source)
     if args.out.exists():
         raise UserError(f"--out={args.out} exists: name a new folder")
     networks = Networks(imported.config)

@@ -30,7 +30,7 @@ from gigagan_jax.core.formatting import format_bytes
 from gigagan_jax.inference.latents import center_z
 from gigagan_jax.interop import artefact, onnx_export, stablehlo
 from gigagan_jax.interop.checkpoint_arrays import Original, open_original, state_networks
-from gigagan_jax.interop.pytorch import CONFIG_FILE, torch_config
+from gigagan_jax.interop.model_folder import CONFIG_FILE, torch_config
 from gigagan_jax.interop.torch_table import to_torch
 from gigagan_jax.interop.weights import save_weights
 from gigagan_jax.models.network import Params

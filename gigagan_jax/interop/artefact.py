@@ -41,14 +41,14 @@ def input_shapes(config: Config) -> dict[str, tuple[tuple[str | int, ...], Any]]
 def example_inputs(config: Config, count: int, w_avg: np.ndarray) -> dict[str, np.ndarray]:
     """Inputs of a check: random z and captions of several lengths, some truncation."""
     rng = np.random.default_rng(count)
-    inputs = {"w_avg": w_avg, "truncation": np.float32(0.8), "global_truncation": np.float32(0.9)}
+    inputs: dict[str, Any] = {"w_avg": w_avg, "truncation": np.float32(0.8), "global_truncation": np.float32(0.9)}
     inputs["z"] = rng.standard_normal((count, config.generator.z_dim)).astype(np.float32)
     if config.condition == "class":
         inputs["labels"] = rng.integers(0, config.num_classes, count).astype(np.int32)
     elif config.condition == "text":
         spec = text_spec(config.text)
-        inputs["tokens"] = np.zeros((count, config.text.length), np.int32)
-        for i, row in enumerate(inputs["tokens"]):
+        inputs["tokens"] = tokens = np.zeros((count, config.text.length), np.int32)
+        for i, row in enumerate(tokens):
             # The empty caption is among them.
             length = i * (config.text.length - 2) // max(1, count - 1)
             row[: length + 2] = (1, *rng.integers(3, min(spec.vocab_size, 1000), length), spec.end_id)

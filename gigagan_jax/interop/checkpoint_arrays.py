@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ class Original:
       config: of the run.
       step: of the checkpoint.
       arrays: of its state.
+      frozen: {role: SHA-256} of frozen networks.
       read_counts: reads the step, the images, how often each optimizer has stepped, the position in the data and the
         identities of frozen networks; None for published weights, which have an average of G and nothing else.
     """
@@ -57,6 +59,7 @@ class Original:
     config: Config
     step: int
     arrays: Arrays
+    frozen: dict[str, str]
     read_counts: Callable[[], dict[str, Any]] | None
 
 
@@ -74,9 +77,10 @@ def open_original(workdir: Path) -> Original:
     """
     if has_weights(workdir):
         weights = Weights(workdir)
-        return Original(
-            read_config(workdir), int(weights.metadata().get("step", 0)), PublishedArrays(workdir, weights), None
-        )
+        metadata = weights.metadata()
+        frozen = json.loads(metadata.get("frozen", "{}"))
+        published = PublishedArrays(workdir, weights)
+        return Original(read_config(workdir), int(metadata.get("step", 0)), published, frozen, None)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.require_valid_step()
     config, arrays = checkpoints.read_config(step), CheckpointArrays(checkpoints, step)
@@ -87,7 +91,7 @@ def open_original(workdir: Path) -> Original:
         "data": checkpoints.data_position(step),
         "frozen": checkpoints.frozen_identities(step) or {},
     }
-    return Original(config, step, arrays, read_counts)
+    return Original(config, step, arrays, checkpoints.frozen_identities(step) or {}, read_counts)
 
 
 class PublishedArrays:

@@ -16,13 +16,14 @@ _KNOWN_DATA = {
 }
 
 
-def write(config: Config, step: int, choices: Sequence[str], verdict: str = "") -> str:
+def write(config: Config, step: int, choices: Sequence[str], form: str, verdict: str = "") -> str:
     """The card.
 
     Args:
       config: of the run.
       step: of the checkpoint.
       choices: what was converted.
+      form: "pytorch", or "safetensors" in this project's names.
       verdict: of the comparison with the original.
     """
     data, data_licence = _KNOWN_DATA.get(config.data.source, (BLANK, BLANK))
@@ -30,23 +31,19 @@ def write(config: Config, step: int, choices: Sequence[str], verdict: str = "") 
     text = {"text": _text_encoder(config), "class": f"{config.num_classes} classes", "none": "nothing"}[
         config.condition
     ]
-    words = config.condition == "text" and config.text.is_trained
-    tokens = 'tokens = tokenize(["..."], config["text"])\n' if words else ""
-    call = {
-        "text": "tokens" if config.text.is_trained else "tokens, features=features",
-        "class": "labels=torch.tensor([0])",
-        "none": "",
-    }[config.condition]
-    training = "" if "training" not in choices else _TRAINING
+    library, made, program = ("pytorch", " and converted to PyTorch", _torch_program(config))
+    if form != "pytorch":
+        library, made, program = ("gigagan_jax", "", _OWN_PROGRAM)
+    training = _TRAINING[form] if "training" in choices else ""
     return f"""---
 license: {BLANK}
-library_name: pytorch
+library_name: {library}
 tags: [gigagan, text-to-image]
 ---
 
 # {config.name}
 
-A GigaGAN (Kang et al., CVPR 2023, arXiv:2303.05511) of {config.resolution} px, trained with gigagan_jax and converted to PyTorch.
+A GigaGAN (Kang et al., CVPR 2023, arXiv:2303.05511) of {config.resolution} px, trained with gigagan_jax{made}.
 
 | | |
 |---|---|
@@ -58,7 +55,18 @@ A GigaGAN (Kang et al., CVPR 2023, arXiv:2303.05511) of {config.resolution} px, 
 | intended use, and limits | {BLANK} |
 | compared with the original | {verdict or "no"} |
 
-`torch_gigagan.py` needs torch only. `model.safetensors` is the moving average of the generator.
+{program}{training}"""
+
+
+def _torch_program(config: Config) -> str:
+    words = config.condition == "text" and config.text.is_trained
+    tokens = 'tokens = tokenize(["..."], config["text"])\n' if words else ""
+    call = {
+        "text": "tokens" if config.text.is_trained else "tokens, features=features",
+        "class": "labels=torch.tensor([0])",
+        "none": "",
+    }[config.condition]
+    return f"""`torch_gigagan.py` needs torch only. `model.safetensors` is the moving average of the generator.
 
 ```python
 import json
@@ -70,7 +78,7 @@ generator = Generator(config)
 generator.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 {tokens}images = generator(torch.randn(1, generator.z_dim){", " if call else ""}{call})  # low to high, [N, 3, R, R] in [-1, 1]
 ```
-{training}"""
+"""
 
 
 def _text_encoder(config: Config) -> str:
@@ -82,7 +90,24 @@ def _text_encoder(config: Config) -> str:
     )
 
 
-_TRAINING = """
-`training/` has the networks as they were trained, and `training.json` the counts of steps and images. `torch_training.py` goes on
-from them: `Training.load(".")`.
+_OWN_PROGRAM = """`model.safetensors` is the moving average of the generator, under the paths of its parameters.
+
+```python
+from gigagan_jax.inference.text_to_image import TextToImage
+
+model = TextToImage.from_pretrained(".")
+images = model("...", seed=3)  # uint8 [1, R, R, 3]
+```
 """
+_BOTH = """
+`training/` has the networks as they were trained, and `training.json` the counts of steps and images. """
+_TRAINING = {
+    "pytorch": _BOTH
+    + """`torch_training.py` goes on
+from them: `Training.load(".")`.
+""",
+    "safetensors": _BOTH
+    + """
+`tools/convert_checkpoint.py --from=safetensors` makes a run of them.
+""",
+}

@@ -15,7 +15,7 @@ import numpy as np
 from gigagan_jax.config import Config
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.interop.artefact import example_inputs, input_shapes, write_program
-from gigagan_jax.interop.pytorch import torch_config
+from gigagan_jax.interop.model_folder import torch_config
 
 FILE = "generator.onnx"
 # Bytes of weights; a file of protocol buffers ends at 2 GiB.
@@ -98,14 +98,14 @@ def _make_module(config: Config, tensors: Iterator[tuple[str, np.ndarray]], cent
     generator.load_state_dict(state | {"w_avg": generator.w_avg}, assign=True)
     for module in generator.modules():
         if isinstance(module, torch_gigagan.AdaptiveConv):
-            module.forward = functools.partial(_adaptive_conv, module)
+            setattr(module, "forward", functools.partial(_adaptive_conv, module))  # noqa: B010 a method, to mypy
     names = list(input_shapes(config))
 
     class Artefact(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.generator = generator
-            self.register_buffer("centers", torch.from_numpy(centers))
+            self.centers = torch.nn.Buffer(torch.from_numpy(centers))
 
         def forward(self, *values: Any) -> Any:
             inputs = dict(zip(names, (x if x.is_floating_point() else x.long() for x in values), strict=True))

@@ -15,8 +15,9 @@ from gigagan_jax.config import Config
 from gigagan_jax.config.parameter_renames import nest
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.interop.checkpoint_arrays import Original, state_networks
-from gigagan_jax.interop.pytorch import TRAINING_FOLDER, W_AVG, torch_config
-from gigagan_jax.interop.torch_table import from_torch
+from gigagan_jax.interop.model_folder import TRAINING_FOLDER, W_AVG, torch_config
+from gigagan_jax.interop.tensor_names import TENSOR_NAMES
+from gigagan_jax.models.discriminator import prediction_pairs
 from gigagan_jax.models.network import Network, Params
 from gigagan_jax.models.pretrained.text_encoder import text_spec
 from gigagan_jax.models.pretrained.weights import Weights
@@ -33,13 +34,15 @@ class Check:
     Args:
       original: what was converted.
       choices: that were converted.
+      form: of TENSOR_NAMES; outputs are compared for "pytorch" alone.
       memory: bytes that a comparison of outputs may take.
 
     Attributes:
       verdict: of the last call.
     """
 
-    def __init__(self, original: Original, choices: Sequence[str], memory: float):
+    def __init__(self, original: Original, choices: Sequence[str], form: str, memory: float):
+        self._form = form
         self._arrays, self._config = original.arrays, original.config
         self._choices, self._memory, self.verdict = choices, memory, ""
 
@@ -55,7 +58,11 @@ class Check:
         return self.verdict
 
     def _compare(self, folder: Path, file: str, network: Network, name: str, part: str) -> str:
-        if importlib.util.find_spec("torch") is None or 4 * _COPIES * network.count() > self._memory:
+        if (
+            self._form != "pytorch"
+            or importlib.util.find_spec("torch") is None
+            or 4 * _COPIES * network.count() > self._memory
+        ):
             return self._compare_tensors(folder, file, network, name, part)
         worst = max(self._differences(folder, file, network, name, part))
         # Not a number is no agreement either.
@@ -69,23 +76,33 @@ class Check:
     def _compare_tensors(self, folder: Path, file: str, network: Network, name: str, part: str) -> str:
         weights = Weights(folder, single=file)
         keys = {key: weights.shape_of(key) for key in sorted(weights.keys()) if key != W_AVG}
-        back = from_torch(network, self._config, keys, weights.read_tensor, str(folder / file))
+        back = TENSOR_NAMES[self._form].read(network, self._config, keys, weights.read_tensor, str(folder / file))
         for (path, found), (_, wanted) in zip(back, self._arrays.read(network, name, part), strict=True):
             if not np.array_equal(found, wanted, equal_nan=True):
                 raise UserError(f"{network.name}: {path} is not what the checkpoint has; nothing was written")
-        return f"all tensors of the {network.name} are equal (too large for --memory, or torch is not here)"
+        reason = "" if self._form != "pytorch" else " (too large for --memory, or torch is not here)"
+        return f"all tensors of the {network.name} are equal{reason}"
 
     def _differences(self, folder: Path, file: str, network: Network, name: str, part: str) -> Iterator[float]:
+        from gigagan_jax.interop import torch_gigagan
+
         params = nest(dict(self._arrays.read(network, name, part)))
-        run = {"g": _run_generator, "d": _run_discriminator, "v": _run_vision_aided}[name]
         # Whatever the run computed in: bfloat16 would hide what is wrong.
         config = dataclasses.replace(self._config, dtype="float32")
-        yield from run(config, state_networks(config)[name], params, Weights(folder, single=file))
+        kinds = {
+            "g": (torch_gigagan.Generator, run_generator, 2),
+            "d": (torch_gigagan.Discriminator, run_discriminator, max(2, config.discriminator.minibatch_std)),
+            "v": (torch_gigagan.VisionAided, run_vision_aided, 2),
+        }
+        make, run, count = kinds[name]
+        module = _load(make(torch_config(config)), Weights(folder, single=file))
+        for _, ours, theirs in run(config, state_networks(config)[name], params, module, count):
+            yield difference(ours, theirs)
 
 
-def _difference(ours: Any, theirs: Any) -> float:
-    a, b = np.asarray(ours), theirs.detach().numpy()
-    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12))
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest difference of two arrays, of the largest value."""
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-12))
 
 
 def _load(module: Any, weights: Weights) -> Any:
@@ -119,56 +136,71 @@ def _conditions(config: Config, count: int) -> tuple[dict[str, np.ndarray], dict
     return ours, {name: as_torch(x) for name, x in ours.items()}
 
 
-def _run_generator(config: Config, network: Network, params: Params, weights: Weights) -> Iterator[float]:
+# What a comparison gives: (name, ours, theirs), images as [N, C, H, W].
+Pairs = Iterator[tuple[str, np.ndarray, np.ndarray]]
+
+
+def run_generator(config: Config, network: Network, params: Params, module: Any, count: int) -> Pairs:
+    """The images of every level, of both sides.
+
+    Args:
+      config: of the run, in float32.
+      network: G.
+      params: its parameters.
+      module: `torch_gigagan.Generator` with the same.
+      count: examples.
+    """
     import torch
 
-    from gigagan_jax.interop import torch_gigagan
-
-    ours, theirs = _conditions(config, 2)
-    z = np.random.default_rng(1).standard_normal((2, config.generator.z_dim)).astype(np.float32)
+    ours, theirs = _conditions(config, count)
+    z = np.random.default_rng(1).standard_normal((count, config.generator.z_dim)).astype(np.float32)
     images, _ = jax.jit(lambda p: network.bind(p)(z, **{"tokens": None, **ours}))(params)
-    module = _load(torch_gigagan.Generator(torch_config(config)), weights)
-    for a, b in zip(images, module(torch.from_numpy(z), **theirs), strict=True):
-        yield _difference(np.moveaxis(np.asarray(a), -1, 1), b)
+    with torch.no_grad():
+        for a, b in zip(images, module(torch.from_numpy(z), **theirs), strict=True):
+            yield f"image {a.shape[1]} px", np.moveaxis(np.asarray(a), -1, 1), b.numpy()
 
 
-def _run_discriminator(config: Config, network: Network, params: Params, weights: Weights) -> Iterator[float]:
+def run_discriminator(config: Config, network: Network, params: Params, module: Any, count: int) -> Pairs:
+    """Every prediction, and the gradients of their sum with random signs by the images (what R1 penalizes)."""
     import torch
 
-    from gigagan_jax.interop import torch_gigagan
-
-    count = max(2, config.discriminator.minibatch_std)
     ours, theirs = _conditions(config, count)
     rng = np.random.default_rng(2)
     sides = config.resolutions[::-1] if config.discriminator.multi_scale_input else config.resolutions[-1:]
     pyramid = [rng.standard_normal((count, side, side, 3)).astype(np.float32) for side in sides]
+    pairs = prediction_pairs(config.discriminator)
+    signs = rng.choice((-1.0, 1.0), len(pairs)).astype(np.float32)
 
-    def run(params: Params) -> Any:
+    def run(params: Params, pyramid: list[jax.Array]) -> Any:
         disc = network.bind(params)
-        return disc({"real": pyramid}, disc.condition(**{"tokens": None, **ours}))["real"].own
+        own = disc({"real": pyramid}, disc.condition(**{"tokens": None, **ours}))["real"].own
+        return sum(sign * x.sum() for sign, x in zip(signs, own, strict=True)), own
 
-    logits = jax.jit(run)(params)
-    module = _load(torch_gigagan.Discriminator(torch_config(config)), weights)
-    images = [torch.from_numpy(np.moveaxis(x, -1, 1).copy()) for x in pyramid]
-    for a, b in zip(logits, module(images, module.condition(**theirs)).values(), strict=True):
-        yield _difference(a, b)
+    (_, logits), grads = jax.jit(jax.value_and_grad(run, argnums=1, has_aux=True))(params, pyramid)
+    images = [torch.from_numpy(np.moveaxis(x, -1, 1).copy()).requires_grad_() for x in pyramid]
+    predictions = module(images, module.condition(**theirs))
+    torch.stack([sign * x.sum() for sign, x in zip(signs.tolist(), predictions.values(), strict=True)]).sum().backward()
+    for pair, a, b in zip(pairs, logits, predictions.values(), strict=True):
+        yield f"prediction of level {pair.level}, exit {pair.exit}", np.asarray(a), b.detach().numpy()
+    for a, x in zip(grads, images, strict=True):
+        assert x.grad is not None
+        yield f"gradient by the image of {x.shape[-1]} px", np.moveaxis(np.asarray(a), -1, 1), x.grad.numpy()
 
 
-def _run_vision_aided(config: Config, network: Network, params: Params, weights: Weights) -> Iterator[float]:
+def run_vision_aided(config: Config, network: Network, params: Params, module: Any, count: int) -> Pairs:
+    """The logits of every head, from random features."""
     import torch
 
-    from gigagan_jax.interop import torch_gigagan
-
-    ours, theirs = _conditions(config, 2)
+    ours, theirs = _conditions(config, count)
     rng, v = np.random.default_rng(3), config.vision_aided
-    features = [rng.standard_normal((2, 4, 4, v.projection)).astype(np.float32) for _ in v.layers]
+    features = [rng.standard_normal((count, 4, 4, v.projection)).astype(np.float32) for _ in v.layers]
 
     def run(params: Params) -> Any:
-        module = network.bind(params)
-        return module(features, module.condition(**{"tokens": None, "labels": None, **ours}))
+        bound = network.bind(params)
+        return bound(features, bound.condition(**{"tokens": None, "labels": None, **ours}))
 
-    logits = jax.jit(run)(params)
-    module = _load(torch_gigagan.VisionAided(torch_config(config)), weights)
     maps = [torch.from_numpy(np.moveaxis(x, -1, 1).copy()) for x in features]
-    for a, b in zip(logits, module(maps, module.condition(**theirs)), strict=True):
-        yield _difference(a, b)
+    with torch.no_grad():
+        expected = module(maps, module.condition(**theirs))
+    for layer, a, b in zip(v.layers, jax.jit(run)(params), expected, strict=True):
+        yield f"head of layer {layer}", np.asarray(a), b.numpy()

@@ -150,12 +150,7 @@ def from_torch(
     """
     specs = network.specs_by_path()
     wanted = dict(torch_shapes(network, config))
-    _check_keys(set(wanted), set(keys), where)
-    for key, shape in wanted.items():
-        if tuple(keys[key]) != shape:
-            raise UserError(
-                f"{where}: {key} is {list(keys[key])}, the config asks for {list(shape)}: the weights are of another model"
-            )
+    check_tensors(wanted, keys, where)
     for path, group in itertools.groupby(torch_rows(network, config), key=lambda row: row.path):
         out = np.empty(specs[path].shape, np.float32)
         for row in group:
@@ -163,8 +158,14 @@ def from_torch(
         yield path, out
 
 
-def _check_keys(wanted: set[str], found: set[str], where: str) -> None:
-    for names, problem in ((wanted - found, "has no"), (found - wanted, "has an unknown")):
+def check_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises UserError where tensors, {key: shape}, are not those that are wanted."""
+    for names, problem in ((wanted.keys() - found.keys(), "has no"), (found.keys() - wanted.keys(), "has an unknown")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{where} {problem} {min(names)}{more}: the weights are of another model, or damaged")
+    for key, shape in wanted.items():
+        if tuple(found[key]) != shape:
+            raise UserError(
+                f"{where}: {key} is {list(found[key])}, the config asks for {list(shape)}: the weights are of another model"
+            )

@@ -22,7 +22,7 @@ from gigagan_jax.config.parameter_renames import path_at_format
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIGHTS_FILE
 from gigagan_jax.models.network import Network, Params, path_name
-from gigagan_jax.models.pretrained.hub import read_json
+from gigagan_jax.models.pretrained.hub import INDEX, read_json
 from gigagan_jax.models.pretrained.weights import Row, Weights, load_params
 
 W_AVG = "w_avg"
@@ -47,7 +47,9 @@ class GeneratorWeights:
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds published weights, and no run."""
-    return (folder / WEIGHTS_FILE).is_file() and not (folder / CHECKPOINTS_FOLDER).is_dir()
+    return (
+        any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX)) and not (folder / CHECKPOINTS_FOLDER).is_dir()
+    )
 
 
 def save_weights(

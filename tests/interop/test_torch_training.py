@@ -14,7 +14,7 @@ from configs.digits import get_config
 from gigagan_jax.config import from_dict
 from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.interop.checkpoint_arrays import state_networks
-from gigagan_jax.interop.pytorch import torch_config
+from gigagan_jax.interop.model_folder import torch_config
 from gigagan_jax.interop.torch_table import to_torch
 from gigagan_jax.interop.torch_training import Draws, Training
 from gigagan_jax.models.discriminator import prediction_pairs

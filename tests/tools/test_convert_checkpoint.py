@@ -16,7 +16,7 @@ from gigagan_jax.config import MeshConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.latents import z_of_seed
 from gigagan_jax.inference.text_to_image import TextToImage
-from gigagan_jax.interop import pytorch
+from gigagan_jax.interop import model_folder
 from gigagan_jax.interop.checkpoint_arrays import CheckpointArrays, open_original
 from gigagan_jax.interop.torch_check import Check
 from gigagan_jax.parallel import sharding
@@ -107,7 +107,7 @@ def test_a_transposed_tensor_of_the_right_shape_is_seen(converted, tmp_path):
     original = open_original(RUN)
     for memory, message in ((8e9, "differ by"), (0, "is not what the checkpoint has")):
         with pytest.raises(UserError, match=message):
-            Check(original, ["average"], memory)(tmp_path / "folder")
+            Check(original, ["average"], "pytorch", memory)(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_nothing_half_written_stays_where_the_check_fails(tmp_path):
         raise UserError("differs")
 
     with pytest.raises(UserError, match="differs"):
-        pytorch.write_folder(tmp_path / "out", open_original(RUN), ["average"], check=refuse)
+        model_folder.write_folder(tmp_path / "out", open_original(RUN), ["average"], "pytorch", check=refuse)
     assert not list(tmp_path.iterdir())
 
 
@@ -193,6 +193,24 @@ def test_there_and_back_is_the_same_state(converted, tmp_path):
     assert Checkpoints(tmp_path / "run").read_config(15) == Checkpoints(RUN).read_config(15)
     images = TextToImage.from_workdir(tmp_path / "run")(["the digit 3"], [1])
     np.testing.assert_array_equal(images, TextToImage.from_workdir(RUN)(["the digit 3"], [1]))
+
+
+def test_in_this_projects_own_names(tmp_path):
+    """There and back, and the folder samples as it is."""
+    command = [f"--workdir={RUN}", "--to=safetensors", f"--out={tmp_path / 'own'}", ALL, "--shard=0.00002"]
+    assert convert_checkpoint.verb(command) == 0
+    assert not list((tmp_path / "own").glob("*.py"))
+    assert "all tensors of the generator are equal;" in (tmp_path / "own" / "README.md").read_text()
+    images = TextToImage.from_workdir(RUN)(["the digit 3"], [1])
+    np.testing.assert_array_equal(TextToImage.from_pretrained(tmp_path / "own")(["the digit 3"], [1]), images)
+    out = tmp_path / "run"
+    assert convert_checkpoint.verb(["--from=safetensors", f"--input={tmp_path / 'own'}", f"--out={out}"]) == 0
+    (step, state, data), (_, expected, position) = restore(out), restore(RUN)
+    assert (step, data) == (15, position)
+    assert states_equal(state, expected)
+    # The other way's folder is not this one's.
+    with pytest.raises(UserError, match=r"has no .*: the weights are of another model"):
+        convert_checkpoint.verb(["--from=pytorch", f"--input={tmp_path / 'own'}", f"--out={tmp_path / 'no'}"])
 
 
 def test_the_average_alone_starts_a_run_of_it(tmp_path):

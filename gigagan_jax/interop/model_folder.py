@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that PyTorch users know: safetensors, config.json, one torch file, a model card."""
+"""A checkpoint as a folder of safetensors with config.json and a model card; for PyTorch, with the torch files too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.interop import model_card
 from gigagan_jax.interop.checkpoint_arrays import Arrays, Original, state_networks
 from gigagan_jax.interop.safetensors_stream import SHARD_BYTES, Tensor, write_tensors
-from gigagan_jax.interop.torch_table import to_torch_stream, torch_shapes
+from gigagan_jax.interop.tensor_names import TENSOR_NAMES, TensorNames
 from gigagan_jax.interop.weights import without_places
 from gigagan_jax.models.network import Network
 from gigagan_jax.models.pretrained.hub import is_hub_id
@@ -46,30 +46,33 @@ class File:
     read: Callable[[], Iterator[tuple[str, np.ndarray]]]
 
 
-def plan_files(original: Original, choices: Sequence[str]) -> list[File]:
+def plan_files(original: Original, choices: Sequence[str], names: TensorNames) -> list[File]:
     """The files of a converted checkpoint.
 
     Args:
       original: what is converted.
       choices: of CHOICES.
+      names: of the tensors.
     """
     arrays, config = original.arrays, original.config
     networks = state_networks(config)
     files = []
     if "average" in choices:
-        files.append(_network_file("model.safetensors", arrays, config, networks["g"], "g", "average"))
+        files.append(_network_file("model.safetensors", arrays, config, networks["g"], "g", "average", names))
     for name, network in networks.items():
         if "training" in choices:
             file = f"{TRAINING_FOLDER}/{network.name}.safetensors"
-            files.append(_network_file(file, arrays, config, network, name, "params"))
+            files.append(_network_file(file, arrays, config, network, name, "params", names))
         if "optimizer" in choices:
-            files.append(_optimizer_file(arrays, config, network, name))
+            files.append(_optimizer_file(arrays, config, network, name, names))
     return files
 
 
-def _network_file(file: str, arrays: Arrays, config: Config, network: Network, name: str, part: str) -> File:
-    tensors = [Tensor(key, shape) for key, shape in torch_shapes(network, config)]
-    read = lambda: to_torch_stream(network, config, arrays.read(network, name, part))
+def _network_file(
+    file: str, arrays: Arrays, config: Config, network: Network, name: str, part: str, names: TensorNames
+) -> File:
+    tensors = [Tensor(key, shape) for key, shape in names.shapes(network, config)]
+    read = lambda: names.write(network, config, arrays.read(network, name, part))
     if name != "g":
         return File(file, tensors, read)
     width = (config.generator.w_dim,)
@@ -81,20 +84,14 @@ def _network_file(file: str, arrays: Arrays, config: Config, network: Network, n
     return File(file, [Tensor(W_AVG, width), *tensors], with_w_avg)
 
 
-def moment_kinds(config: Config, name: str) -> dict[str, str]:
-    """{moment in the state: its name in torch's Adam} of a network's optimizer; without beta1 there is no mean."""
-    return ({"mu": "exp_avg"} if getattr(config, f"{name}_optimizer").beta1 else {}) | {"nu": "exp_avg_sq"}
-
-
-def _optimizer_file(arrays: Arrays, config: Config, network: Network, name: str) -> File:
-    """Moments under the names of torch's Adam: `exp_avg.KEY` and `exp_avg_sq.KEY`."""
-    kinds = moment_kinds(config, name)
-    shapes = list(torch_shapes(network, config))
+def _optimizer_file(arrays: Arrays, config: Config, network: Network, name: str, names: TensorNames) -> File:
+    kinds = names.moments_of(config, name)
+    shapes = list(names.shapes(network, config))
     tensors = [Tensor(f"{kind}.{key}", shape) for kind in kinds.values() for key, shape in shapes]
 
     def read() -> Iterator[tuple[str, np.ndarray]]:
         for part, kind in kinds.items():
-            for key, array in to_torch_stream(network, config, arrays.read(network, name, part)):
+            for key, array in names.write(network, config, arrays.read(network, name, part)):
                 yield f"{kind}.{key}", array
 
     return File(f"{TRAINING_FOLDER}/{network.name}_optimizer.safetensors", tensors, read)
@@ -120,6 +117,7 @@ def write_folder(
     out: Path,
     original: Original,
     choices: Sequence[str],
+    form: str,
     *,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
@@ -131,6 +129,7 @@ def write_folder(
       out: folder that is not there yet.
       original: what is converted.
       choices: of CHOICES.
+      form: of TENSOR_NAMES.
       shard_bytes: most of one file.
       progress: called with (bytes done, bytes in all).
       check: called with the folder before it gets its name; its text is part of the model card.
@@ -146,7 +145,7 @@ def write_folder(
     if original.read_counts is None and list(choices) != ["average"]:
         raise UserError(f"--what={','.join(choices)}: published weights hold the average of G alone")
     config, step = original.config, original.step
-    files = plan_files(original, choices)
+    files = plan_files(original, choices, TENSOR_NAMES[form])
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     total, done = sum(t.size for file in files for t in file.tensors), 0
@@ -155,7 +154,7 @@ def write_folder(
         for file in files:
             place = part / file.name
             place.parent.mkdir(exist_ok=True)
-            metadata = {"format": "pt", "step": str(step), "model": config.name}
+            metadata = {"format": "pt", "step": str(step), "model": config.name, "frozen": json.dumps(original.frozen)}
             written = write_tensors(
                 place.parent, file.tensors, file.read(), name=place.name, metadata=metadata, shard_bytes=shard_bytes
             )
@@ -166,10 +165,10 @@ def write_folder(
         (part / CONFIG_FILE).write_text(json.dumps(torch_config(config), indent=1) + "\n")
         if original.read_counts is not None and {"training", "optimizer"} & set(choices):
             (part / TRAINING_FOLDER / TRAINING_FILE).write_text(json.dumps(original.read_counts(), indent=1) + "\n")
-        for source in TORCH_FILES:
+        for source in TORCH_FILES if form == "pytorch" else ():
             shutil.copyfile(source, part / source.name)
         verdict = "" if check is None else check(part)
-        (part / "README.md").write_text(model_card.write(config, step, choices, verdict))
+        (part / "README.md").write_text(model_card.write(config, step, choices, form, verdict))
         os.replace(part, out)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from error

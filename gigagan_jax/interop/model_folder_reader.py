@@ -1,4 +1,4 @@
-"""A folder of `pytorch.py` back as the arrays of a train state, whoever trained it meanwhile."""
+"""A folder of `model_folder.py` back as the arrays of a train state, whoever trained it meanwhile."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gigagan_jax.config.migrations import upgrade_config
 from gigagan_jax.config.parameter_renames import nest
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.interop.checkpoint_arrays import state_networks
-from gigagan_jax.interop.pytorch import CONFIG_FILE, TRAINING_FILE, TRAINING_FOLDER, W_AVG, moment_kinds
-from gigagan_jax.interop.torch_table import from_torch
+from gigagan_jax.interop.model_folder import CONFIG_FILE, TRAINING_FILE, TRAINING_FOLDER, W_AVG
+from gigagan_jax.interop.tensor_names import TENSOR_NAMES, TensorNames
 from gigagan_jax.models.network import Network, Params
 from gigagan_jax.models.pretrained.hub import INDEX, SINGLE, read_json
 from gigagan_jax.models.pretrained.weights import Weights
@@ -53,12 +53,17 @@ class Imported:
     frozen: dict[str, str]
 
 
-def read_folder(folder: Path) -> Imported:
+def read_folder(folder: Path, form: str) -> Imported:
     """Reads all of a folder.
+
+    Args:
+      folder: that was converted.
+      form: of TENSOR_NAMES.
 
     Raises:
       UserError: a file is missing or damaged, or the tensors are not those of the config.
     """
+    names = TENSOR_NAMES[form]
     config = read_config(folder)
     networks = state_networks(config)
     training = folder / TRAINING_FOLDER
@@ -66,13 +71,13 @@ def read_folder(folder: Path) -> Imported:
     params, moments = {}, {}
     for name, network in networks.items():
         if (found := _weights(training, f"{network.name}.safetensors")) is not None:
-            params[name] = _read_network(found, network, config, training)
+            params[name] = _read_network(found, network, config, training, names)
         if (found := _weights(training, f"{network.name}_optimizer.safetensors")) is not None:
-            moments[name] = _read_moments(found, network, config, training, moment_kinds(config, name))
+            moments[name] = _read_moments(found, network, config, training, names, name)
     source = _weights(folder, SINGLE)
     if source is None and "g" not in params:
-        raise UserError(f"{folder} holds no {SINGLE}: is it a folder of tools/convert_checkpoint.py --to=pytorch?")
-    average = params["g"] if source is None else _read_network(source, networks["g"], config, folder)
+        raise UserError(f"{folder} holds no {SINGLE}: is it a folder of tools/convert_checkpoint.py --to={form}?")
+    average = params["g"] if source is None else _read_network(source, networks["g"], config, folder, names)
     holder = source or _weights(training, f"{networks['g'].name}.safetensors")
     assert holder is not None
     return Imported(
@@ -121,19 +126,19 @@ def _shapes(weights: Weights, prefix: str = "") -> dict[str, tuple[int, ...]]:
     return {key.removeprefix(prefix): weights.shape_of(key) for key in keys}
 
 
-def _read_network(weights: Weights, network: Network, config: Config, folder: Path) -> Params:
+def _read_network(weights: Weights, network: Network, config: Config, folder: Path, names: TensorNames) -> Params:
     where = f"{folder} ({network.name})"
-    return nest(dict(from_torch(network, config, _shapes(weights), weights.read_tensor, where)))
+    return nest(dict(names.read(network, config, _shapes(weights), weights.read_tensor, where)))
 
 
 def _read_moments(
-    weights: Weights, network: Network, config: Config, folder: Path, kinds: Mapping[str, str]
+    weights: Weights, network: Network, config: Config, folder: Path, names: TensorNames, name: str
 ) -> dict[str, Params]:
     moments = {}
-    for ours, theirs in kinds.items():
+    for ours, theirs in names.moments_of(config, name).items():
         read = lambda key, theirs=theirs: weights.read_tensor(f"{theirs}.{key}")
         where = f"{folder} ({theirs}.* of the {network.name})"
-        moments[ours] = nest(dict(from_torch(network, config, _shapes(weights, f"{theirs}."), read, where)))
+        moments[ours] = nest(dict(names.read(network, config, _shapes(weights, f"{theirs}."), read, where)))
     return moments
 
 

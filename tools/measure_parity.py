@@ -1,0 +1,97 @@
+"""Compares a network with its PyTorch form at any size: outputs, predictions, and the gradients by images that R1 uses.
+
+    python tools/measure_parity.py --config=configs/laion.py --network=generator
+    python tools/measure_parity.py --config=configs/laion.py --network=discriminator [--batch=1]
+
+Parameters are drawn away from where they start, so that none is zero. Differences are of the largest value of each array.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import resource
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gigagan_jax import cli
+from gigagan_jax.cli.config_file import load_config
+from gigagan_jax.config import Config
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.formatting import format_table
+from gigagan_jax.interop import torch_check
+from gigagan_jax.interop.checkpoint_arrays import state_networks
+from gigagan_jax.interop.model_folder import torch_config
+from gigagan_jax.interop.torch_table import to_torch
+from gigagan_jax.models.network import Network, Params, is_spec
+
+NETWORKS = {"generator": "g", "discriminator": "d", "vision_aided": "v"}
+
+
+def draw_params(network: Network) -> Params:
+    """Values of every parameter away from its start."""
+    rng = np.random.default_rng(0)
+    draw = lambda spec: (
+        np.float32(spec.mean) + np.float32(spec.std or 0.3) * rng.standard_normal(spec.shape, dtype=np.float32)
+    )
+    return jax.tree.map(draw, network.specs, is_leaf=is_spec)
+
+
+def measure(config: Config, name: str, batch: int) -> list[tuple[str, ...]]:
+    """Rows: what was compared, its shape, the largest difference of the largest value."""
+    import torch
+
+    from gigagan_jax.interop import torch_gigagan
+
+    network = state_networks(config)[NETWORKS[name]]
+    params = draw_params(network)
+    kinds = {"g": torch_gigagan.Generator, "d": torch_gigagan.Discriminator, "v": torch_gigagan.VisionAided}
+    # Without its own values, which would be a third copy.
+    with torch.device("meta"):
+        module: Any = kinds[NETWORKS[name]](torch_config(config))
+    tensors = {key: torch.from_numpy(np.array(x)) for key, x in to_torch(network, config, params)}
+    if name == "generator":
+        tensors["w_avg"] = torch.zeros(config.generator.w_dim)
+    module.load_state_dict(tensors, assign=True)
+    module.eval().requires_grad_(False)
+    del tensors
+    gc.collect()
+    run = {"g": torch_check.run_generator, "d": torch_check.run_discriminator, "v": torch_check.run_vision_aided}
+    rows: list[tuple[str, ...]] = []
+    for label, ours, theirs in run[NETWORKS[name]](config, network, params, module, batch):
+        rows.append((label, str(list(ours.shape)), f"{torch_check.difference(ours, theirs):.1e}"))
+    return rows
+
+
+def verb(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="as for train; --config.KEY=VALUE changes it")
+    parser.add_argument("--network", choices=sorted(NETWORKS), required=True)
+    parser.add_argument(
+        "--batch", type=int, default=1, help="examples (1); a multiple of the discriminator's minibatch_std"
+    )
+    args, overrides = parser.parse_known_args(argv)
+    config = dataclasses.replace(load_config(args.config, overrides), dtype="float32", remat=False)
+    group = config.discriminator.minibatch_std or 1
+    if args.batch < 1 or (args.network == "discriminator" and args.batch % group):
+        raise UserError(f"--batch={args.batch} must be a positive multiple of {group}")
+    if NETWORKS[args.network] not in state_networks(config):
+        raise UserError(f"--config={args.config} trains no {args.network}: --config.loss.vision_aided=1 does")
+    network = state_networks(config)[NETWORKS[args.network]]
+    print(
+        f"{args.network} of {config.name}: {network.count() / 1e6:.1f}M parameters, float32, batch {args.batch}",
+        flush=True,
+    )
+    rows = measure(config, args.network, args.batch)
+    print(format_table(rows, ("compared", "shape", "difference")))
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(verb)
