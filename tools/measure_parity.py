@@ -3,7 +3,9 @@
     python tools/measure_parity.py --config=configs/laion.py --network=generator
     python tools/measure_parity.py --config=configs/laion.py --network=discriminator [--batch=1]
 
-Parameters are drawn away from where they start, so that none is zero. Differences are of the largest value of each array.
+Parameters are drawn away from where they start, so that none is zero. A difference is the largest one over the largest value,
+and in brackets that of the norms. `--double` compares both sides with PyTorch in float64 too: what both of them differ by is
+rounding, and no other formula.
 """
 
 from __future__ import annotations
@@ -41,8 +43,13 @@ def draw_params(network: Network) -> Params:
     return jax.tree.map(draw, network.specs, is_leaf=is_spec)
 
 
-def measure(config: Config, name: str, batch: int) -> list[tuple[str, ...]]:
-    """Rows: what was compared, its shape, the largest difference of the largest value."""
+def format_difference(a: np.ndarray, b: np.ndarray) -> str:
+    """The largest difference over the largest value, and that of the norms."""
+    return f"{torch_check.difference(a, b):.1e} ({float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-12):.1e})"
+
+
+def measure(config: Config, name: str, batch: int, double: bool) -> list[tuple[str, ...]]:
+    """Rows: what was compared, its shape, the difference of both sides; with `double`, torch's float32 from its float64."""
     import torch
 
     from gigagan_jax.interop import torch_gigagan
@@ -61,10 +68,14 @@ def measure(config: Config, name: str, batch: int) -> list[tuple[str, ...]]:
     del tensors
     gc.collect()
     run = {"g": torch_check.run_generator, "d": torch_check.run_discriminator, "v": torch_check.run_vision_aided}
-    rows: list[tuple[str, ...]] = []
-    for label, ours, theirs in run[NETWORKS[name]](config, network, params, module, batch):
-        rows.append((label, str(list(ours.shape)), f"{torch_check.difference(ours, theirs):.1e}"))
-    return rows
+    compare = lambda: list(run[NETWORKS[name]](config, network, params, module, batch))
+    single = compare()
+    rows = [[label, str(list(a.shape)), format_difference(a, b)] for label, a, b in single]
+    if double:
+        module.double()
+        for row, (_, a, b), (_, _, own) in zip(rows, compare(), single, strict=True):
+            row += [format_difference(a, b), format_difference(own, b)]
+    return [tuple(row) for row in rows]
 
 
 def verb(argv: Sequence[str]) -> int:
@@ -75,6 +86,7 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--batch", type=int, default=1, help="examples (1); a multiple of the discriminator's minibatch_std"
     )
+    parser.add_argument("--double", action="store_true", help="compares with float64 too")
     args, overrides = parser.parse_known_args(argv)
     config = dataclasses.replace(load_config(args.config, overrides), dtype="float32", remat=False)
     group = config.discriminator.minibatch_std or 1
@@ -87,8 +99,9 @@ def verb(argv: Sequence[str]) -> int:
         f"{args.network} of {config.name}: {network.count() / 1e6:.1f}M parameters, float32, batch {args.batch}",
         flush=True,
     )
-    rows = measure(config, args.network, args.batch)
-    print(format_table(rows, ("compared", "shape", "difference")))
+    rows = measure(config, args.network, args.batch, args.double)
+    more = ("here, from float64", "torch, from float64") if args.double else ()
+    print(format_table(rows, ("compared", "shape", "largest (norm)", *more)))
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
     return 0
 

@@ -114,7 +114,12 @@ def _load(module: Any, weights: Weights) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _conditions(config: Config, count: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def dtype_of(module: Any) -> Any:
+    """In which a torch module computes."""
+    return next(module.parameters()).dtype
+
+
+def _conditions(config: Config, count: int, dtype: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A fixed caption or class for each of `count` examples: keyword arguments here and in torch."""
     import torch
 
@@ -132,7 +137,7 @@ def _conditions(config: Config, count: int) -> tuple[dict[str, np.ndarray], dict
         ours["tokens"] = tokens
         if not config.text.is_trained:
             ours["features"] = rng.standard_normal((*tokens.shape, spec.width)).astype(np.float32)
-    as_torch = lambda x: torch.from_numpy(x) if x.dtype == np.float32 else torch.from_numpy(x).long()
+    as_torch = lambda x: torch.from_numpy(x).to(dtype if x.dtype == np.float32 else torch.long)
     return ours, {name: as_torch(x) for name, x in ours.items()}
 
 
@@ -152,11 +157,11 @@ def run_generator(config: Config, network: Network, params: Params, module: Any,
     """
     import torch
 
-    ours, theirs = _conditions(config, count)
+    ours, theirs = _conditions(config, count, dtype_of(module))
     z = np.random.default_rng(1).standard_normal((count, config.generator.z_dim)).astype(np.float32)
     images, _ = jax.jit(lambda p: network.bind(p)(z, **{"tokens": None, **ours}))(params)
     with torch.no_grad():
-        for a, b in zip(images, module(torch.from_numpy(z), **theirs), strict=True):
+        for a, b in zip(images, module(torch.from_numpy(z).to(dtype_of(module)), **theirs), strict=True):
             yield f"image {a.shape[1]} px", np.moveaxis(np.asarray(a), -1, 1), b.numpy()
 
 
@@ -164,7 +169,7 @@ def run_discriminator(config: Config, network: Network, params: Params, module: 
     """Every prediction, and the gradients of their sum with random signs by the images (what R1 penalizes)."""
     import torch
 
-    ours, theirs = _conditions(config, count)
+    ours, theirs = _conditions(config, count, dtype_of(module))
     rng = np.random.default_rng(2)
     sides = config.resolutions[::-1] if config.discriminator.multi_scale_input else config.resolutions[-1:]
     pyramid = [rng.standard_normal((count, side, side, 3)).astype(np.float32) for side in sides]
@@ -177,7 +182,8 @@ def run_discriminator(config: Config, network: Network, params: Params, module: 
         return sum(sign * x.sum() for sign, x in zip(signs, own, strict=True)), own
 
     (_, logits), grads = jax.jit(jax.value_and_grad(run, argnums=1, has_aux=True))(params, pyramid)
-    images = [torch.from_numpy(np.moveaxis(x, -1, 1).copy()).requires_grad_() for x in pyramid]
+    to = lambda x: torch.from_numpy(np.moveaxis(x, -1, 1).copy()).to(dtype_of(module))
+    images = [to(x).requires_grad_() for x in pyramid]
     predictions = module(images, module.condition(**theirs))
     torch.stack([sign * x.sum() for sign, x in zip(signs.tolist(), predictions.values(), strict=True)]).sum().backward()
     for pair, a, b in zip(pairs, logits, predictions.values(), strict=True):
@@ -191,7 +197,7 @@ def run_vision_aided(config: Config, network: Network, params: Params, module: A
     """The logits of every head, from random features."""
     import torch
 
-    ours, theirs = _conditions(config, count)
+    ours, theirs = _conditions(config, count, dtype_of(module))
     rng, v = np.random.default_rng(3), config.vision_aided
     features = [rng.standard_normal((count, 4, 4, v.projection)).astype(np.float32) for _ in v.layers]
 
@@ -199,7 +205,7 @@ def run_vision_aided(config: Config, network: Network, params: Params, module: A
         bound = network.bind(params)
         return bound(features, bound.condition(**{"tokens": None, "labels": None, **ours}))
 
-    maps = [torch.from_numpy(np.moveaxis(x, -1, 1).copy()) for x in features]
+    maps = [torch.from_numpy(np.moveaxis(x, -1, 1).copy()).to(dtype_of(module)) for x in features]
     with torch.no_grad():
         expected = module(maps, module.condition(**theirs))
     for layer, a, b in zip(v.layers, jax.jit(run)(params), expected, strict=True):

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -16,15 +16,17 @@ from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.interop.checkpoint_arrays import state_networks
 from gigagan_jax.interop.model_folder import torch_config
 from gigagan_jax.interop.torch_table import to_torch
-from gigagan_jax.interop.torch_training import Draws, Training
-from gigagan_jax.models.discriminator import prediction_pairs
+from gigagan_jax.interop.torch_training import Training
 from gigagan_jax.models.pretrained.text_encoder import tokenizer_options
 from gigagan_jax.parallel import sharding
-from gigagan_jax.training.mismatched_captions import draw_mismatch, group_size
-from gigagan_jax.training.penalties import draw_signs
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep
 from tests.interop.test_torch_parity import changed, load
+from tests.runs import ROOT
+
+sys.path.append(str(ROOT / "tools"))  # as for a script there
+
+from measure_torch_training import draws_of
 
 FAST = {"xla_backend_optimization_level": 0}
 CAPTIONS = ("a red circle", "a blue square", "the digit 3", "seven", "a red circle", "one ring", "two", "a star")
@@ -50,27 +52,6 @@ def contrastive():
     """Relativistic with R1 and R2, contrastive matching of both."""
     config = from_dict(shapes.get_config("tiny"))
     return changed(config, batch_size=8, loss__match_g=0.3, loss__match_g_form="contrastive", generator__bank=(1, 2, 2))
-
-
-def draws_of(config, key, step, tokens):
-    """The random numbers of a step here, as training/step.py draws them."""
-    n, z_dim = config.batch_size, config.generator.z_dim
-    key_d, key_g = jax.random.split(jax.random.fold_in(key, step))
-    key_d, key_g = jax.random.fold_in(key_d, 0), jax.random.fold_in(key_g, 0)
-    (z_d, wrong_d), (z_g, wrong_g) = jax.random.split(key_d), jax.random.split(key_g)
-    assert group_size(n, config.loss.mismatch_group) == n
-    wrong = lambda key: draw_mismatch(key, jnp.asarray(tokens), jnp.full(n, -1))[0]
-    signs, _ = jax.random.split(jax.random.fold_in(key_d, 3))
-    pairs = len(prediction_pairs(config.discriminator))
-    to = lambda x: torch.from_numpy(np.array(x))
-    normal = lambda key: to(jax.random.normal(key, (n, z_dim)))
-    return Draws(
-        normal(z_d),
-        normal(z_g),
-        to(wrong(wrong_d)).long(),
-        to(wrong(wrong_g)).long(),
-        {name: to(draw_signs(jax.random.fold_in(signs, i), n, pairs)) for i, name in enumerate(("real", "fake"))},
-    )
 
 
 @pytest.mark.slow
