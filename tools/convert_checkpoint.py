@@ -29,6 +29,9 @@ from gigagan_jax.interop.checkpoint_arrays import open_original
 from gigagan_jax.interop.tensor_names import TENSOR_NAMES
 from gigagan_jax.training.state import Networks
 
+# {flag: group of the config} of networks whose places are no part of a folder.
+_PATHS = {"text_path": "text", "clip_path": "clip", "vision_path": "vision_aided"}
+
 
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
@@ -42,6 +45,9 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--what", default="average", help=f"of {','.join(model_folder.CHOICES)}, with commas between (average)"
     )
+    for flag, group in _PATHS.items():
+        network = {"text": "text encoder", "clip": "CLIP", "vision_aided": "image tower"}[group]
+        parser.add_argument(f"--{flag}", help=f"--from: folder or hub id of the run's frozen {network}")
     parser.add_argument("--memory", type=float, default=8.0, help="GB that the comparison may take (8)")
     parser.add_argument("--shard", type=float, default=5.0, help="GB of a file at most (5)")
     args = parser.parse_args(argv)
@@ -82,7 +88,8 @@ def convert_to(args: argparse.Namespace) -> int:
 
 def convert_from(args: argparse.Namespace) -> int:
     """A converted folder as a workdir."""
-    imported = model_folder_reader.read_folder(args.input, args.source)
+    paths = {group: getattr(args, flag) for flag, group in _PATHS.items() if getattr(args, flag)}
+    imported = model_folder_reader.read_folder(args.input, args.source, paths)
     if args.out.exists():
         raise UserError(f"--out={args.out} exists: name a new folder")
     networks = Networks(imported.config)

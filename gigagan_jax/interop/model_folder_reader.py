@@ -53,18 +53,20 @@ class Imported:
     frozen: dict[str, str]
 
 
-def read_folder(folder: Path, form: str) -> Imported:
+def read_folder(folder: Path, form: str, paths: Mapping[str, str] | None = None) -> Imported:
     """Reads all of a folder.
 
     Args:
       folder: that was converted.
       form: of TENSOR_NAMES.
+      paths: {group of the config: folder or hub id} of frozen networks whose place the folder does not know: "text", "clip",
+        "vision_aided".
 
     Raises:
       UserError: a file is missing or damaged, or the tensors are not those of the config.
     """
     names = TENSOR_NAMES[form]
-    config = read_config(folder)
+    config = read_config(folder, paths or {})
     networks = state_networks(config)
     training = folder / TRAINING_FOLDER
     counted = _read_counts(training / TRAINING_FILE)
@@ -94,14 +96,17 @@ def read_folder(folder: Path, form: str) -> Imported:
     )
 
 
-def read_config(folder: Path) -> Config:
+def read_config(folder: Path, paths: Mapping[str, str]) -> Config:
     """The config of a folder. Raises UserError where it is missing, damaged, or of a later version."""
     file = folder / CONFIG_FILE
     values = dict(read_json(file))
     text = values.get("text")
     if isinstance(text, Mapping):
         values["text"] = {key: value for key, value in text.items() if key not in _TORCH_ONLY}
-    return from_dict(upgrade_config(values, str(file))[0])
+    values = upgrade_config(values, str(file))[0]
+    for group, path in paths.items():
+        values[group] = {**values[group], "path": path}
+    return from_dict(values)
 
 
 def _weights(folder: Path, name: str) -> Weights | None:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from configs import laion
 from gigagan_jax.checkpoint.manager import Checkpoints, states_equal, with_shardings
-from gigagan_jax.config import MeshConfig
+from gigagan_jax.checkpoint.workdir import open_workdir
+from gigagan_jax.config import MeshConfig, from_dict, with_fields
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.latents import z_of_seed
 from gigagan_jax.inference.text_to_image import TextToImage
@@ -193,6 +195,36 @@ def test_there_and_back_is_the_same_state(converted, tmp_path):
     assert Checkpoints(tmp_path / "run").read_config(15) == Checkpoints(RUN).read_config(15)
     images = TextToImage.from_workdir(tmp_path / "run")(["the digit 3"], [1])
     np.testing.assert_array_equal(images, TextToImage.from_workdir(RUN)(["the digit 3"], [1]))
+
+
+@pytest.mark.slow
+def test_a_frozen_text_encoder_is_named_and_found_again(tmp_path, clip_folder):
+    """Its features are an input in torch; the way back is told where it lies."""
+    config = from_dict(laion.get_config("tiny"))
+    config = with_fields(
+        config,
+        {"text.encoder": "clip", "text.path": str(clip_folder), "loss.vision_aided": 0.0, "loss.clip": (0.0, 0.0)},
+    )
+    networks = Networks(config)
+    state = networks.init(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    open_workdir(tmp_path / "run", config)
+    checkpoints = Checkpoints(tmp_path / "run", config)
+    checkpoints.save(0, state, {}, config, {"text": "0" * 64})
+    checkpoints.close()
+    folder = tmp_path / "torch"
+    assert convert_checkpoint.verb([f"--workdir={tmp_path / 'run'}", "--to=pytorch", f"--out={folder}", ALL]) == 0
+    text = json.loads((folder / "config.json").read_text())["text"]
+    assert (text["path"], text["encoder_width"]) == ("", 32)
+    card = (folder / "README.md").read_text()
+    assert "features=features" in card
+    assert "outputs of the generator agree" in card
+    with pytest.raises(UserError, match=r"text\.path"):
+        back(folder, tmp_path / "again")
+    command = ["--from=pytorch", f"--input={folder}", f"--out={tmp_path / 'again'}", f"--text_path={clip_folder}"]
+    assert convert_checkpoint.verb(command) == 0
+    again = Checkpoints(tmp_path / "again")
+    assert again.read_config(0).text == config.text
+    assert again.frozen_identities(0) == {"text": "0" * 64}
 
 
 def test_in_this_projects_own_names(tmp_path):

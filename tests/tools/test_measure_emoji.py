@@ -44,6 +44,13 @@ def test_real_pictures_are_right_and_shuffled_captions_are_not(cells, model):
     assert all(float(row[2]) < 0.5 for row in rows[2:])
 
 
+def test_the_picture_frames_what_was_held_out(cells, model):
+    drawn = np.asarray(measure_emoji.draw_table(model, cells).convert("RGB")).reshape(-1, 3)
+    framed = (drawn == measure_emoji._FRAME).all(1).sum()
+    # Four cells, four sides of 34 pixels, each pixel twice as large in both directions.
+    assert framed == pytest.approx(4 * 4 * 33 * 4, abs=64)
+
+
 def test_the_quiz_has_one_right_caption_a_picture(cells, model, tmp_path):
     drawn = []
 
