@@ -88,7 +88,8 @@ def run_arm(arm: Arm, seed: int, workdir: Path) -> dict[str, Any]:
         command.append(f"--config={file}")
     else:
         command += [f"--config={arm.config}", *arm.flags]
-    log = workdir.with_suffix(".log")
+    # Names of arms have dots in them.
+    log = workdir.with_name(f"{workdir.name}.log")
     # The seeds of an arm run the same program: they share what is compiled.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / COMPILATION_CACHE_FOLDER)}
     with log.open("ab") as out:

@@ -44,7 +44,7 @@ LOSSES = ("loss/d", "loss/g", "loss/d_gan", "loss/g_gan", "loss/d_match")
 _LAST = 1 / 6
 
 
-def draws_of(config: Config, key: jax.Array, step: int, tokens: np.ndarray) -> Any:
+def draws_of(config: Config, key: jax.Array, step: int, tokens: np.ndarray, labels: np.ndarray | None = None) -> Any:
     """The random numbers of a step, as training/step.py draws them, for `Training.step`."""
     import torch
 
@@ -55,7 +55,8 @@ def draws_of(config: Config, key: jax.Array, step: int, tokens: np.ndarray) -> A
     key_d, key_g = jax.random.fold_in(key_d, 0), jax.random.fold_in(key_g, 0)
     (z_d, wrong_d), (z_g, wrong_g) = jax.random.split(key_d), jax.random.split(key_g)
     assert group_size(n, config.loss.mismatch_group) == n
-    wrong = lambda key: draw_mismatch(key, jnp.asarray(tokens), jnp.full(n, -1))[0]
+    labels = np.full(n, -1) if labels is None else labels
+    wrong = lambda key: draw_mismatch(key, jnp.asarray(tokens), jnp.asarray(labels))[0]
     signs, _ = jax.random.split(jax.random.fold_in(key_d, 3))
     pairs = len(prediction_pairs(config.discriminator))
     to = lambda x: torch.from_numpy(np.array(x))
@@ -113,8 +114,9 @@ def train_both(config: Config, networks: Networks, state: GanState, theirs: Any,
         batch = {k: np.asarray(x) for k, x in next(batches).items() if k in ("image", "tokens", "label")}
         pictures = torch.from_numpy(np.moveaxis(batch["image"], -1, 1).copy())
         tokens = torch.from_numpy(batch["tokens"]).long()
-        draws = draws_of(config, key, number, batch["tokens"])
-        found = theirs.step(pictures, tokens, draws=draws)
+        draws = draws_of(config, key, number, batch["tokens"], batch["label"])
+        # Of a text model they tell which captions are no wrong ones.
+        found = theirs.step(pictures, tokens, torch.from_numpy(batch["label"]).long(), draws=draws)
         state, metrics = compiled(state, batch, number % config.loss.r1_interval == 0)
         for name in LOSSES:
             losses[name].append((float(metrics[name]), found[name]))
