@@ -138,10 +138,10 @@ def tensorflow(path, text):
 
 
 def torch(path, text):
-    """torch outside of interop/ and the tests, or in interop/ where it is imported with the module."""
+    """torch outside of interop/, tools/ and the tests, or in them where it is imported with the module."""
     if path.startswith("tests/") or path in COPIED:
         return []
-    lazily = path.startswith(f"{PACKAGE}/interop/")
+    lazily = path.startswith((f"{PACKAGE}/interop/", "tools/"))
     return sorted(n for n in imported(path, text, top_level_only=lazily) if top(n) in ("torch", "torchvision"))
 
 

@@ -1,6 +1,6 @@
 """Converts checkpoints to PyTorch or safetensors, and back.
 
-    python tools/convert_checkpoint.py --to=pytorch --workdir=runs/digits --out=DIR [--what=average,training,optimizer]
+    python tools/convert_checkpoint.py --to=pytorch --workdir=runs/digits --out=DIR [--what=optimizer]
     python tools/convert_checkpoint.py --from=pytorch --input=DIR --out=runs/again
 
 The folder has model.safetensors (in shards past 5 GB), config.json and a model card; for PyTorch, torch_gigagan.py and
@@ -12,7 +12,6 @@ The way back makes a workdir that `train` goes on from: without the networks of 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -43,11 +42,13 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument("--input", type=cli.local_folder, help="--from: folder that was converted, or trained in torch")
     parser.add_argument("--out", type=Path, required=True, help="folder that is made: of the other framework")
     parser.add_argument(
-        "--what", default="average", help=f"of {','.join(model_folder.CHOICES)}, with commas between (average)"
+        "--what",
+        choices=model_folder.CHOICES,
+        help="--to: the average of G, which samples (average); with the networks of training; with their optimizers too",
     )
     for flag, group in _PATHS.items():
         network = {"text": "text encoder", "clip": "CLIP", "vision_aided": "image tower"}[group]
-        parser.add_argument(f"--{flag}", help=f"--from: folder or hub id of the run's frozen {network}")
+        parser.add_argument(f"--{flag}", help=f"folder or hub id of the run's frozen {network}")
     parser.add_argument("--memory", type=float, default=8.0, help="GB that the comparison may take (8)")
     parser.add_argument("--shard", type=float, default=5.0, help="GB of a file at most (5)")
     args = parser.parse_args(argv)
@@ -56,19 +57,21 @@ def verb(argv: Sequence[str]) -> int:
         raise UserError(
             f"{f'--to={args.to}' if args.to else f'--from={args.source}'} needs --{needed}=DIR, and no --{other}"
         )
-    return convert_to(args) if args.to else convert_from(args)
+    only = ("clip_path", "vision_path") if args.to else ("what",)
+    if unused := [name for name in only if getattr(args, name) is not None]:
+        raise UserError(f"--{unused[0]} has no meaning with {'--to' if args.to else '--from'}: leave it out")
+    with cli.end_by_sigterm():
+        return convert_to(args) if args.to else convert_from(args)
 
 
 def convert_to(args: argparse.Namespace) -> int:
     """A checkpoint as a folder."""
-    choices = [word for word in args.what.split(",") if word]
-    unknown = set(choices) - set(model_folder.CHOICES)
-    if unknown or not choices:
-        raise UserError(f"--what={args.what}: choose of {', '.join(model_folder.CHOICES)}")
+    # Each includes those before it.
+    choices = model_folder.CHOICES[: model_folder.CHOICES.index(args.what or "average") + 1]
     for name in ("memory", "shard"):
-        if not 0 < getattr(args, name) < math.inf:
+        if not 0 < getattr(args, name) < 1e9:
             raise UserError(f"--{name}={getattr(args, name)} must be a positive number of GB")
-    original = open_original(args.workdir)
+    original = open_original(args.workdir, args.text_path)
     progress: list[ProgressBar] = []
 
     def show(done: int, total: int) -> None:

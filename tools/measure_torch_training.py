@@ -54,7 +54,6 @@ def draws_of(config: Config, key: jax.Array, step: int, tokens: np.ndarray, labe
     key_d, key_g = jax.random.split(jax.random.fold_in(key, step))
     key_d, key_g = jax.random.fold_in(key_d, 0), jax.random.fold_in(key_g, 0)
     (z_d, wrong_d), (z_g, wrong_g) = jax.random.split(key_d), jax.random.split(key_g)
-    assert group_size(n, config.loss.mismatch_group) == n
     labels = np.full(n, -1) if labels is None else labels
     wrong = lambda key: draw_mismatch(key, jnp.asarray(tokens), jnp.asarray(labels))[0]
     signs, _ = jax.random.split(jax.random.fold_in(key_d, 3))
@@ -107,7 +106,8 @@ def train_both(config: Config, networks: Networks, state: GanState, theirs: Any,
             return step(state, batch, key, with_r1=with_r1)
 
     compiled = jax.jit(run, static_argnums=2, donate_argnums=0)
-    losses: dict[str, list[tuple[float, float]]] = {name: [] for name in LOSSES}
+    matches = config.condition == "text" and config.loss.match_d > 0
+    losses: dict[str, list[tuple[float, float]]] = {name: [] for name in LOSSES if matches or name != "loss/d_match"}
     progress = ProgressBar("training in both", steps)
     first = int(state.step)
     for number in range(first, first + steps):
@@ -118,7 +118,7 @@ def train_both(config: Config, networks: Networks, state: GanState, theirs: Any,
         # Of a text model they tell which captions are no wrong ones.
         found = theirs.step(pictures, tokens, torch.from_numpy(batch["label"]).long(), draws=draws)
         state, metrics = compiled(state, batch, number % config.loss.r1_interval == 0)
-        for name in LOSSES:
+        for name in losses:
             losses[name].append((float(metrics[name]), found[name]))
         progress.step()
     return state, {name: np.array(values) for name, values in losses.items()}
@@ -160,6 +160,16 @@ def verb(argv: Sequence[str]) -> int:
         raise UserError(f"--steps={args.steps} must be positive")
     cli.check_writable(args.json)
     config = load_config(args.config, overrides)
+    if group_size(config.batch_size, config.loss.mismatch_group) != config.batch_size:
+        raise UserError(
+            "--config.loss.mismatch_group must be the batch: the random numbers of smaller groups are not drawn here"
+        )
+    from gigagan_jax.interop.torch_training import Training
+
+    try:
+        Training(json.loads(json.dumps(model_folder.torch_config(config))))
+    except NotImplementedError as error:
+        raise UserError(str(error)) from error
     networks, state, theirs = start_both(config, args.workdir)
     state, losses = train_both(config, networks, state, theirs, args.steps)
     last = max(1, round(args.steps * _LAST))

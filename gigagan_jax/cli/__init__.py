@@ -1,7 +1,7 @@
 """Shared by the verbs: flags, configs from files, and one-line errors."""
 
 from gigagan_jax.cli.config_file import collect_overrides, load_config, override_field, read_config_file
-from gigagan_jax.cli.entry_point import INTERRUPTED, RESTART, Parser, check_writable, local_folder, main
+from gigagan_jax.cli.entry_point import INTERRUPTED, RESTART, Parser, check_writable, end_by_sigterm, local_folder, main
 
 __all__ = [
     "INTERRUPTED",
@@ -9,6 +9,7 @@ __all__ = [
     "Parser",
     "check_writable",
     "collect_overrides",
+    "end_by_sigterm",
     "load_config",
     "local_folder",
     "main",

@@ -1,9 +1,11 @@
 """The entry point of all verbs: parser, exit codes, and one-line errors."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -52,6 +54,21 @@ def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
     if code not in (0, RESTART, INTERRUPTED):
         watchdog.exit_without_waiting(code)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def end_by_sigterm() -> Iterator[None]:
+    """Within it SIGTERM is an exception, so that what is half written is removed."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        print("stopped by SIGTERM", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def local_folder(text: str) -> Path:

@@ -89,18 +89,22 @@ def write_program(config: Config, load: str, call: str) -> str:
       call: expression of float images [1, R, R, 3], of `inputs`.
     """
     side, text = config.resolution, config.text
-    hashed = f"3 + zlib.crc32(word.encode()) % {text.buckets**2 - 3} for word in re.findall(r'\\w+', prompt.casefold())"
-    ids = {"words": hashed, "bytes": "byte + 3 for byte in prompt.encode()"}
+    words = r're.findall(r"\w+", prompt.casefold())'
+    hashed = f"3 + zlib.crc32(word.encode('utf-8', 'replace')) % {text.buckets**2 - 3} for word in {words}"
+    ids = {"words": hashed, "bytes": "byte + 3 for byte in whole.encode()"}
     given = {"none": "", "class": '"labels": np.array([int(prompt)], np.int32), '}
     lines = []
     if config.condition == "text" and text.is_trained:
         length = text.length
+        if text.encoder == "bytes":
+            # A character that does not fit whole is left out.
+            lines.append(f'whole = prompt.encode("utf-8", "replace")[:{length - 2}].decode("utf-8", "ignore")')
         lines.append(f"ids = [{ids[text.encoder]}][:{length - 2}]")
         lines.append(f"tokens = np.array([[1, *ids, 2, *[0] * ({length - 2} - len(ids))]], np.int32)")
         given["text"] = '"tokens": tokens, '
     elif config.condition == "text":
-        # Both come of transformers (docs/pytorch.md says which layer).
-        lines.append("tokens, features = np.load('tokens.npy'), np.load('features.npy')  # of the prompt")
+        lines.append("# Of the prompt, by transformers: docs/pytorch.md says which layer.")
+        lines.append("tokens, features = np.load('tokens.npy'), np.load('features.npy')")
         given["text"] = '"tokens": tokens, "features": features, '
     modules = [name for name in ("re", "zlib") if any(f"{name}." in line for line in lines)]
     body = "\n".join(lines + ([] if not lines else [""]))
@@ -109,7 +113,9 @@ def write_program(config: Config, load: str, call: str) -> str:
 
 {load}
 
-prompt, seed = sys.argv[1], int(sys.argv[2])
+if len(sys.argv) != 3 or not sys.argv[2].isdecimal():
+    sys.exit("python run.py PROMPT SEED")
+prompt, seed = sys.argv[1], int(sys.argv[2]) % 2**32
 {body}inputs = {{{given[config.condition]}"w_avg": np.load("{W_AVG_FILE}")}}
 inputs |= {{"truncation": np.array(1, np.float32), "global_truncation": np.array(1, np.float32)}}
 image = {call}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from gigagan_jax.config.parameter_renames import nest, path_at_format
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CONFIG_FILE
 from gigagan_jax.interop.safetensors_stream import cut_by_size
-from gigagan_jax.interop.weights import has_weights, read_config
+from gigagan_jax.interop.torch_table import check_tensors
+from gigagan_jax.interop.weights import W_AVG, has_weights, read_config, read_metadata
 from gigagan_jax.models.build import build_discriminator, build_generator, build_vision_aided
 from gigagan_jax.models.network import Network, path_name
 from gigagan_jax.models.pretrained.hub import read_json
@@ -69,18 +69,20 @@ def state_networks(config: Config) -> dict[str, Network]:
     return networks | ({"v": build_vision_aided(config)} if config.loss.vision_aided else {})
 
 
-def open_original(workdir: Path) -> Original:
+def open_original(workdir: Path, text_path: str | None = None) -> Original:
     """The newest intact checkpoint of a run, or published weights (weights.py).
+
+    Args:
+      workdir: of the run, or a folder with model.safetensors and config.json.
+      text_path: folder or hub id of the frozen text encoder of published weights.
 
     Raises:
       UserError: there is none, or it is damaged.
     """
     if has_weights(workdir):
         weights = Weights(workdir)
-        metadata = weights.metadata()
-        frozen = json.loads(metadata.get("frozen", "{}"))
-        published = PublishedArrays(workdir, weights)
-        return Original(read_config(workdir), int(metadata.get("step", 0)), published, frozen, None)
+        config, (step, frozen) = read_config(workdir, text_path), read_metadata(weights, workdir)
+        return Original(config, step, PublishedArrays(workdir, weights, config), frozen, None)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.require_valid_step()
     config, arrays = checkpoints.read_config(step), CheckpointArrays(checkpoints, step)
@@ -100,10 +102,19 @@ class PublishedArrays:
     Args:
       folder: with model.safetensors and config.json.
       weights: its tensors.
+      config: of the folder.
+
+    Raises:
+      UserError: a tensor is missing, too many, or of another shape.
     """
 
-    def __init__(self, folder: Path, weights: Weights):
+    def __init__(self, folder: Path, weights: Weights, config: Config):
         self._weights, self._format = weights, int(read_json(folder / CONFIG_FILE).get(FORMAT_KEY, 0))
+        network = build_generator(config)
+        specs = network.specs_by_path().items()
+        wanted = {path_at_format(network.name, path, self._format): tuple(spec.shape) for path, spec in specs}
+        wanted[W_AVG] = (config.generator.w_dim,)
+        check_tensors(wanted, {key: weights.shape_of(key) for key in sorted(weights.keys())}, str(folder))
 
     def read(self, network: Network, name: str, part: str) -> Iterator[tuple[str, np.ndarray]]:
         if (name, part) != ("g", "average"):

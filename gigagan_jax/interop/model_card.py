@@ -16,7 +16,7 @@ _KNOWN_DATA = {
 }
 
 
-def write(config: Config, step: int, choices: Sequence[str], form: str, verdict: str = "") -> str:
+def write(config: Config, step: int, choices: Sequence[str], form: str, verdict: str = "", shards: bool = False) -> str:
     """The card.
 
     Args:
@@ -25,13 +25,14 @@ def write(config: Config, step: int, choices: Sequence[str], form: str, verdict:
       choices: what was converted.
       form: "pytorch", or "safetensors" in this project's names.
       verdict: of the comparison with the original.
+      shards: model.safetensors is cut.
     """
     data, data_licence = _KNOWN_DATA.get(config.data.source, (BLANK, BLANK))
     source = "" if config.data.source in _KNOWN_DATA else f" (`data.source={config.data.source}`)"
     text = {"text": _text_encoder(config), "class": f"{config.num_classes} classes", "none": "nothing"}[
         config.condition
     ]
-    library, made, program = ("pytorch", " and converted to PyTorch", _torch_program(config))
+    library, made, program = ("pytorch", " and converted to PyTorch", _torch_program(config, shards))
     if form != "pytorch":
         library, made, program = ("gigagan_jax", "", _OWN_PROGRAM)
     training = _TRAINING[form] if "training" in choices else ""
@@ -58,7 +59,7 @@ A GigaGAN (Kang et al., CVPR 2023, arXiv:2303.05511) of {config.resolution} px, 
 {program}{training}"""
 
 
-def _torch_program(config: Config) -> str:
+def _torch_program(config: Config, shards: bool) -> str:
     words = config.condition == "text" and config.text.is_trained
     tokens = 'tokens = tokenize(["..."], config["text"])\n' if words else ""
     call = {
@@ -66,16 +67,20 @@ def _torch_program(config: Config) -> str:
         "class": "labels=torch.tensor([0])",
         "none": "",
     }[config.condition]
+    imports, load = "import safetensors.torch, torch", 'safetensors.torch.load_file("model.safetensors")'
+    if shards:
+        imports = "from pathlib import Path\nimport torch\nfrom torch_training import read_tensors"
+        load = 'read_tensors(Path("."), "model.safetensors")'
     return f"""`torch_gigagan.py` needs torch only. `model.safetensors` is the moving average of the generator.
 
 ```python
 import json
-import safetensors.torch, torch
+{imports}
 from torch_gigagan import Generator{", tokenize" if words else ""}
 
 config = json.load(open("config.json"))
 generator = Generator(config)
-generator.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+generator.load_state_dict({load})
 {tokens}images = generator(torch.randn(1, generator.z_dim){", " if call else ""}{call})  # low to high, [N, 3, R, R] in [-1, 1]
 ```
 """

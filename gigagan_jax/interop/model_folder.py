@@ -143,7 +143,7 @@ def write_folder(
     if out.exists():
         raise UserError(f"--out={out} exists: name a new folder")
     if original.read_counts is None and list(choices) != ["average"]:
-        raise UserError(f"--what={','.join(choices)}: published weights hold the average of G alone")
+        raise UserError(f"--what={choices[-1]}: published weights hold the average of G alone")
     config, step = original.config, original.step
     files = plan_files(original, choices, TENSOR_NAMES[form])
     part = out.with_name(f".{out.name}.part")
@@ -168,7 +168,8 @@ def write_folder(
         for source in TORCH_FILES if form == "pytorch" else ():
             shutil.copyfile(source, part / source.name)
         verdict = "" if check is None else check(part)
-        (part / "README.md").write_text(model_card.write(config, step, choices, form, verdict))
+        shards = not (part / "model.safetensors").exists()
+        (part / "README.md").write_text(model_card.write(config, step, choices, form, verdict, shards))
         os.replace(part, out)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.interop.checkpoint_arrays import state_networks
 from gigagan_jax.interop.model_folder import CONFIG_FILE, TRAINING_FILE, TRAINING_FOLDER, W_AVG
 from gigagan_jax.interop.tensor_names import TENSOR_NAMES, TensorNames
+from gigagan_jax.interop.weights import with_path, without_sizes
 from gigagan_jax.models.network import Network, Params
 from gigagan_jax.models.pretrained.hub import INDEX, SINGLE, read_json
 from gigagan_jax.models.pretrained.weights import Weights
 
-# Of config.json, for torch alone.
-_TORCH_ONLY = ("end_id", "encoder_width")
+# Largest step and number of images that a state holds.
+_MOST = {"step": 2**31 - 1, "images": 2**32 - 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ def read_folder(folder: Path, form: str, paths: Mapping[str, str] | None = None)
             params[name] = _read_network(found, network, config, training, names)
         if (found := _weights(training, f"{network.name}_optimizer.safetensors")) is not None:
             moments[name] = _read_moments(found, network, config, training, names, name)
+    _check_complete(training, networks, set(params), set(moments))
     source = _weights(folder, SINGLE)
     if source is None and "g" not in params:
         raise UserError(f"{folder} holds no {SINGLE}: is it a folder of tools/convert_checkpoint.py --to={form}?")
@@ -96,16 +98,25 @@ def read_folder(folder: Path, form: str, paths: Mapping[str, str] | None = None)
     )
 
 
+def _check_complete(training: Path, networks: Mapping[str, Network], params: set[str], moments: set[str]) -> None:
+    """Raises UserError where a part of the networks of training, or of their moments, is missing."""
+    for found, ending in ((params, ""), (moments, "_optimizer")):
+        for name in networks.keys() - found if found else ():
+            raise UserError(f"{training} has no {networks[name].name}{ending}.safetensors: copy it again, whole")
+    if moments and not params:
+        raise UserError(f"{training} has moments and no networks: convert with --what=optimizer, which writes both")
+    if moments and not (training / TRAINING_FILE).exists():
+        raise UserError(
+            f"{training} has moments and no {TRAINING_FILE}, which counts their steps: copy it again, whole"
+        )
+
+
 def read_config(folder: Path, paths: Mapping[str, str]) -> Config:
     """The config of a folder. Raises UserError where it is missing, damaged, or of a later version."""
     file = folder / CONFIG_FILE
-    values = dict(read_json(file))
-    text = values.get("text")
-    if isinstance(text, Mapping):
-        values["text"] = {key: value for key, value in text.items() if key not in _TORCH_ONLY}
-    values = upgrade_config(values, str(file))[0]
+    values = upgrade_config(without_sizes(read_json(file)), str(file))[0]
     for group, path in paths.items():
-        values[group] = {**values[group], "path": path}
+        values = with_path(values, group, path)
     return from_dict(values)
 
 
@@ -133,7 +144,20 @@ def _shapes(weights: Weights, prefix: str = "") -> dict[str, tuple[int, ...]]:
 
 def _read_network(weights: Weights, network: Network, config: Config, folder: Path, names: TensorNames) -> Params:
     where = f"{folder} ({network.name})"
-    return nest(dict(names.read(network, config, _shapes(weights), weights.read_tensor, where)))
+    read = _finite(weights.read_tensor, where)
+    return nest(dict(names.read(network, config, _shapes(weights), read, where)))
+
+
+def _finite(read: Callable[[str], np.ndarray], where: str, prefix: str = "") -> Callable[[str], np.ndarray]:
+    """`read` of keys behind a prefix, which raises UserError for a tensor that is not finite."""
+
+    def checked(key: str) -> np.ndarray:
+        tensor = read(prefix + key)
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{where}: {key} has values that are not finite: has the training diverged?")
+        return tensor
+
+    return checked
 
 
 def _read_moments(
@@ -141,8 +165,8 @@ def _read_moments(
 ) -> dict[str, Params]:
     moments = {}
     for ours, theirs in names.moments_of(config, name).items():
-        read = lambda key, theirs=theirs: weights.read_tensor(f"{theirs}.{key}")
         where = f"{folder} ({theirs}.* of the {network.name})"
+        read = _finite(weights.read_tensor, where, f"{theirs}.")
         moments[ours] = nest(dict(names.read(network, config, _shapes(weights, f"{theirs}."), read, where)))
     return moments
 
@@ -163,10 +187,16 @@ def _read_counts(file: Path) -> dict[str, Any]:
         return counts
     try:
         found = json.loads(file.read_text())
-        numbers = [found["step"], found["images"], *found["optimizer_steps"].values()]
-        if not all(isinstance(n, int) and n >= 0 for n in numbers):
-            raise ValueError("counts must be whole numbers")
-        return counts | found
+        numbers = {"step": [found["step"], *found["optimizer_steps"].values()], "images": [found["images"]]}
+        for name, most in _MOST.items():
+            if not all(type(n) is int and 0 <= n <= most for n in numbers[name]):
+                raise ValueError(f"counts must be whole numbers up to {most}")
+        counts |= found
+        if not isinstance(counts["data"], dict) or not isinstance(counts["frozen"], dict):
+            raise ValueError("data and frozen must be objects")
+        if not all(isinstance(x, str) for x in counts["frozen"].values()):
+            raise ValueError("frozen must name SHA-256 sums")
+        return counts
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} cannot be read ({error}): convert again, or remove it to start counting anew"

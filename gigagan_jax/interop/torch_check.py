@@ -65,7 +65,8 @@ class Check:
             or 4 * _COPIES * network.count() > self._memory
         ):
             return self._compare_tensors(folder, file, network, name, part)
-        worst = max(self._differences(folder, file, network, name, part))
+        # Python's max would drop what is not a number.
+        worst = float(np.max(list(self._differences(folder, file, network, name, part))))
         # Not a number is no agreement either.
         if not worst <= TOLERANCE:
             raise UserError(

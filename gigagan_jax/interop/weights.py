@@ -26,6 +26,10 @@ from gigagan_jax.models.pretrained.hub import INDEX, read_json
 from gigagan_jax.models.pretrained.weights import Row, Weights, load_params
 
 W_AVG = "w_avg"
+# Of config.json, for torch alone (model_folder.py).
+_SIZES = ("end_id", "encoder_width")
+# What else may lie in a folder: a run, or a converted checkpoint with more than the average.
+_OTHERS = (CHECKPOINTS_FOLDER, "training", "torch_gigagan.py", INDEX)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +84,11 @@ def save_weights(
     import safetensors.numpy
 
     # The run's own config.json would be lost.
-    if (folder / CHECKPOINTS_FOLDER).exists() or (
-        (folder / CONFIG_FILE).exists() and not (folder / WEIGHTS_FILE).exists()
-    ):
-        raise UserError(
-            f"--out={folder} holds something else ({CONFIG_FILE} or {CHECKPOINTS_FOLDER}): name a new folder"
-        )
+    others = [name for name in _OTHERS if (folder / name).exists()]
+    if (folder / CONFIG_FILE).exists() and not (folder / WEIGHTS_FILE).exists():
+        others.append(CONFIG_FILE)
+    if others:
+        raise UserError(f"--out={folder} holds something else ({others[0]}): name a new folder")
     tensors = {path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     tensors[W_AVG] = np.asarray(w_avg)
     # What does not fit becomes infinite, and is refused below.
@@ -127,6 +130,33 @@ def without_places(values: dict[str, Any], keep: Callable[[str], bool] = lambda 
     return values
 
 
+def without_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's values without the sizes of a frozen text encoder, which config.json has for torch."""
+    values = dict(values)
+    if isinstance(values.get("text"), Mapping):
+        values["text"] = {key: value for key, value in values["text"].items() if key not in _SIZES}
+    return values
+
+
+def with_path(values: dict[str, Any], group: str, path: str | None) -> dict[str, Any]:
+    """A config's values with the path of a frozen network; what is no group is left for `from_dict` to report."""
+    if path is None or not isinstance(values.get(group, {}), Mapping):
+        return values
+    return values | {group: {**values.get(group, {}), "path": path}}
+
+
+def read_metadata(weights: Weights, folder: Path) -> tuple[int, dict[str, str]]:
+    """(step, {role: SHA-256} of frozen networks) of published weights. Raises UserError where they are damaged."""
+    metadata = weights.metadata()
+    try:
+        step, frozen = int(metadata.get("step", 0)), json.loads(metadata.get("frozen", "{}"))
+        if step < 0 or not all(isinstance(x, str) for x in (*frozen.keys(), *frozen.values())):
+            raise ValueError("no step, or no identities")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder / WEIGHTS_FILE}: its metadata are damaged ({error}); fetch it again") from None
+    return step, frozen
+
+
 def read_config(folder: Path, text_path: str | None = None) -> Config:
     """The config of published weights.
 
@@ -138,10 +168,11 @@ def read_config(folder: Path, text_path: str | None = None) -> Config:
       UserError: the config is missing or damaged, or a frozen text encoder has no path.
     """
     file = folder / CONFIG_FILE
-    values = upgrade_config(read_json(file), str(file))[0]
-    if text_path is not None:
-        values["text"] = values["text"] | {"path": text_path}
-    return from_dict(values)
+    values = upgrade_config(without_sizes(read_json(file)), str(file))[0]
+    # Networks of these losses are not needed for sampling: their paths may be empty.
+    if isinstance(values.get("loss"), Mapping):
+        values["loss"] = {**values["loss"], "clip": [0.0, 0.0], "vision_aided": 0.0}
+    return from_dict(with_path(values, "text", text_path))
 
 
 def read_weights(folder: Path, module: Network, shardings: Params, w_avg: jax.ShapeDtypeStruct) -> GeneratorWeights:
@@ -170,10 +201,5 @@ def read_weights(folder: Path, module: Network, shardings: Params, w_avg: jax.Sh
         raise UserError(
             f"{folder / WEIGHTS_FILE}: {W_AVG} is {list(average.shape)}, not {list(w_avg.shape)}; fetch it again"
         )
-    metadata = weights.metadata()
-    return GeneratorWeights(
-        params,
-        jax.make_array_from_callback(average.shape, w_avg.sharding, lambda index: average[index]),
-        int(metadata.get("step", 0)),
-        json.loads(metadata.get("frozen", "{}")),
-    )
+    in_shards = jax.make_array_from_callback(average.shape, w_avg.sharding, lambda index: average[index])
+    return GeneratorWeights(params, in_shards, *read_metadata(weights, folder))

@@ -72,9 +72,14 @@ class StopSignals:
         if not issubclass(unraisable.exc_type, Interrupted):
             self._hook_before(unraisable)
             return
-        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), unraisable.exc_value.number))
+        again = threading.Timer(_AGAIN, self._send_again, (unraisable.exc_value.number,))
         again.daemon = True
         again.start()
+
+    def _send_again(self, number: int) -> None:
+        # Within the loop the recorded number is enough, and a second SIGINT would stop without saving.
+        if self._before and not self._held:
+            os.kill(os.getpid(), number)
 
     def __exit__(self, *exception: object) -> None:
         if self._before:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from gigagan_jax.parallel import signals as signals_module
 from gigagan_jax.parallel.signals import Interrupted, StopSignals
 
 
@@ -36,6 +37,24 @@ def test_held_signals_are_read_by_the_loop():
         thing = InFinaliser(lambda: signal.raise_signal(signal.SIGTERM))
         del thing
         assert signals.number == signal.SIGTERM
+
+
+def test_a_signal_that_is_sent_again_is_no_second_one(monkeypatch):
+    """The loop began meanwhile: one Ctrl-C saves."""
+    sent = []
+    monkeypatch.setattr(signals_module.os, "kill", lambda pid, number: sent.append(number))
+    signals = StopSignals()
+    with signals:
+        thing = InFinaliser(lambda: signal.raise_signal(signal.SIGINT))
+        del thing
+        with signals.hold_signals():
+            time.sleep(0.2)
+            assert signals.number == signal.SIGINT
+        assert not sent
+        signals._send_again(signal.SIGINT)
+        assert sent == [signal.SIGINT]
+    signals._send_again(signal.SIGINT)
+    assert len(sent) == 1
 
 
 def test_other_exceptions_of_finalisers_go_to_the_hook_before(monkeypatch):
