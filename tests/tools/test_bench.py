@@ -122,7 +122,8 @@ def test_laion_is_known_without_a_download(monkeypatch, tmp_path):
 
 
 def test_discs_are_captioned():
-    config = load_config(str(ROOT / "configs/digits.py"), [])
+    # Bytes, which can be read back.
+    config = load_config(str(ROOT / "configs/digits.py"), ["--config.text.encoder=bytes", "--config.text.length=40"])
     (first, again) = bench_inputs.discs(config, 1), bench_inputs.discs(config, 1)
     agrees({k: jnp.asarray(x) for k, x in first[0].items()}, config)
     assert all((first[0][k] == again[0][k]).all() for k in first[0])
