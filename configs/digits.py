@@ -3,7 +3,7 @@
     python -m gigagan_jax.train --config=configs/digits.py --workdir=runs/digits
 
 The loss is relativistic with R1 and R2: its pictures vary more than those of the logistic loss (docs/digits.md). The
-contrastive matching loss is for D only. 8 minutes on two cores. It ends by judging 600 fresh images.
+contrastive matching loss is for D only. 10 minutes on two cores: 236 images/s. It ends by judging 600 fresh images.
 Data: the 1,797 real digits that ship with scikit-learn, each with eight wordings of its caption.
 """
 
