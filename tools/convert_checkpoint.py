@@ -12,14 +12,13 @@ The way back makes a workdir that `train` goes on from: without the networks of 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from gigagan_jax import cli
 from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.checkpoint.workdir import open_workdir
+from gigagan_jax.core import files
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_bytes
 from gigagan_jax.core.progress import ProgressBar
@@ -80,45 +79,35 @@ def convert_to(args: argparse.Namespace) -> int:
         progress[0].step(done // 2**20 - progress[0].done)
 
     check = torch_check.Check(original, choices, args.to, args.memory * 1e9)
-    files = model_folder.write_folder(
+    names = model_folder.write_folder(
         args.out, original, choices, args.to, shard_bytes=int(args.shard * 1e9), progress=show, check=check
     )
-    size = sum((args.out / name).stat().st_size for name in files)
+    size = sum((args.out / name).stat().st_size for name in names)
     print(f"step {original.step}: {check.verdict}")
-    print(f"{format_bytes(size)} in {args.out}: {len(files)} files, begin with README.md")
+    print(f"{format_bytes(size)} in {args.out}: {len(names)} files, begin with README.md")
     return 0
 
 
 def convert_from(args: argparse.Namespace) -> int:
     """A converted folder as a workdir."""
-    paths = {group: getattr(args, flag) for flag, group in _PATHS.items() if getattr(args, flag)}
-    imported = model_folder_reader.read_folder(args.input, args.source, paths)
-    if args.out.exists():
-        raise UserError(f"--out={args.out} exists: name a new folder")
-    networks = Networks(imported.config)
-    state = networks.state_of_arrays(
-        imported.params,
-        imported.average,
-        imported.w_avg,
-        imported.moments,
-        imported.counts,
-        imported.step,
-        imported.images,
-    )
-    # Whole before it has its name.
-    part = args.out.with_name(f".{args.out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    # First: what cannot be written is known before anything is read.
+    with files.new_folder(args.out) as part:
+        paths = {group: getattr(args, flag) for flag, group in _PATHS.items() if getattr(args, flag)}
+        imported = model_folder_reader.read_folder(args.input, args.source, paths)
+        networks, step = Networks(imported.config), imported.step
+        state = networks.state_of_arrays(
+            imported.params,
+            imported.average,
+            imported.w_avg,
+            imported.moments,
+            imported.counts,
+            step,
+            imported.images,
+        )
         open_workdir(part, imported.config)
         checkpoints = Checkpoints(part, imported.config)
-        step = imported.step
         checkpoints.save(step, state, imported.data, imported.config, imported.frozen, images=imported.images)
         checkpoints.close()
-        os.replace(part, args.out)
-    except OSError as error:
-        raise UserError(f"--out={args.out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     anew = [name for name in networks.trained() if name not in imported.params and name != "g"]
     anew += [f"moments of {name}" for name in networks.trained() if name not in imported.moments]
     print(f"step {step} in {args.out}" + (f"; these start anew: {', '.join(anew)}" if anew else ""))

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import numpy as np
 from gigagan_jax import cli
 from gigagan_jax.config import Config
 from gigagan_jax.config.parameter_renames import nest
+from gigagan_jax.core import files
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_bytes
 from gigagan_jax.inference.latents import center_z
@@ -92,35 +91,27 @@ def compare(config: Config, params: Params, w_avg: np.ndarray, run: Callable[...
 
 def export(args: argparse.Namespace) -> int:
     """Writes the folder."""
-    write, title, notes, most = FORMATS[args.format]
-    original = open_original(args.workdir, args.text_path)
-    config, network = original.config, state_networks(original.config)["g"]
-    size = 4 * network.count()
-    inside = args.weights == "inside" or (args.weights is None and size <= _INSIDE)
-    if inside and size > most:
-        raise UserError(
-            f"--weights=inside: {format_bytes(size)} of weights do not fit into one {title} file: --weights=beside"
+    with files.new_folder(args.out) as part:
+        write, title, notes, most = FORMATS[args.format]
+        original = open_original(args.workdir, args.text_path)
+        config, network = original.config, state_networks(original.config)["g"]
+        size = 4 * network.count()
+        inside = args.weights == "inside" or (args.weights is None and size <= _INSIDE)
+        if inside and size > most:
+            raise UserError(
+                f"--weights=inside: {format_bytes(size)} of weights do not fit into one {title} file: --weights=beside"
+            )
+        print(
+            f"step {original.step}, {format_bytes(size)} of weights {'inside' if inside else 'beside'}: exporting",
+            flush=True,
         )
-    print(
-        f"step {original.step}, {format_bytes(size)} of weights {'inside' if inside else 'beside'}: exporting",
-        flush=True,
-    )
-    params = jax.tree.map(jnp.asarray, nest(dict(original.arrays.read(network, "g", "average"))))
-    w_avg = np.array(original.arrays.read_array("w_avg", (config.generator.w_dim,)))
-    part = args.out.with_name(f".{args.out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+        params = jax.tree.map(jnp.asarray, nest(dict(original.arrays.read(network, "g", "average"))))
+        w_avg = np.array(original.arrays.read_array("w_avg", (config.generator.w_dim,)))
         run = write(part, original, params, w_avg, inside)
         verdict = f"images of {len(_BATCHES)} batches agree to {compare(config, params, w_avg, run):.1e}"
         (part / CONFIG_FILE).write_text(json.dumps(torch_config(config), indent=1) + "\n")
         np.save(part / artefact.W_AVG_FILE, w_avg)
         (part / "README.md").write_text(artefact.write_readme(config, original.step, title, notes, verdict))
-        os.replace(part, args.out)
-    except OSError as error:
-        raise UserError(f"--out={args.out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     print(f"{verdict}; {format_bytes(sum(f.stat().st_size for f in args.out.iterdir()))} in {args.out}")
     return 0
 
@@ -136,8 +127,6 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument("--weights", choices=("inside", "beside"), help="of the artefact's file (inside up to 1 GB)")
     parser.add_argument("--text_path", help="folder or hub id of the frozen text encoder of published weights")
     args = parser.parse_args(argv)
-    if args.out.exists():
-        raise UserError(f"--out={args.out} exists: name a new folder")
     if args.format == "onnx":
         onnx_export.check_packages()
     with cli.end_by_sigterm():

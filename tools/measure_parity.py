@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import resource
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,16 +26,15 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_table
 from gigagan_jax.interop import torch_check
 from gigagan_jax.interop.checkpoint_arrays import state_networks
-from gigagan_jax.interop.model_folder import torch_config
 from gigagan_jax.interop.torch_table import to_torch
 from gigagan_jax.models.network import Network, Params, is_spec
 
 NETWORKS = {"generator": "g", "discriminator": "d", "vision_aided": "v"}
 
 
-def draw_params(network: Network) -> Params:
-    """Values of every parameter away from its start."""
-    rng = np.random.default_rng(0)
+def draw_params(network: Network, seed: int) -> Params:
+    """Values of every parameter away from its start: none is zero or one."""
+    rng = np.random.default_rng(seed)
     draw = lambda spec: (
         np.float32(spec.mean) + np.float32(spec.std or 0.3) * rng.standard_normal(spec.shape, dtype=np.float32)
     )
@@ -52,14 +50,12 @@ def measure(config: Config, name: str, batch: int, double: bool) -> list[tuple[s
     """Rows: what was compared, its shape, the difference of both sides; with `double`, torch's float32 from its float64."""
     import torch
 
-    from gigagan_jax.interop import torch_gigagan
-
-    network = state_networks(config)[NETWORKS[name]]
-    params = draw_params(network)
-    kinds = {"g": torch_gigagan.Generator, "d": torch_gigagan.Discriminator, "v": torch_gigagan.VisionAided}
+    short = NETWORKS[name]
+    network = state_networks(config)[short]
+    params = draw_params(network, 0)
     # Without its own values, which would be a third copy.
     with torch.device("meta"):
-        module: Any = kinds[NETWORKS[name]](torch_config(config))
+        module = torch_check.make_module(config, short)
     tensors = {key: torch.from_numpy(np.array(x)) for key, x in to_torch(network, config, params)}
     if name == "generator":
         tensors["w_avg"] = torch.zeros(config.generator.w_dim)
@@ -67,8 +63,8 @@ def measure(config: Config, name: str, batch: int, double: bool) -> list[tuple[s
     module.eval().requires_grad_(False)
     del tensors
     gc.collect()
-    run = {"g": torch_check.run_generator, "d": torch_check.run_discriminator, "v": torch_check.run_vision_aided}
-    compare = lambda: list(run[NETWORKS[name]](config, network, params, module, batch))
+    runs = (torch_check.RUN[short], *((torch_check.run_gradients,) if short == "d" else ()))
+    compare = lambda: [pair for run in runs for pair in run(config, network, params, module, batch)]
     single = compare()
     rows = [[label, str(list(a.shape)), format_difference(a, b)] for label, a, b in single]
     if double:

@@ -40,22 +40,28 @@ def input_shapes(config: Config) -> dict[str, tuple[tuple[str | int, ...], Any]]
 
 def example_inputs(config: Config, count: int, w_avg: np.ndarray) -> dict[str, np.ndarray]:
     """Inputs of a check: random z and captions of several lengths, some truncation."""
-    rng = np.random.default_rng(count)
-    inputs: dict[str, Any] = {"w_avg": w_avg, "truncation": np.float32(0.8), "global_truncation": np.float32(0.9)}
-    inputs["z"] = rng.standard_normal((count, config.generator.z_dim)).astype(np.float32)
-    if config.condition == "class":
-        inputs["labels"] = rng.integers(0, config.num_classes, count).astype(np.int32)
-    elif config.condition == "text":
-        spec = text_spec(config.text)
-        inputs["tokens"] = tokens = np.zeros((count, config.text.length), np.int32)
-        for i, row in enumerate(tokens):
-            # The empty caption is among them.
-            length = i * (config.text.length - 2) // max(1, count - 1)
-            row[: length + 2] = (1, *rng.integers(3, min(spec.vocab_size, 1000), length), spec.end_id)
-        if not config.text.is_trained:
-            shape = (count, config.text.length, spec.width)
-            inputs["features"] = rng.standard_normal(shape).astype(np.float32)
+    z = np.random.default_rng(count).standard_normal((count, config.generator.z_dim)).astype(np.float32)
+    inputs = {"z": z, "w_avg": w_avg, "truncation": np.float32(0.8), "global_truncation": np.float32(0.9)}
+    inputs |= example_conditions(config, count)
     return {name: np.asarray(inputs[name]) for name in input_shapes(config)}
+
+
+def example_conditions(config: Config, count: int) -> dict[str, np.ndarray]:
+    """A fixed caption (tokens, and features of a frozen encoder) or class (labels) for each of `count` examples."""
+    rng = np.random.default_rng(0)
+    if config.condition == "class":
+        return {"labels": rng.integers(0, config.num_classes, count).astype(np.int32)}
+    if config.condition != "text":
+        return {}
+    spec = text_spec(config.text)
+    tokens = np.zeros((count, config.text.length), np.int32)
+    for i, row in enumerate(tokens):
+        # Lengths from the empty caption to half a row.
+        length = i * max(1, (config.text.length - 2) // (2 * count))
+        row[: length + 2] = (1, *rng.integers(3, min(spec.vocab_size, 1000), length), spec.end_id)
+    if config.text.is_trained:
+        return {"tokens": tokens}
+    return {"tokens": tokens, "features": rng.standard_normal((*tokens.shape, spec.width)).astype(np.float32)}
 
 
 def make_function(config: Config, centers: np.ndarray) -> Callable[[Params, dict[str, Any]], jax.Array]:
@@ -80,12 +86,13 @@ def make_function(config: Config, centers: np.ndarray) -> Callable[[Params, dict
     return run
 
 
-def write_program(config: Config, load: str, call: str) -> str:
+def write_program(config: Config, load: str, z: str, call: str) -> str:
     """run.py: draws one picture without this package.
 
     Args:
       config: of the run.
       load: lines that make `generator`, after the imports.
+      z: expression of z [1, z_dim], of `seed`.
       call: expression of float images [1, R, R, 3], of `inputs`.
     """
     side, text = config.resolution, config.text
@@ -118,6 +125,7 @@ if len(sys.argv) != 3 or not sys.argv[2].isdecimal():
 prompt, seed = sys.argv[1], int(sys.argv[2]) % 2**32
 {body}inputs = {{{given[config.condition]}"w_avg": np.load("{W_AVG_FILE}")}}
 inputs |= {{"truncation": np.array(1, np.float32), "global_truncation": np.array(1, np.float32)}}
+inputs["z"] = {z}
 image = {call}
 pixels = np.clip(np.rint((image[0] + 1) * 127.5), 0, 255).astype(np.uint8)
 open("image.ppm", "wb").write(b"P6 {side} {side} 255\\n" + pixels.tobytes())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from gigagan_jax.config import Config, to_dict
 from gigagan_jax.config.migrations import with_format
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.files import new_folder
 from gigagan_jax.interop import model_card
 from gigagan_jax.interop.checkpoint_arrays import Arrays, Original, state_networks
 from gigagan_jax.interop.safetensors_stream import SHARD_BYTES, Tensor, write_tensors
@@ -140,17 +140,12 @@ def write_folder(
     Raises:
       UserError: the folder exists or cannot be written, or the checkpoint cannot be read.
     """
-    if out.exists():
-        raise UserError(f"--out={out} exists: name a new folder")
     if original.read_counts is None and list(choices) != ["average"]:
         raise UserError(f"--what={choices[-1]}: published weights hold the average of G alone")
     config, step = original.config, original.step
-    files = plan_files(original, choices, TENSOR_NAMES[form])
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    total, done = sum(t.size for file in files for t in file.tensors), 0
-    try:
-        part.mkdir(parents=True)
+    with new_folder(out) as part:
+        files = plan_files(original, choices, TENSOR_NAMES[form])
+        total, done = sum(t.size for file in files for t in file.tensors), 0
         for file in files:
             place = part / file.name
             place.parent.mkdir(exist_ok=True)
@@ -170,9 +165,4 @@ def write_folder(
         verdict = "" if check is None else check(part)
         shards = not (part / "model.safetensors").exists()
         (part / "README.md").write_text(model_card.write(config, step, choices, form, verdict, shards))
-        os.replace(part, out)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file())

@@ -101,8 +101,9 @@ def read_folder(folder: Path, form: str, paths: Mapping[str, str] | None = None)
 def _check_complete(training: Path, networks: Mapping[str, Network], params: set[str], moments: set[str]) -> None:
     """Raises UserError where a part of the networks of training, or of their moments, is missing."""
     for found, ending in ((params, ""), (moments, "_optimizer")):
-        for name in networks.keys() - found if found else ():
-            raise UserError(f"{training} has no {networks[name].name}{ending}.safetensors: copy it again, whole")
+        missing = [network.name for name, network in networks.items() if name not in found]
+        if found and missing:
+            raise UserError(f"{training} has no {missing[0]}{ending}.safetensors: copy it again, whole")
     if moments and not params:
         raise UserError(f"{training} has moments and no networks: convert with --what=optimizer, which writes both")
     if moments and not (training / TRAINING_FILE).exists():

@@ -124,19 +124,11 @@ def _make_module(config: Config, tensors: Iterator[tuple[str, np.ndarray]], cent
 
 def _adaptive_conv(module: Any, x: Any, w: Any) -> Any:
     """`AdaptiveConv.forward` as one product a tap: ONNX has no convolution with as many groups as the batch."""
-    import torch
     import torch.nn.functional as F
 
     from gigagan_jax.interop.torch_gigagan import leaky_relu, upsample
 
-    filters = module.filters * module.scale
-    if module.select is None:
-        kernels = filters.expand(x.shape[0], *filters.shape[1:])
-    else:
-        kernels = torch.einsum("nb,boikl->noikl", module.select(w).softmax(-1), filters)
-    kernels = kernels * module.style(w)[:, None, :, None, None]
-    if module.demodulate:
-        kernels = kernels * torch.rsqrt(kernels.square().sum((2, 3, 4), keepdim=True) + 1e-8)
+    kernels = module.make_kernels(w)
     if module.up:
         x = upsample(x)
     side, (h, width) = kernels.shape[-1], x.shape[2:]
@@ -163,6 +155,6 @@ def program(config: Config) -> str:
 import onnxruntime
 
 session = onnxruntime.InferenceSession("{FILE}")"""
-    z = f'inputs["z"] = np.random.default_rng(seed).standard_normal((1, {config.generator.z_dim})).astype(np.float32)'
+    z = f"np.random.default_rng(seed).standard_normal((1, {config.generator.z_dim})).astype(np.float32)"
     call = "np.moveaxis(session.run(None, inputs)[0], 1, -1)"
-    return write_program(config, load, call).replace("\nimage = ", f"\n{z}\nimage = ")
+    return write_program(config, load, z, call)

@@ -17,8 +17,9 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 # Bytes of weights; the serialization of an artefact ends at 2 GiB.
 MOST_INSIDE = 1.9e9
 NOTES = f"""`{FILE}` runs on CPU, CUDA and TPU and takes any batch. Images are `[n, R, R, 3]` in about [-1, 1].
-The z of a seed is that of `gigagan_jax.sample`. A newer JAX reads the artefact for six months after its own release, an older one
-for three weeks (docs.jax.dev, "Exporting and serializing staged-out computations"). Keep the checkpoint, to export again."""
+The z of a seed is that of `gigagan_jax.sample`. JAX releases of the six months after the one that wrote
+the artefact read it, and those of the three weeks before (docs.jax.dev, "Exporting and serializing staged-out computations").
+Keep the checkpoint, to export again."""
 
 
 def export_generator(
@@ -66,6 +67,6 @@ generator = export.deserialize(bytearray(open("{FILE}", "rb").read()))"""
     if not inside:
         load = load.replace("\n\n", "\nfrom safetensors.numpy import load_file\n\n")
         load += '\nweights = load_file("model.safetensors")\nweights.pop("w_avg")'
-    z = f'inputs["z"] = jax.random.normal(jax.random.key(np.uint32(seed)), (1, {config.generator.z_dim}))'
+    z = f"jax.random.normal(jax.random.key(np.uint32(seed)), (1, {config.generator.z_dim}))"
     call = f"np.asarray(jax.jit(generator.call)({'' if inside else 'weights, '}inputs))"
-    return write_program(config, load, call).replace("\nimage = ", f"\n{z}\nimage = ")
+    return write_program(config, load, z, call)

@@ -14,12 +14,12 @@ import numpy as np
 from gigagan_jax.config import Config
 from gigagan_jax.config.parameter_renames import nest
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.interop.artefact import example_conditions
 from gigagan_jax.interop.checkpoint_arrays import Original, state_networks
 from gigagan_jax.interop.model_folder import TRAINING_FOLDER, W_AVG, torch_config
 from gigagan_jax.interop.tensor_names import TENSOR_NAMES
 from gigagan_jax.models.discriminator import prediction_pairs
 from gigagan_jax.models.network import Network, Params
-from gigagan_jax.models.pretrained.text_encoder import text_spec
 from gigagan_jax.models.pretrained.weights import Weights
 
 # Largest difference of an output, of the largest value.
@@ -86,22 +86,21 @@ class Check:
         return f"all tensors of the {network.name} are equal{reason}"
 
     def _differences(self, folder: Path, file: str, network: Network, name: str, part: str) -> Iterator[float]:
-        from gigagan_jax.interop import torch_gigagan
-
         params = nest(dict(self._arrays.read(network, name, part)))
         # Whatever the run computed in: bfloat16 would hide what is wrong.
         config = dataclasses.replace(self._config, dtype="float32")
-        kinds = {
-            "g": (torch_gigagan.Generator, run_generator, 2),
-            "d": (torch_gigagan.Discriminator, run_discriminator, max(2, config.discriminator.minibatch_std)),
-            "v": (torch_gigagan.VisionAided, run_vision_aided, 2),
-        }
-        make, run, count = kinds[name]
-        module = _load(make(torch_config(config)), Weights(folder, single=file))
-        for label, ours, theirs in run(config, state_networks(config)[name], params, module, count):
-            # Where an activation is next to its kink, rounding decides its slope: gradients differ there.
-            if not label.startswith(GRADIENT):
-                yield difference(ours, theirs)
+        count = max(2, config.discriminator.minibatch_std) if name == "d" else 2
+        module = _load(make_module(config, name), Weights(folder, single=file))
+        for _, ours, theirs in RUN[name](config, state_networks(config)[name], params, module, count):
+            yield difference(ours, theirs)
+
+
+def make_module(config: Config, name: str) -> Any:
+    """The torch form of network `name` of the state, at its start."""
+    from gigagan_jax.interop import torch_gigagan
+
+    kinds = {"g": torch_gigagan.Generator, "d": torch_gigagan.Discriminator, "v": torch_gigagan.VisionAided}
+    return kinds[name](torch_config(config))
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -124,28 +123,14 @@ def dtype_of(module: Any) -> Any:
 
 
 def _conditions(config: Config, count: int, dtype: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A fixed caption or class for each of `count` examples: keyword arguments here and in torch."""
+    """`example_conditions` as keyword arguments here and in torch."""
     import torch
 
-    rng = np.random.default_rng(0)
-    ours: dict[str, np.ndarray] = {}
-    if config.condition == "class":
-        ours["labels"] = rng.integers(0, config.num_classes, count).astype(np.int32)
-    elif config.condition == "text":
-        spec = text_spec(config.text)
-        tokens = np.zeros((count, config.text.length), np.int32)
-        for i, row in enumerate(tokens):
-            # Lengths from the empty caption to half a row.
-            length = i * max(1, (config.text.length - 2) // (2 * count))
-            row[: length + 2] = (1, *rng.integers(3, min(spec.vocab_size, 1000), length), spec.end_id)
-        ours["tokens"] = tokens
-        if not config.text.is_trained:
-            ours["features"] = rng.standard_normal((*tokens.shape, spec.width)).astype(np.float32)
+    ours = example_conditions(config, count)
     as_torch = lambda x: torch.from_numpy(x).to(dtype if x.dtype == np.float32 else torch.long)
     return ours, {name: as_torch(x) for name, x in ours.items()}
 
 
-GRADIENT = "gradient"
 # What a comparison gives: (name, ours, theirs), images as [N, C, H, W].
 Pairs = Iterator[tuple[str, np.ndarray, np.ndarray]]
 
@@ -171,31 +156,55 @@ def run_generator(config: Config, network: Network, params: Params, module: Any,
 
 
 def run_discriminator(config: Config, network: Network, params: Params, module: Any, count: int) -> Pairs:
-    """Every prediction, and the gradients of their sum with random signs by the images (what R1 penalizes)."""
+    """Every prediction, of both sides."""
     import torch
 
+    disc, theirs, pyramid = _discriminator_inputs(config, network, module, count)
+    logits = jax.jit(disc)(params, pyramid)
+    with torch.no_grad():
+        predictions = module([_nchw(x, module) for x in pyramid], module.condition(**theirs))
+    for pair, a, b in zip(prediction_pairs(config.discriminator), logits, predictions.values(), strict=True):
+        yield f"prediction of level {pair.level}, exit {pair.exit}", np.asarray(a), b.numpy()
+
+
+def run_gradients(config: Config, network: Network, params: Params, module: Any, count: int) -> Pairs:
+    """The gradients by the images of D's predictions, summed with random signs: what R1 penalizes.
+
+    Where an activation is next to its kink, rounding decides its slope: gradients differ there.
+    """
+    import torch
+
+    disc, theirs, pyramid = _discriminator_inputs(config, network, module, count)
+    signs = np.random.default_rng(2).choice((-1.0, 1.0), len(prediction_pairs(config.discriminator))).astype(np.float32)
+    total = lambda pyramid, params: sum(s * x.sum() for s, x in zip(signs, disc(params, pyramid), strict=True))
+    grads = jax.jit(jax.grad(total))(pyramid, params)
+    images = [_nchw(x, module).requires_grad_() for x in pyramid]
+    predictions = module(images, module.condition(**theirs)).values()
+    torch.stack([s * x.sum() for s, x in zip(signs.tolist(), predictions, strict=True)]).sum().backward()
+    for a, x in zip(grads, images, strict=True):
+        assert x.grad is not None
+        yield f"gradient by the image of {x.shape[-1]} px", np.moveaxis(np.asarray(a), -1, 1), x.grad.numpy()
+
+
+def _discriminator_inputs(
+    config: Config, network: Network, module: Any, count: int
+) -> tuple[Any, Any, list[np.ndarray]]:
+    """((params, pyramid) -> predictions here, conditions in torch, pyramid)"""
     ours, theirs = _conditions(config, count, dtype_of(module))
     rng = np.random.default_rng(2)
     sides = config.resolutions[::-1] if config.discriminator.multi_scale_input else config.resolutions[-1:]
-    pyramid = [rng.standard_normal((count, side, side, 3)).astype(np.float32) for side in sides]
-    pairs = prediction_pairs(config.discriminator)
-    signs = rng.choice((-1.0, 1.0), len(pairs)).astype(np.float32)
 
     def run(params: Params, pyramid: list[jax.Array]) -> Any:
         disc = network.bind(params)
-        own = disc({"real": pyramid}, disc.condition(**{"tokens": None, **ours}))["real"].own
-        return sum(sign * x.sum() for sign, x in zip(signs, own, strict=True)), own
+        return disc({"real": pyramid}, disc.condition(**{"tokens": None, **ours}))["real"].own
 
-    (_, logits), grads = jax.jit(jax.value_and_grad(run, argnums=1, has_aux=True))(params, pyramid)
-    to = lambda x: torch.from_numpy(np.moveaxis(x, -1, 1).copy()).to(dtype_of(module))
-    images = [to(x).requires_grad_() for x in pyramid]
-    predictions = module(images, module.condition(**theirs))
-    torch.stack([sign * x.sum() for sign, x in zip(signs.tolist(), predictions.values(), strict=True)]).sum().backward()
-    for pair, a, b in zip(pairs, logits, predictions.values(), strict=True):
-        yield f"prediction of level {pair.level}, exit {pair.exit}", np.asarray(a), b.detach().numpy()
-    for a, x in zip(grads, images, strict=True):
-        assert x.grad is not None
-        yield f"{GRADIENT} by the image of {x.shape[-1]} px", np.moveaxis(np.asarray(a), -1, 1), x.grad.numpy()
+    return run, theirs, [rng.standard_normal((count, side, side, 3)).astype(np.float32) for side in sides]
+
+
+def _nchw(x: np.ndarray, module: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(np.moveaxis(x, -1, 1).copy()).to(dtype_of(module))
 
 
 def run_vision_aided(config: Config, network: Network, params: Params, module: Any, count: int) -> Pairs:
@@ -210,8 +219,12 @@ def run_vision_aided(config: Config, network: Network, params: Params, module: A
         bound = network.bind(params)
         return bound(features, bound.condition(**{"tokens": None, "labels": None, **ours}))
 
-    maps = [torch.from_numpy(np.moveaxis(x, -1, 1).copy()).to(dtype_of(module)) for x in features]
+    maps = [_nchw(x, module) for x in features]
     with torch.no_grad():
         expected = module(maps, module.condition(**theirs))
     for layer, a, b in zip(v.layers, jax.jit(run)(params), expected, strict=True):
         yield f"head of layer {layer}", np.asarray(a), b.numpy()
+
+
+# {network in the state: what compares its outputs}
+RUN = {"g": run_generator, "d": run_discriminator, "v": run_vision_aided}

@@ -147,12 +147,11 @@ class AdaptiveConv(nn.Module):
         self.style = Linear(w_dim, n_in, bias=1.0)
         self.select = Linear(w_dim, bank) if bank > 1 else None
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """x [N, in, H, W], w [N, w_dim] -> [N, out, H', W']"""
-        n, n_out, side = x.shape[0], self.filters.shape[1], self.filters.shape[-1]
+    def make_kernels(self, w: Tensor) -> Tensor:
+        """w [N, w_dim] -> a kernel a sample, [N, out, in, k, k]"""
         filters = self.filters * self.scale
         if self.select is None:
-            kernels = filters.expand(n, *filters.shape[1:])
+            kernels = filters.expand(w.shape[0], *filters.shape[1:])
         else:
             # eq. 1: a kernel a sample, mixed from the bank.
             kernels = torch.einsum("nb,boikl->noikl", self.select(w).softmax(-1), filters)
@@ -160,6 +159,12 @@ class AdaptiveConv(nn.Module):
         kernels = kernels * self.style(w)[:, None, :, None, None]
         if self.demodulate:
             kernels = kernels * torch.rsqrt(kernels.square().sum((2, 3, 4), keepdim=True) + 1e-8)
+        return kernels
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """x [N, in, H, W], w [N, w_dim] -> [N, out, H', W']"""
+        n, n_out, side = x.shape[0], self.filters.shape[1], self.filters.shape[-1]
+        kernels = self.make_kernels(w)
         if self.up:
             x = upsample(x)
         h, width = x.shape[2:]

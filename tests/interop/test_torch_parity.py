@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,13 @@ from gigagan_jax.interop import torch_gigagan
 from gigagan_jax.interop.torch_table import from_torch, to_torch
 from gigagan_jax.models.build import build_discriminator, build_generator, build_vision_aided
 from gigagan_jax.models.discriminator import prediction_pairs
-from gigagan_jax.models.network import is_spec, path_name
+from gigagan_jax.models.network import path_name
 from gigagan_jax.models.pretrained.text_encoder import tokenizer_options
+from tests.runs import ROOT
+
+sys.path.append(str(ROOT / "tools"))  # as for a script there
+
+from measure_parity import draw_params
 
 N = 4
 FAST = {"xla_backend_optimization_level": 0}
@@ -78,13 +84,6 @@ CONFIGS = {
         discriminator__attention__kind="dot",
     ),
 }
-
-
-def draw_params(network, seed):
-    """Values of every parameter away from its start: none is zero or one."""
-    rng = np.random.default_rng(seed)
-    draw = lambda spec: (spec.mean + (spec.std or 0.3) * rng.standard_normal(spec.shape)).astype(np.float32)
-    return jax.tree.map(draw, network.specs, is_leaf=is_spec)
 
 
 def torch_config(config):
