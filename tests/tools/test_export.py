@@ -44,7 +44,7 @@ def draw(folder, without, z=None):
     return np.asarray(Image.open(folder / "image.ppm"), int)
 
 
-def test_stablehlo_draws_the_picture_of_sample_with_jax_alone(tmp_path):
+def test_stablehlo_draws_the_picture_of_sample_with_jax_and_flatbuffers(tmp_path):
     assert run_export(tmp_path / "out", "stablehlo") == 0
     expected = TextToImage.from_workdir(RUN)(PROMPT, seed=SEED)[0].astype(int)
     assert expected.std() > 5
