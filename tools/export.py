@@ -4,8 +4,8 @@
     python tools/export.py --workdir=docs/weights/digits --format=onnx --out=DIR
     cd DIR && python run.py "a handwritten seven" 3
 
-StableHLO needs jax and flatbuffers, ONNX needs onnxruntime alone; both take any batch. z, w_avg and the truncations are inputs. The
-artefact is run and compared with this package before the folder gets its name.
+StableHLO needs jax and flatbuffers, ONNX needs onnxruntime alone; both take any batch. z, w_avg and the truncations are inputs.
+The artefact is run and compared with this package before the folder gets its name.
 """
 
 from __future__ import annotations
