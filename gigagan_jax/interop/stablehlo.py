@@ -17,9 +17,9 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 # Bytes of weights; the serialization of an artefact ends at 2 GiB.
 MOST_INSIDE = 1.9e9
 NOTES = f"""`{FILE}` runs on CPU, CUDA and TPU and takes any batch. It needs jax and flatbuffers, and safetensors
-where the weights lie beside it. Images are `[n, R, R, 3]` in about [-1, 1]. The z of a seed is that of `gigagan_jax.sample`. JAX releases of the six months after the one that wrote
-the artefact read it, and those of the three weeks before (docs.jax.dev, "Exporting and serializing staged-out computations").
-Keep the checkpoint, to export again."""
+where the weights lie beside it. Images are `[n, R, R, 3]` in about [-1, 1]. The z of a seed is that of `gigagan_jax.sample`.
+JAX releases of the six months after the one that wrote the artefact read it, and those of the three weeks before (docs.jax.dev,
+"Exporting and serializing staged-out computations"). Keep the checkpoint, to export again."""
 
 
 def export_generator(
