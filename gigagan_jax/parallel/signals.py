@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Seconds until a signal that fell into a finaliser is sent again.
@@ -38,7 +38,7 @@ class StopSignals:
         self._held = False
         # The handlers to restore, by signal.
         self._before: dict[int, Any] = {}
-        self._hook_before = sys.unraisablehook
+        self._hook = self._hook_before = sys.unraisablehook
 
     def __enter__(self) -> "StopSignals":
         self.number = 0
@@ -46,7 +46,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._handle_signal)
-            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._handle_unraisable
+            self._hook_before = sys.unraisablehook
+            sys.unraisablehook = self._hook = self._make_hook()
         return self
 
     @contextlib.contextmanager
@@ -67,14 +68,21 @@ class StopSignals:
         if not self._held:
             raise Interrupted(number, agreed=False)
 
-    def _handle_unraisable(self, unraisable: Any) -> None:
+    def _make_hook(self) -> Callable[[Any], None]:
         """A handler may run within a finaliser or a callback of the garbage collector, whose exceptions Python drops."""
-        if not issubclass(unraisable.exc_type, Interrupted):
-            self._hook_before(unraisable)
-            return
-        again = threading.Timer(_AGAIN, self._send_again, (unraisable.exc_value.number,))
-        again.daemon = True
-        again.start()
+        before = self._hook_before
+
+        def handle_unraisable(unraisable: Any) -> None:
+            if not issubclass(unraisable.exc_type, Interrupted):
+                before(unraisable)
+                return
+            again = threading.Timer(_AGAIN, self._send_again, (unraisable.exc_value.number,))
+            again.daemon = True
+            again.start()
+
+        # What the hook below is known by (checkpoint/orbax_logs.py) holds of this one too, which calls it.
+        handle_unraisable.__dict__.update(getattr(before, "__dict__", {}))
+        return handle_unraisable
 
     def _send_again(self, number: int) -> None:
         # Within the loop the recorded number is enough, and a second SIGINT would stop without saving.
@@ -82,7 +90,8 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
     def __exit__(self, *exception: object) -> None:
-        if self._before:
+        # A hook that was put on top of this one since stays: it calls this one, which passes everything on.
+        if self._before and sys.unraisablehook is self._hook:
             sys.unraisablehook = self._hook_before
         for number, handler in self._before.items():
             # signal.signal returned None for a handler that was not installed from Python.

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from gigagan_jax.checkpoint.orbax_logs import silence_closed_loop_errors
 from gigagan_jax.parallel import signals as signals_module
 from gigagan_jax.parallel.signals import Interrupted, StopSignals
 
@@ -67,3 +68,28 @@ def test_other_exceptions_of_finalisers_go_to_the_hook_before(monkeypatch):
         del thing
     assert seen == [ZeroDivisionError]
     assert sys.unraisablehook is hook
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_filter_of_closed_loops_outlives_the_run(monkeypatch, inside):
+    """Orbax's threads still write when the run has ended, and their errors go through the hook that a checkpoint put there."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(str(unraisable.exc_value)))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    hooks = []
+    for _ in range(3):
+        if not inside:
+            silence_closed_loop_errors()
+        with StopSignals():
+            silence_closed_loop_errors()
+        hooks.append(sys.unraisablehook)
+
+    def fail(message):
+        raise RuntimeError(message)
+
+    for message in ("Event loop is closed", "another"):
+        thing = InFinaliser(lambda message=message: fail(message))
+        del thing
+    assert seen == ["another"]
+    # Runs of one process do not nest them deeper and deeper.
+    assert len(set(hooks)) == 1
