@@ -15,8 +15,10 @@ from gigagan_jax.config.model import (
     ClipConfig,
     DiscriminatorConfig,
     GeneratorConfig,
+    PerceptualConfig,
     TextConfig,
     TransformerConfig,
+    UpsamplerConfig,
     VisionAidedConfig,
 )
 from gigagan_jax.config.run import (
@@ -49,10 +51,12 @@ __all__ = [
     "LossConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "PerceptualConfig",
     "ShapesConfig",
     "SnapshotConfig",
     "TextConfig",
     "TransformerConfig",
+    "UpsamplerConfig",
     "VisionAidedConfig",
     "config_digest",
     "default",

@@ -19,6 +19,7 @@ OWN_FIELDS = (
     "text.path",
     "clip.path",
     "vision_aided.path",
+    "perceptual.path",
 )
 # Fields that may change between two runs in one workdir: they do not alter the meaning of the stored state.
 FREE_FIELDS = (

@@ -4,7 +4,15 @@ import dataclasses
 from collections.abc import Mapping
 
 from gigagan_jax.config.data import DataConfig
-from gigagan_jax.config.model import ClipConfig, DiscriminatorConfig, GeneratorConfig, TextConfig, VisionAidedConfig
+from gigagan_jax.config.model import (
+    ClipConfig,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    PerceptualConfig,
+    TextConfig,
+    UpsamplerConfig,
+    VisionAidedConfig,
+)
 from gigagan_jax.config.run import (
     DEFAULT_RULES,
     CheckpointConfig,
@@ -42,8 +50,10 @@ class Config:
     text: TextConfig = TextConfig()
     clip: ClipConfig = ClipConfig()
     generator: GeneratorConfig = GeneratorConfig()
+    upsampler: UpsamplerConfig = UpsamplerConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     vision_aided: VisionAidedConfig = VisionAidedConfig()
+    perceptual: PerceptualConfig = PerceptualConfig()
     loss: LossConfig = LossConfig()
     g_optimizer: OptimizerConfig = OptimizerConfig()
     d_optimizer: OptimizerConfig = OptimizerConfig()
@@ -57,6 +67,23 @@ class Config:
     def resolutions(self) -> tuple[int, ...]:
         """Sides of the pyramid, low to high: (4, 8, ..., resolution)."""
         return tuple(1 << i for i in range(2, self.resolution.bit_length()))
+
+    @property
+    def is_upsampler(self) -> bool:
+        """Does the run train an upsampler, and not the base model?"""
+        return self.upsampler.input_resolution > 0
+
+    @property
+    def generator_resolutions(self) -> tuple[int, ...]:
+        """Sides of the synthesis network's levels, low to high."""
+        lowest = self.upsampler.bottleneck if self.is_upsampler else 4
+        return tuple(r for r in self.resolutions if r >= lowest)
+
+    @property
+    def image_resolutions(self) -> tuple[int, ...]:
+        """Sides of the images that G gives, low to high."""
+        above = self.upsampler.input_resolution if self.upsampler.image_skip else 0
+        return tuple(r for r in self.generator_resolutions if r > above)
 
     @property
     def clip_path(self) -> str:

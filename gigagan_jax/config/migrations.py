@@ -12,7 +12,7 @@ from typing import Any
 from gigagan_jax.config.comparison import flatten_fields
 from gigagan_jax.core.errors import UserError
 
-FORMAT = 5
+FORMAT = 6
 FORMAT_KEY = "format"
 # Names of fields that are newer than the run. From its first restart on, config.json has them with the values of ADDED.
 WITHOUT_KEY = "begun_without"
@@ -130,6 +130,23 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (4, "data.shapes.seed", 0),
     (5, "text.buckets", 1024),
     (5, "loss.match_d_form", "logistic"),
+    (6, "rules.height", ""),
+    (6, "generator.attention.window", 0),
+    (6, "discriminator.attention.window", 0),
+    (6, "discriminator.input_levels", 0),
+    (6, "discriminator.output_levels", 0),
+    (6, "upsampler.input_resolution", 0),
+    (6, "upsampler.bottleneck", 8),
+    (6, "upsampler.encoder_blocks", 1),
+    (6, "upsampler.skip_gain", 1.0),
+    (6, "upsampler.image_skip", False),
+    (6, "upsampler.noise", 0.0),
+    (6, "upsampler.downsample", "area"),
+    (6, "upsampler.degradation", 0.0),
+    (6, "perceptual.kind", "lpips"),
+    (6, "perceptual.path", ""),
+    (6, "loss.pixel", 0.0),
+    (6, "loss.perceptual", 0.0),
 )
 # (format that replaced the field, its name, its successor, values of the successor by those of the field)
 REPLACED: tuple[tuple[int, str, str, dict[Any, Any]], ...] = (

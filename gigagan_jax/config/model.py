@@ -70,6 +70,7 @@ class AttentionConfig:
     mlp_ratio: float = 4.0  # (A2)
     norm: str = "rms"  # (open) before each branch: "rms" or "none"
     kind: str = "l2"  # (sec. 3.1) "l2": squared distance with tied query and key; "dot": dot product
+    window: int = 0  # tokens a side of the windows that G's self-attention stays in, on a fixed grid; 0: the whole map
     mask_self: bool = False  # (open) with tied q and k a token is always nearest to itself; True forbids that
 
 
@@ -106,6 +107,31 @@ class GeneratorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class UpsamplerConfig:
+    """The GAN upsampler (sec. 3.4), in the place of the generator where `input_resolution` is not 0.
+
+    Its upper half is `config.generator`, whose tuples then run from the bottleneck up to the resolution.
+    """
+
+    input_resolution: int = 0  # side of the small image in pixels, a power of two; 0: no upsampler, the base model
+    bottleneck: int = 8  # (sec. 3.4) side of the lowest features at that input: 64 px pass three blocks down to 8
+    encoder_blocks: int = 1  # (open) residual blocks at each resolution on the way down
+    skip_gain: float = 1.0  # (open) of the encoder's features where they are added at equal resolution
+    image_skip: bool = False  # (open) the image starts as the small one, and only higher levels add to it
+    noise: float = 0.0  # (open) largest level of noise augmentation, 0 to 1; drawn evenly below it
+    downsample: str = "area"  # how training makes small images: "area", "bicubic" or "lanczos"
+    degradation: float = 0.0  # share of small images that are degraded first (training/degradations.py), 0 to 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceptualConfig:
+    """The frozen network of the perceptual loss of upsamplers (sec. 3.4); its weight is `loss.perceptual`."""
+
+    kind: str = "lpips"  # (sec. 3.4) "lpips", or "hed": HED's VGG-16, with equal weights a channel
+    path: str = ""  # file or folder of the VGG-16 weights
+
+
+@dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
     """The multi-scale-input, multi-scale-output discriminator (sec. 3.3). Tuples run from the resolution down to 4 px."""
 
@@ -118,6 +144,8 @@ class DiscriminatorConfig:
     attention_gain: float = 0.3  # (open) as in G
     mlp: bool = False  # (open) feed-forward after attention: without it D has the paper's size
     multi_scale_input: bool = True  # (A2) one entry a pyramid level
+    input_levels: int = 0  # entries from the output image down; 0: one at every level
+    output_levels: int = 0  # exits from the last one up, with multi_scale_output; 0: one a stage
     multi_scale_output: bool = True  # (A2) one exit a stage
     head: str = "modulated"  # (A2) "modulated": eq. 7; "projection": projection discriminator, for classes
     class_mapping_depth: int = 0  # (open) layers between a class embedding and a projection head (StyleGAN2-ADA: 8)

@@ -6,7 +6,7 @@ Strings that name mesh axes join several with a comma; an empty string means "re
 import dataclasses
 
 # Logical axis -> mesh axes (docs/meshes.md). Parameters: conv_in, conv_out, embed, mlp, heads, style, vocab, bank, kernel,
-# layers, rgb. Activations at block borders: batch, channels. `optimizer` is no dimension: by it moments and averages are cut
+# layers, rgb. Activations at block borders: batch, channels, height. `optimizer` is no dimension: by it moments and averages are cut
 # further than their parameter.
 DEFAULT_RULES = {
     # In this order: with "data,fsdp", or "fsdp,data,slice", on a mesh with tensor > 1 XLA's partitioner (jaxlib 0.10.2) permutes
@@ -14,6 +14,7 @@ DEFAULT_RULES = {
     # tests/training/test_sharding_parity.py shows it.
     "batch": "fsdp,slice,data",
     "channels": "",
+    "height": "",
     "conv_in": "fsdp",
     "conv_out": "tensor",
     "embed": "fsdp",
@@ -119,6 +120,8 @@ class LossConfig:
     pairing: str = "separate"  # "relativistic": D compares a generated image with a real one of its caption (R3GAN)
     centring: float = 0.0  # of (D(x) + D(G))^2 in D's loss; 0 is off
     mismatch_group: int = 16  # (open) neighbours in the batch among which wrong captions are drawn; 0: the whole batch
+    pixel: float = 0.0  # of upsamplers: mean absolute difference to the real image, over all levels of the pyramid
+    perceptual: float = 0.0  # (A2: 10; 100 without text) of upsamplers: LPIPS, see `config.perceptual`
     clip: tuple[float, float] = (0.0, 0.0)  # (A2: 0.2 to 1.0) contrastive loss, first and last; linear in images
     vision_aided: float = 0.0  # (open) of the vision-aided discriminator in G's loss; 0 is off
     vision_r1_gamma: float = (

@@ -13,7 +13,8 @@ _DRAWN_CAPTION = {"bytes": (46, 112), "words": (10, 20)}
 
 def _count_levels(config: Any) -> int:
     # Without multi-scale input, D scores the full resolution only.
-    return len(config.resolutions) if config.discriminator.multi_scale_input else 1
+    d = config.discriminator
+    return (d.input_levels or len(config.resolutions)) if d.multi_scale_input else 1
 
 
 def _check_choice(where: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -53,6 +54,9 @@ _POSITIVE = (
 # Names of fields with values that must be finite and at least 0; 0 often switches something off.
 _NOT_NEGATIVE = (
     "loss.mismatch_group",
+    "loss.pixel",
+    "loss.perceptual",
+    "upsampler.skip_gain",
     *(
         "seed",
         "num_classes",
@@ -210,6 +214,7 @@ def validate(config: Any) -> None:
     """Raises UserError for values out of range and settings that cannot work together."""
     # The first error is reported. Later checks rely on earlier ones: the levels exist only for a valid resolution.
     _check_levels(config)
+    _check_windows(config)
     _check_numbers(config)
     _check_batch(config)
     _check_data(config.data)
@@ -230,18 +235,19 @@ def _check_levels(config: Any) -> None:
     # r & (r - 1) is 0 for powers of two only.
     if r < 8 or r & (r - 1):
         raise UserError(f"config.resolution={r}: must be a power of two, at least 8 (8, 16, 32, 64, ...)")
-    levels = len(config.resolutions)
+    _check_upsampler(config)
     g, d = config.generator, config.discriminator
-    for where, value in (
-        ("generator.blocks", g.blocks),
-        ("generator.bank", g.bank),
-        ("generator.attention_depth", g.attention_depth),
-        ("discriminator.blocks", d.blocks),
-        ("discriminator.attention_depth", d.attention_depth),
+    of_g, of_d = config.generator_resolutions, config.resolutions
+    for where, value, levels in (
+        ("generator.blocks", g.blocks, of_g),
+        ("generator.bank", g.bank, of_g),
+        ("generator.attention_depth", g.attention_depth, of_g),
+        ("discriminator.blocks", d.blocks, of_d),
+        ("discriminator.attention_depth", d.attention_depth, of_d),
     ):
-        if len(value) != levels:
+        if len(value) != len(levels):
             raise UserError(
-                f"config.{where} has {len(value)} entries; resolution {r} has {levels} levels {config.resolutions}"
+                f"config.{where} has {len(value)} entries; resolution {r} has {len(levels)} levels {levels}"
             )
     for where, values, least in (
         ("generator.blocks", g.blocks, 1),
@@ -252,6 +258,57 @@ def _check_levels(config: Any) -> None:
     ):
         if min(values) < least:
             raise UserError(f"config.{where}={values}: every entry must be at least {least}")
+
+
+def _check_upsampler(config: Any) -> None:
+    u, low, loss = config.upsampler, config.upsampler.input_resolution, config.loss
+    if not config.is_upsampler:
+        for name in ("pixel", "perceptual"):
+            if getattr(loss, name):
+                raise UserError(
+                    f"config.loss.{name}: compares with the image that was made small; only an upsampler has one "
+                    "(config.upsampler.input_resolution)"
+                )
+        return
+    if low < 4 or low & (low - 1) or low >= config.resolution:
+        raise UserError(
+            f"config.upsampler.input_resolution={low}: must be a power of two from 4 to below "
+            f"config.resolution={config.resolution}"
+        )
+    if u.bottleneck < 4 or u.bottleneck & (u.bottleneck - 1) or u.bottleneck > low:
+        raise UserError(
+            f"config.upsampler.bottleneck={u.bottleneck}: must be a power of two from 4 to "
+            f"config.upsampler.input_resolution={low}"
+        )
+    if u.encoder_blocks < 1:
+        raise UserError(f"config.upsampler.encoder_blocks={u.encoder_blocks}: must be at least 1")
+    for name in ("noise", "degradation"):
+        if not 0 <= getattr(u, name) <= 1:
+            raise UserError(f"config.upsampler.{name}={getattr(u, name)}: must be 0 to 1")
+    _check_choice("upsampler.downsample", u.downsample, ("area", "bicubic", "lanczos"))
+    _check_choice("perceptual.kind", config.perceptual.kind, ("lpips", "hed"))
+    if loss.perceptual and not config.perceptual.path:
+        raise UserError(
+            "config.perceptual.path is not set: config.loss.perceptual needs VGG-16 weights (docs/upsampler.md says from "
+            "where); config.loss.perceptual=0 with config.loss.pixel=100 needs none"
+        )
+    if loss.vision_aided:
+        raise UserError("config.loss.vision_aided: is of the base model (sec. 3.4); set it to 0 for an upsampler")
+
+
+def _check_windows(config: Any) -> None:
+    window = config.generator.attention.window
+    if config.discriminator.attention.window:
+        raise UserError("config.discriminator.attention.window: only G's attention has windows; set it to 0")
+    if not window:
+        return
+    if window < 2 or window & (window - 1):
+        raise UserError(f"config.generator.attention.window={window}: must be a power of two, or 0 for the whole map")
+    for r, depth in zip(config.generator_resolutions, config.generator.attention_depth, strict=True):
+        if depth and window > r:
+            raise UserError(
+                f"config.generator.attention.window={window}: is larger than the map of {r} x {r} whose attention it is for"
+            )
 
 
 def _check_batch(config: Any) -> None:
@@ -364,6 +421,19 @@ def _check_discriminator(config: Any) -> None:
     # D reads an image of each level, which only a pyramid of G provides for generated images.
     if g.pyramid != d.multi_scale_input:
         raise UserError("config.generator.pyramid and config.discriminator.multi_scale_input must be switched together")
+    levels = len(config.image_resolutions)
+    if not 0 <= d.input_levels <= levels:
+        raise UserError(
+            f"config.discriminator.input_levels={d.input_levels}: must be 0 to {levels}, the images that G gives"
+        )
+    if d.multi_scale_input and not d.input_levels and len(config.resolutions) > levels:
+        raise UserError(
+            f"config.discriminator.input_levels=0: G gives images of {config.image_resolutions} only; set it to {levels} or less"
+        )
+    if not 0 <= d.output_levels <= len(config.resolutions):
+        raise UserError(
+            f"config.discriminator.output_levels={d.output_levels}: must be 0 to {len(config.resolutions)}, D's stages"
+        )
     # Empty: the paper's weights (losses.pair_weights).
     if config.loss.level_weights and len(config.loss.level_weights) != _count_levels(config):
         raise UserError(f"config.loss.level_weights needs {_count_levels(config)} entries, one a level, high to low")

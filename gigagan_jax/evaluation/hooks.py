@@ -9,6 +9,7 @@ import numpy as np
 from gigagan_jax.config import Config
 from gigagan_jax.core.workdir_files import SNAPSHOTS_FOLDER
 from gigagan_jax.evaluation.judges import Judge, make_judge
+from gigagan_jax.evaluation.upsampler_snapshots import make_snapshot_hook
 from gigagan_jax.inference.images import draw_grid, save_png, side_by_side
 from gigagan_jax.inference.sampler import Sampler, prompts_and_seeds
 from gigagan_jax.telemetry.metrics import MetricLogger
@@ -59,6 +60,8 @@ def judge_hook(judge: Judge, sampler: Sampler) -> Hook:
 def make_hooks(run: Run) -> Hooks:
     """The hooks that a run's config asks for; they share one sampler, which takes the run's frozen networks."""
     config = run.config
+    if config.is_upsampler:
+        return Hooks(make_snapshot_hook(run))
     sampler = Sampler(config, run.mesh, frozen=lambda: run.frozen[0])
     # Judges are made at the start: a run of hours must not end with pictures that they lack.
     finish = [judge_hook(make_judge(name, config, run.workdir), sampler) for name in config.evaluators]

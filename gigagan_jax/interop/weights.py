@@ -28,6 +28,8 @@ from gigagan_jax.models.pretrained.weights import Row, Weights, load_params
 W_AVG = "w_avg"
 # Of config.json, for torch alone (model_folder.py).
 _SIZES = ("end_id", "encoder_width")
+# Losses whose networks are not needed for sampling.
+_WITHOUT_FROZEN = {"clip": [0.0, 0.0], "vision_aided": 0.0, "perceptual": 0.0}
 # What else may lie in a folder: a run, or a converted checkpoint with more than the average.
 _OTHERS = (CHECKPOINTS_FOLDER, "training", "torch_gigagan.py", INDEX)
 
@@ -99,7 +101,7 @@ def save_weights(
             raise UserError(f"{name} has values that {np.dtype(dtype).name} does not hold: export with --dtype=float32")
     values = without_places(with_format(to_dict(config)))
     # Networks of these losses are not needed for sampling: without them their paths may be empty.
-    values["loss"] = values["loss"] | {"clip": [0.0, 0.0], "vision_aided": 0.0}
+    values["loss"] = values["loss"] | _WITHOUT_FROZEN
     metadata = {"step": str(step), "model": config.name, "frozen": json.dumps(dict(identities or {}))}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +126,7 @@ def without_places(values: dict[str, Any], keep: Callable[[str], bool] = lambda 
     """
     values = {group: dict(x) if isinstance(x, dict) else x for group, x in values.items()}
     values["data"] |= {"path": "", "index": "", "embeddings": "", "mixture": []}
-    for group in ("text", "clip", "vision_aided"):
+    for group in ("text", "clip", "vision_aided", "perceptual"):
         if not keep(values[group]["path"]):
             values[group]["path"] = ""
     return values
@@ -171,7 +173,7 @@ def read_config(folder: Path, text_path: str | None = None) -> Config:
     values = upgrade_config(without_sizes(read_json(file)), str(file))[0]
     # Networks of these losses are not needed for sampling: their paths may be empty.
     if isinstance(values.get("loss"), Mapping):
-        values["loss"] = {**values["loss"], "clip": [0.0, 0.0], "vision_aided": 0.0}
+        values["loss"] = {**values["loss"], **_WITHOUT_FROZEN}
     return from_dict(with_path(values, "text", text_path))
 
 

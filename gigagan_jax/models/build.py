@@ -8,12 +8,16 @@ from gigagan_jax.models.conditioning import ConditionSettings
 from gigagan_jax.models.discriminator import Discriminator
 from gigagan_jax.models.generator import Generator
 from gigagan_jax.models.network import Network
+from gigagan_jax.models.upsampler import Upsampler
 from gigagan_jax.models.vision_aided import VisionAided
 
 
-def make_generator(config: Config, rngs: nnx.Rngs) -> Generator:
+def make_generator(config: Config, rngs: nnx.Rngs) -> Generator | Upsampler:
     """G of a run, as a module with parameters."""
     condition, dtype = ConditionSettings.from_config(config), jnp.dtype(config.dtype)
+    if config.is_upsampler:
+        u, g = config.upsampler, config.generator
+        return Upsampler(u, g, config.resolution, condition, remat=config.remat, dtype=dtype, rngs=rngs)
     return Generator(config.generator, condition, remat=config.remat, dtype=dtype, rngs=rngs)
 
 

@@ -203,17 +203,20 @@ class Mapping(nnx.Module):
     Args:
       g: sizes of z, w and the layers.
       global_width: features of t_global; 0 without a condition.
+      extra_width: features of what else the images depend on.
     """
 
-    def __init__(self, g: GeneratorConfig, global_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, g: GeneratorConfig, global_width: int, *, extra_width: int = 0, rngs: nnx.Rngs):
         make = lambda n: Linear(n, g.w_dim, axes=("style", None), lr_mul=g.mapping_lr_mul, rngs=rngs)
-        self.first = make(g.z_dim + global_width)
+        self.first = make(g.z_dim + global_width + extra_width)
         self.rest = nnx.List([make(g.w_dim) for _ in range(g.mapping_depth - 1)])
 
-    def __call__(self, z: jax.Array, t_global: jax.Array | None) -> jax.Array:
-        """z [N, z_dim], t_global [N, D] or None -> w [N, w_dim] float32"""
+    def __call__(self, z: jax.Array, t_global: jax.Array | None, extra: jax.Array | None = None) -> jax.Array:
+        """z [N, z_dim], t_global [N, D] or None, extra [N, E] of unit second moment or None -> w [N, w_dim] float32"""
         # z and t_global differ in size: each is normalised before they are joined (StyleGAN2).
         parts = [normalize(z)] if t_global is None else [normalize(z), normalize(t_global)]
+        if extra is not None:
+            parts.append(extra)
         x = leaky_relu(self.first(jnp.concatenate(parts, axis=-1)))
         for layer in self.rest:
             x = leaky_relu(layer(x))

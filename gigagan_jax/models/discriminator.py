@@ -44,13 +44,14 @@ class Pair(NamedTuple):
 
 def entry_levels(d: DiscriminatorConfig) -> tuple[int, ...]:
     """Pyramid levels that the discriminator sees, high to low; level 0 is the output image."""
-    return tuple(range(len(d.blocks))) if d.multi_scale_input else (0,)
+    return tuple(range(d.input_levels or len(d.blocks))) if d.multi_scale_input else (0,)
 
 
 def prediction_pairs(d: DiscriminatorConfig) -> tuple[Pair, ...]:
     """All predictions in the order in which the discriminator returns them; 15 for five levels (sec. 3.3)."""
     levels = len(d.blocks)
-    exits = range(levels) if d.multi_scale_output else (levels - 1,)
+    first_exit = levels - (d.output_levels or levels) if d.multi_scale_output else levels - 1
+    exits = range(first_exit, levels)
     return tuple(Pair(i, j) for j in exits for i in entry_levels(d) if i <= j)
 
 

@@ -62,7 +62,7 @@ class AttentionLayer(nnx.Module):
 
     def __init__(self, g: GeneratorConfig, features: int, context_width: int, *, dtype: Any, rngs: nnx.Rngs):
         a = g.attention
-        self.gain = g.attention_gain
+        self.gain, self.window = g.attention_gain, a.window
         # Sec. 3.1: w as one more token tells attention of the style.
         extra = g.w_dim if g.w_token else 0
         kind: dict[str, Any] = {"zero_init": g.attention_zero_init, "dtype": dtype, "rngs": rngs}
@@ -77,9 +77,9 @@ class AttentionLayer(nnx.Module):
     def __call__(self, x: jax.Array, w: jax.Array, local: jax.Array | None, mask: jax.Array | None) -> jax.Array:
         """x [N, H, W, C], w [N, w_dim], local [N, S, D], mask [N, S] -> [N, H, W, C]"""
         shape = x.shape
-        x = x.reshape(shape[0], -1, shape[-1])
         # Equalized weights give branches of unit variance: the gain bounds how fast the residual stream grows.
-        x += self.gain * self.attention(x, w if self.attention.to_extra is not None else None)
+        x += self.gain * self.attend(x, w)
+        x = x.reshape(shape[0], -1, shape[-1])
         if self.self_mlp is not None:
             x += self.gain * self.self_mlp(x)
         if self.cross is not None:
@@ -87,7 +87,24 @@ class AttentionLayer(nnx.Module):
             x += self.gain * self.cross(x, local, mask)
         if self.cross_mlp is not None:
             x += self.gain * self.cross_mlp(x)
-        return constrain(x.reshape(shape), "batch", None, None, "channels")
+        return constrain(x.reshape(shape), "batch", "height", None, "channels")
+
+    def attend(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """Self-attention over the whole map, or within each window: x [N, H, W, C], w [N, w_dim] -> [N, H, W, C]"""
+        n, h, width, c = x.shape
+        size = self.window
+        if not size or (h, width) == (size, size):
+            tokens, style = x.reshape(n, h * width, c), w
+        else:
+            if h % size or width % size:
+                raise ValueError(f"a map of {h} x {width} does not divide into windows of {size} x {size}")
+            # Windows lie on a fixed grid from the map's corner: a token sees the same others in any larger map.
+            tokens = x.reshape(n, h // size, size, width // size, size, c).swapaxes(2, 3).reshape(-1, size * size, c)
+            style = jnp.repeat(w, tokens.shape[0] // n, axis=0)
+        y = self.attention(tokens, style if self.attention.to_extra is not None else None)
+        if y.shape[0] == n:
+            return y.reshape(x.shape)
+        return y.reshape(n, h // size, width // size, size, size, c).swapaxes(2, 3).reshape(x.shape)
 
 
 class SynthesisBlock(nnx.Module):
@@ -147,7 +164,7 @@ class SynthesisBlock(nnx.Module):
         x = (upsample(x) if self.up else x) + gain * h
         if self.attention is not None:
             x = self.attention(x, w, local, mask)
-        return constrain(x, "batch", None, None, "channels")
+        return constrain(x, "batch", "height", None, "channels")
 
 
 class SynthesisLevel(nnx.Module):
@@ -155,9 +172,12 @@ class SynthesisLevel(nnx.Module):
 
     Args:
       g: the generator's settings.
-      index: of the level; 0 is 4 px, the only one that does not start with upsampling.
+      index: of the level, from the lowest, which is the only one that does not start with upsampling.
+      lowest: resolution of level 0, in pixels.
       in_channels: of the level below.
       context_width: features of t_local; 0 without cross-attention.
+      single: the first block has one convolution only.
+      rgb: the level adds to the image.
       remat: recompute each block in the backward pass.
     """
 
@@ -165,14 +185,17 @@ class SynthesisLevel(nnx.Module):
         self,
         g: GeneratorConfig,
         index: int,
+        lowest: int,
         in_channels: int,
         context_width: int,
         *,
+        single: bool = False,
+        rgb: bool = True,
         remat: bool,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        features = channels_at(g, 4 << index)
+        features = channels_at(g, lowest << index)
         self.remat = remat
 
         def attention_layers(depth: int) -> ScannedLayers | None:
@@ -186,7 +209,7 @@ class SynthesisLevel(nnx.Module):
             )
 
         # A level's first block differs in shape from the others, which are scanned.
-        self.entry = block(in_channels, up=index > 0, single=index == 0)
+        self.entry = block(in_channels, up=index > 0, single=single)
         same = g.blocks[index] - 1
         more = lambda: ScannedLayers(lambda: block(features, up=False), same, remat=remat, rngs=rngs)
         self.blocks = more() if same else None
@@ -198,7 +221,7 @@ class SynthesisLevel(nnx.Module):
         self.segments = group_segments(places) if len(set(places)) > 1 else ()
         # ToRGB of StyleGAN2: modulated, but not demodulated, so that the style sets the size of what is added. In float32:
         # the image is a sum over levels, and bfloat16 would round the small ones away.
-        self.to_rgb = AdaptiveConv(
+        to_rgb = lambda: AdaptiveConv(
             features,
             3,
             w_dim=g.w_dim,
@@ -210,12 +233,31 @@ class SynthesisLevel(nnx.Module):
             dtype=jnp.float32,
             rngs=rngs,
         )
+        self.to_rgb = to_rgb() if rgb else None
 
     def __call__(
-        self, x: jax.Array, image: jax.Array | None, w: jax.Array, condition: Condition
-    ) -> tuple[jax.Array, jax.Array]:
-        """(features, image) of the level below -> those of this level: [N, H, W, C], float32 [N, H, W, 3]"""
+        self,
+        x: jax.Array,
+        image: jax.Array | None,
+        w: jax.Array,
+        condition: Condition,
+        skip: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """One level up.
+
+        Args:
+          x: [N, H, W, C] of the level below.
+          image: float32 [N, H, W, 3] of the level below; None where there is none yet.
+          w: [N, w_dim].
+          condition: of the images.
+          skip: features of an encoder at this level's resolution, which are added behind the first block.
+
+        Returns:
+          (features [N, H', W', C'], image [N, H', W', 3] or None)
+        """
         x = call_with_remat(self.entry, self.remat, x, w, condition.local, condition.mask)
+        if skip is not None:
+            x += skip
         context = (w, condition.local, condition.mask)
         if self.segments:
             assert self.blocks is not None
@@ -225,9 +267,11 @@ class SynthesisLevel(nnx.Module):
             for layers in (self.blocks, self.attention):
                 if layers is not None:
                     x = layers(x, *context)
+        if self.to_rgb is None:
+            return x, image
         rgb = self.to_rgb(x, w)
         image = rgb if image is None else upsample(image) + rgb
-        return x, constrain(image, "batch", None, None, None)
+        return x, constrain(image, "batch", "height", None, None)
 
 
 class Generator(nnx.Module):
@@ -252,7 +296,9 @@ class Generator(nnx.Module):
         self.constant = declare_parameter(rngs, (4, 4, features), (None, None, None), std=1.0)
         levels = []
         for i in range(len(g.blocks)):
-            levels.append(SynthesisLevel(g, i, features, context_width, remat=remat, dtype=dtype, rngs=rngs))
+            # One convolution behind the constant (StyleGAN2).
+            kind: dict[str, Any] = {"single": i == 0, "remat": remat, "dtype": dtype, "rngs": rngs}
+            levels.append(SynthesisLevel(g, i, 4, features, context_width, **kind))
             features = channels_at(g, 4 << i)
         self.levels = nnx.List(levels)
 
@@ -272,12 +318,13 @@ class Generator(nnx.Module):
         """w [N, w_dim] -> float32 images [N, r, r, 3] in about [-1, 1], for r in 4, 8, ... (eq. 4 and 5)"""
         # The same start for every example: a broadcast, which the first convolution consumes.
         x = jnp.broadcast_to(self.constant[...].astype(self.dtype), (w.shape[0], *self.constant.shape))
-        x = constrain(x, "batch", None, None, "channels")
+        x = constrain(x, "batch", "height", None, "channels")
         image: jax.Array | None = None
-        images = []
+        images: list[jax.Array] = []
         for i, level in enumerate(self.levels):
             with jax.named_scope(f"{4 << i}px"):  # profiles are summed by these names
                 x, image = level(x, image, w, condition)
+            assert image is not None
             images.append(image)
         return images
 

@@ -17,9 +17,9 @@ from gigagan_jax.core.workdir_files import DRY_RUN_FILE
 from gigagan_jax.models.network import Network
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import abstract_batch, batch_shardings
-from gigagan_jax.training.objectives import GanObjective
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import critic_params
+from gigagan_jax.training.upsampler_objective import make_objective
 
 _MODULE_DEPTH = 3  # rows of the short table are "levels/0/entry", "mapping/first", ...
 
@@ -115,7 +115,7 @@ def _replicated_moments(networks: Networks, mesh: Any) -> list[str]:
 
 def _residual_bytes(networks: Networks) -> int:
     """Bytes of the residuals of one micro-batch over all devices, without the weights."""
-    objective = GanObjective(networks)
+    objective = make_objective(networks)
     config = networks.config
     micro = config.batch_size // config.micro_batches
     batch = {k: jax.ShapeDtypeStruct((micro, *x.shape[1:]), x.dtype) for k, x in abstract_batch(config).items()}

@@ -369,11 +369,20 @@ class GanObjective:
         if "v" in critics:
             metrics["loss/g_v"] = self.vision_g_loss(critics["v"], frozen, images[-1], batch, key)
             loss += c.loss.vision_aided * metrics["loss/g_v"]
+        for name, weight, value in self.reconstruction_losses(images, batch, frozen):
+            metrics[f"loss/{name}"] = value
+            loss += weight * value
         metrics["image/spread"] = jnp.std(images[-1], axis=0).mean()
         health, thumbnails = step_statistics.measure_generator(c, images)
         # Truncation pulls towards the w of captions: nobody samples the null caption.
         w = w if "caption_weights" not in batch else w * batch["caption_weights"]
         return loss, LossReport(metrics | {"loss/g": loss}, health, thumbnails, w.mean(0))
+
+    def reconstruction_losses(
+        self, images: list[jax.Array], batch: Batch, frozen: Params
+    ) -> list[tuple[str, float, jax.Array]]:
+        """(name, weight, value) of what compares generated images with real ones; the base model has none."""
+        return []
 
     def match_g_loss(self, fake: Logits, valid: jax.Array | None) -> jax.Array:
         """G's matching-aware loss."""

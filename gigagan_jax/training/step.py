@@ -21,6 +21,7 @@ from gigagan_jax.training.health import step_statistics
 from gigagan_jax.training.objectives import NO_FROZEN, GanObjective, LossReport, Metrics
 from gigagan_jax.training.optimizer import learning_rate
 from gigagan_jax.training.state import GanState, Net, Networks
+from gigagan_jax.training.upsampler_objective import make_objective
 
 
 class CriticGradients(NamedTuple):
@@ -80,13 +81,13 @@ class TrainStep:
 
     Args:
       networks: the networks and their optimizers.
-      objective: what is trained; None for the base model.
+      objective: what is trained; None for what the config says.
     """
 
     def __init__(self, networks: Networks, objective: GanObjective | None = None):
         self.networks = networks
         self.config = networks.config
-        self.objective = GanObjective(networks) if objective is None else objective
+        self.objective = make_objective(networks) if objective is None else objective
         self.health_vector = step_statistics.HealthVector(networks)
         self.r1_metrics = step_statistics.r1_measures(self.config)
 

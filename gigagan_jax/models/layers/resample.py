@@ -2,7 +2,8 @@
 
 Each axis is a product with a small constant matrix. It runs on the matrix units, traces and compiles to few
 operations, and its backward pass is the product with the transpose. Up to 64 px it costs a few percent of the
-convolution beside it.
+convolution beside it. Its cost for a pixel grows with the side: longer axes are filtered by shifted sums instead, of which
+a device that holds a strip of the image needs its neighbour's last rows only.
 """
 
 import functools
@@ -34,14 +35,47 @@ def _filter_matrix(kind: str, n: int) -> np.ndarray:
     return m
 
 
+# Samples of the longest axis that is filtered by a matrix.
+_LONGEST_MATRIX = 64
+
+
+def _shift(x: jax.Array, by: int, axis: int) -> jax.Array:
+    """x moved along an axis by one or two samples, zeros where nothing comes from."""
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (by, 0) if by > 0 else (0, -by)
+    start = 0 if by > 0 else -by
+    return jax.lax.slice_in_dim(jnp.pad(x, pad), start, start + x.shape[axis], axis=axis)
+
+
+def _filter_axis(x: jax.Array, kind: str, axis: int) -> jax.Array:
+    """The filter along one axis, by shifted sums."""
+    n = x.shape[axis]
+    if kind == "up":
+        near = 0.75 * x
+        pair = jnp.stack([near + 0.25 * _shift(x, 1, axis), near + 0.25 * _shift(x, -1, axis)], axis=axis + 1)
+        return pair.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])
+    if kind == "down":
+        pair = x.reshape(*x.shape[:axis], n // 2, 2, *x.shape[axis + 1 :])
+        even, odd = (jax.lax.index_in_dim(pair, i, axis + 1, keepdims=False) for i in (0, 1))
+        return 0.375 * (even + odd) + 0.125 * (_shift(odd, 1, axis) + _shift(even, -1, axis))
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (2, 2)
+    x = jnp.pad(x, pad)
+    a, b, c, d = (jax.lax.slice_in_dim(x, i, i + n + 1, axis=axis) for i in range(4))
+    return 0.375 * (b + c) + 0.125 * (a + d)
+
+
 def _apply_filter(x: jax.Array, kind: str) -> jax.Array:
     """The filter along both axes of [..., H, W, C]."""
     *lead, h, w, c = x.shape
     x = x.reshape(-1, h, w, c)
     # A TPU multiplies float32 in bfloat16 by default; in bfloat16 the taps n / 8 are exact anyway.
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    x = jnp.einsum("oh,nhwc->nowc", jnp.asarray(_filter_matrix(kind, h), x.dtype), x, precision=exact)
-    x = jnp.einsum("ow,nhwc->nhoc", jnp.asarray(_filter_matrix(kind, w), x.dtype), x, precision=exact)
+    for axis, n, product in ((1, h, "oh,nhwc->nowc"), (2, w, "ow,nhwc->nhoc")):
+        if n > _LONGEST_MATRIX:
+            x = _filter_axis(x, kind, axis)
+        else:
+            x = jnp.einsum(product, jnp.asarray(_filter_matrix(kind, n), x.dtype), x, precision=exact)
     return x.reshape(*lead, *x.shape[1:])
 
 

@@ -122,7 +122,7 @@ def measure_generator(config: Config, images: list[jax.Array]) -> tuple[Metrics,
     added = [x if y is None else x - upsample(y) for x, y in zip(images, before, strict=True)]
     # What a level adds to the upsampled one below: near zero, the level does nothing.
     sizes = [jnp.sqrt(jnp.square(x).mean()) for x in added]
-    measures = {f"health/level/{r}": s / sum(sizes) for r, s in zip(config.resolutions, sizes, strict=True)}
+    measures = {f"health/level/{r}": s / sum(sizes) for r, s in zip(config.image_resolutions, sizes, strict=True)}
     return measures, shrink_to_thumbnails(images[-1])
 
 
@@ -219,7 +219,7 @@ class HealthVector:
                 *(("v_gap",) if "v" in self.modules else ()),
                 *("d_right_real", "d_right_fake"),
                 *("spread_real", "diversity", "diversity_low", "diversity_z"),
-                *(f"level/{r}" for r in config.resolutions),
+                *(f"level/{r}" for r in config.image_resolutions),
                 *(f"exit/{r}" for r in exits),
                 *(f"{what}/{net}" for net in self.modules for what in ("update", "direction")),
             )
