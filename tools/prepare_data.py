@@ -6,6 +6,7 @@
     python tools/prepare_data.py convert --path=data --to=arrayrecord --out=records
     python tools/prepare_data.py embed   --config=configs/laion.py --path=data --out=embeddings
     python tools/prepare_data.py emoji   --packages=DIR,DIR... --size=32 --out=data/emoji
+    python tools/prepare_data.py photographs --train=A.deb,B.whl --test=C.deb --out=data/photographs
 
 The data is what --path names (a folder of images, tars, ArrayRecord or Parquet files, a tfds data set; its kind is found by
 its files), or what a config trains on: --config=configs/laion.py --config.data.path=data. With --path alone captions are
@@ -41,7 +42,10 @@ TASKS = {
     "stats": "a page with sizes, captions and yields",
     "embed": "text embeddings ahead of time, for --config.data.embeddings=DIR",
     "emoji": "draw emoji sets as captioned tars, for configs/emoji.py",
+    "photographs": "cut photographs of packages into tars of patches, and keep others whole, for upsamplers",
 }
+# Tasks whose data is not a config's.
+MADE = ("emoji", "photographs")
 EXAMPLES = {
     "index": """examples:
   python tools/prepare_data.py index --path='data/{00000..00123}.tar' --workers=16
@@ -75,6 +79,15 @@ on where it was stopped.""",
 
 Needs pip install -e '.[emoji]'. OUT/train has the cells (concepts in styles) of training, OUT/held_out the tenth that is
 left out of it, each with its licence in its .json. The same command goes on where it was stopped.""",
+    "photographs": """example:
+  apt-get download plasma-workspace-wallpapers lomiri-wallpapers-20.04 lomiri-wallpapers-16.04 mate-backgrounds
+  pip download --no-deps scikit-image scikit-learn
+  python tools/prepare_data.py photographs --train='plasma-*.deb,lomiri-*-20.04_*.deb,scikit_*.whl' \\
+      --test='lomiri-*-16.04_*.deb,mate-*.deb' --out=data/photographs
+
+OUT/train has tars of patches without captions (--config.data.captions=optional), OUT/test whole photographs and manifest.json,
+OUT/PROVENANCE.txt the package, licence and author of each. Folders of images are read too. The same command goes on where it
+was stopped.""",
 }
 
 
@@ -88,7 +101,7 @@ def parsers(base: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         for name, text in TASKS.items()
     }
     for name, p in by_name.items():
-        if name != "emoji":
+        if name not in MADE:
             p.add_argument("--config", default="", help="FILE.py[:variant]; fields by --config.key=value")
             p.add_argument("--path", default="", help="the data: sets config.data.path")
         if name != "embed":
@@ -128,7 +141,22 @@ def parsers(base: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         "--concepts", choices=("64", "all"), default="64", help="64 of the list, or all that every set draws"
     )
     e.add_argument("--tags", default="", help="folder of the npm package openmoji: tags for one more wording")
+    add_photograph_flags(by_name["photographs"])
     return parser
+
+
+def add_photograph_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of the task photographs."""
+    places = ".deb and .whl files, folders of unpacked packages or of images; commas between; patterns"
+    p.add_argument("--train", default="", help=f"to cut into patches: {places}")
+    p.add_argument("--test", default="", help="to keep whole: the same")
+    p.add_argument("--out", required=True, help="folder to write to")
+    p.add_argument("--size", type=_count, default=256, help="side of a patch in pixels (256)")
+    p.add_argument("--reductions", default="1,2,4", help="patches are of photographs so many times smaller (1,2,4)")
+    p.add_argument(
+        "--least_energy", type=float, default=20.0, help="squared grey levels of gradients below which it is flat (20)"
+    )
+    p.add_argument("--most", type=_count, default=400, help="patches of one photograph (400)")
 
 
 def _count(text: str) -> int:
@@ -295,6 +323,53 @@ def emoji(args: argparse.Namespace) -> int:
     return 0 if drawn else 1
 
 
+def photographs(args: argparse.Namespace) -> int:
+    """Tars of patches, whole photographs, and where they come from."""
+    from gigagan_jax.core.errors import UserError
+    from gigagan_jax.preparation import photographs as library
+    from gigagan_jax.preparation.convert import convert_source
+    from gigagan_jax.preparation.output import Output
+
+    train = library.read_photographs(expand_places(args.train, "--train"))
+    test = library.read_photographs(expand_places(args.test, "--test"))
+    if not train and not test:
+        raise UserError("photographs: which ones? name packages or folders by --train and --test (see --help)")
+    library.check_apart(train, test)
+    out = Output(args.out)
+    if train:
+        try:
+            reductions = tuple(int(text) for text in args.reductions.split(","))
+        except ValueError as error:
+            raise UserError(f"--reductions={args.reductions}: whole numbers, commas between") from error
+        source = library.PatchSource(
+            train, args.size, reductions=reductions, least_energy=args.least_energy, most=args.most
+        )
+        done = convert_source(source, out.subfolder("train"), "tar", shard_size=1000, workers=args.workers)
+        print(
+            f"train: {done['examples']} patches of {len(train)} photographs, in {out.subfolder('train')}; {source.flat} are flat"
+        )
+    if test:
+        print(f"test: {library.write_photographs(test, out.subfolder('test'))} photographs, in {out.subfolder('test')}")
+    out.write_text("PROVENANCE.txt", library.provenance({"train": train, "test": test}))
+    out.clear_scratch()
+    return 0
+
+
+def expand_places(text: str, flag: str) -> list[str]:
+    """The paths of a flag: commas between, patterns expanded. Raises UserError where nothing has such a name."""
+    from glob import glob
+
+    from gigagan_jax.core.errors import UserError
+
+    places = []
+    for part in filter(None, text.split(",")):
+        found = sorted(glob(part))
+        if not found:
+            raise UserError(f"{flag}={part}: no file or folder has such a name")
+        places += found
+    return places
+
+
 def work(args: argparse.Namespace) -> "Output | None":
     """--work, where it is given."""
     from gigagan_jax.preparation.output import Output
@@ -318,11 +393,11 @@ def verb(argv: Sequence[str]) -> int:
         raise UserError(f"{beam_args[0]}: flags after -- are Apache Beam's; name its runner by --runner=DirectRunner")
     if args.task == "embed" and not args.config:
         raise UserError("embed: whose text encoder? name the config by --config=FILE.py (see --help)")
-    if args.task == "emoji":
+    if args.task in MADE:
         if unknown:
-            raise UserError(f"{unknown[0]}: emoji has no such flag (see --help)")
+            raise UserError(f"{unknown[0]}: {args.task} has no such flag (see --help)")
         configure_logging()
-        return emoji(args)
+        return {"emoji": emoji, "photographs": photographs}[args.task](args)
     config = read_config(args, unknown)
     configure_logging()
     if args.task == "index":
