@@ -85,11 +85,13 @@ class StreamRows:
 
 
 class NoisyRows:
-    """Rows with Gaussian noise that is a function of seed and position.
+    """Rows with Gaussian noise that is a function of seed and position: sqrt(1 - level^2) x + level noise.
+
+    Upsamplers are trained with this mixture (training/degradations.py).
 
     Args:
       rows: the image, [-1, 1].
-      level: standard deviation of the noise.
+      level: 0 to 1.
       seed: of the noise.
     """
 
@@ -102,7 +104,7 @@ class NoisyRows:
         )
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        out = self._rows.take(rows)
+        out = self._rows.take(rows) * np.float32((1 - self._level**2) ** 0.5)
         for cell in np.unique(rows // CELL):
             inside = rows // CELL == cell
             out[inside] += self._level * self._strip(int(cell))[rows[inside] - cell * CELL]
@@ -181,7 +183,7 @@ def from_float(x: np.ndarray, dtype: type[np.unsignedinteger]) -> np.ndarray:
     """float32 in [-1, 1] -> uint8 or uint16. Values outside are clipped, halves round up.
 
     Raises:
-      ValueError: a value is NaN or infinite.
+      FloatingPointError: a value is NaN or infinite.
     """
     half = np.iinfo(dtype).max / 2
     # A block of rows at a time: the temporaries of a wide band would be as large as the band.
@@ -189,7 +191,7 @@ def from_float(x: np.ndarray, dtype: type[np.unsignedinteger]) -> np.ndarray:
     for top in range(0, len(x), _BAND_ROWS):
         block = x[top : top + _BAND_ROWS]
         if not np.isfinite(block).all():
-            raise ValueError("a value is NaN or infinite")
+            raise FloatingPointError("a value is NaN or infinite")
         levels = block * np.float32(half)
         levels += np.float32(half + 0.5)
         np.floor(levels, out=levels)

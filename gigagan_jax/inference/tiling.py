@@ -39,7 +39,7 @@ class TileModel(Protocol):
       halo: input pixels around a pixel that its output depends on; where `blends`, the overlap that hides a border.
       blends: a tile's pixels depend on the whole tile, and neighbours are cross-faded.
       batch: tiles that are run at once, usually the number of devices. A single tile is run alone: N is 1.
-      noise: standard deviation of the noise that the input gets, in units of [-1, 1]; 0 for none.
+      noise: level of the noise that the input gets (row_bands.NoisyRows), 0 to 1.
       seed: of the noise.
     """
 
