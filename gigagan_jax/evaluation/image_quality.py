@@ -73,6 +73,7 @@ def _similarity(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _window_mean(x: np.ndarray) -> np.ndarray:
     weights = np.exp(-0.5 * (np.arange(-_RADIUS, _RADIUS + 1) / _SIGMA) ** 2)
     weights /= weights.sum()
+    # The window is a product of two: 22 weights a pixel instead of 121.
     for axis in (0, 1):
         x = scipy.ndimage.correlate1d(x, weights, axis=axis)
     return x[_RADIUS:-_RADIUS, _RADIUS:-_RADIUS]
@@ -91,6 +92,7 @@ class SeamErrors(NamedTuple):
     def ratio(self) -> float:
         """1 where tiling changes both alike, or nothing; infinite where it changes the borders alone."""
         if not self.inside:
+            # A windowed network: tiling changes nothing anywhere, which is as good as can be.
             return math.inf if self.at_borders else 1.0
         return self.at_borders / self.inside
 
@@ -111,6 +113,7 @@ def measure_seams(
     """
     _check_shapes(image, untiled)
     height, width = image.shape[:2]
+    # Seams are whole rows and columns: the pixels inside are a product of two masks.
     near_row, near_column = _near_borders(rows, height, band), _near_borders(columns, width, band)
     inside = int((~near_row).sum() * (~near_column).sum())
     if inside in (0, height * width):
@@ -121,6 +124,7 @@ def measure_seams(
     total = total_inside = 0.0
     start = 0
     for x, y in _strips(image, untiled, 0, "rgb"):
+        # Signs would cancel: a seam is often light on one side and dark on the other.
         difference = np.abs(x - y).mean(-1)
         total += difference.sum()
         total_inside += difference[~near_row[start : start + len(x)]][:, ~near_column].sum()
@@ -180,5 +184,6 @@ def _strips(
 
 def _as_levels(x: np.ndarray, channel: str) -> np.ndarray:
     """float64 [H, W, C], 0 to 255"""
+    # float64: sums over millions of pixels would lose digits.
     levels = x.astype(np.float64) if x.dtype == np.uint8 else (x.astype(np.float64) + 1) * (_RANGE / 2)
     return levels if channel == "rgb" else (levels @ _LUMA + 16)[..., None]

@@ -25,6 +25,7 @@ _LUMINANCE = np.array(
     ],
     np.float32,
 )
+# High frequencies of color are all alike.
 _CHROMINANCE = np.full((8, 8), 99, np.float32)
 _CHROMINANCE[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]
 # JFIF: BT.601 over the full range; rows are Y, Cb and Cr.
@@ -66,12 +67,15 @@ def _quantize(x: jax.Array, tables: jax.Array) -> jax.Array:
     n, h, w, c = x.shape
     blocks = x.reshape(n, h // 8, 8, w // 8, 8, c)
     d = jnp.asarray(_cosines())
+    # Products with 8 x 8 matrices: the transform of all blocks is one operation.
     found = jnp.einsum("ui,vj,nhiwjc->nhuwvc", d, d, blocks, precision=_EXACT)
+    # Beside the frequencies of the blocks, [N, 1, 8, 1, 8, C].
     steps = tables.transpose(0, 2, 3, 1)[:, None, :, None]
     kept = jnp.round(found / steps) * steps
     return jnp.einsum("ui,vj,nhuwvc->nhiwjc", d, d, kept, precision=_EXACT).reshape(x.shape)
 
 
+# libjpeg works on bytes between its steps: so do the roundings here.
 def _as_bytes(x: jax.Array) -> jax.Array:
     return jnp.round(x).clip(0, 255)
 
@@ -95,6 +99,7 @@ def jpeg_compress(x: jax.Array, quality: jax.Array, subsample: jax.Array) -> jax
     ycbcr = jnp.round(jnp.einsum("kc,nhwc->nhwk", _TO_YCBCR, filled, precision=_EXACT)) - jnp.array((128.0, 0, 0))
     three = _quantize(ycbcr, tables[:, jnp.array((0, 1, 1))])
 
+    # Both forms of the color are computed: images of a batch differ in which one they have.
     half = ycbcr[..., 1:].reshape(n, filled.shape[1] // 2, 2, filled.shape[2] // 2, 2, 2).mean((2, 4))
     half = _quantize(jnp.round(half), tables[:, jnp.array((1, 1))])
     rows, columns = (jnp.asarray(_triangle_matrix(s)) for s in half.shape[1:3])

@@ -76,16 +76,8 @@ class LpipsHeads(nnx.Module):
         self.weights = nnx.List([declare_parameter(rngs, (width,), (None,)) for width, _ in STAGES])
 
     def __call__(self, a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
-        """a, b [N, h, w, C] of each tap -> float32 [N].
-
-        The distance is the sum over taps of the mean over h and w of sum_C weight (normalize(a) - normalize(b))^2.
-        """
-        total = jnp.zeros(a[0].shape[0], jnp.float32)
-        for x, y, weight in zip(a, b, self.weights, strict=True):
-            # Each tap counts alike, whatever its size, by the mean over its map.
-            difference = jnp.square(normalize_channels(x) - normalize_channels(y)) * weight[...].astype(jnp.float32)
-            total += difference.sum(-1).mean((1, 2))
-        return total
+        """a, b [N, h, w, C] of each tap -> float32 [N]"""
+        return tap_distance(a, b, [weight[...] for weight in self.weights])
 
 
 def normalize_channels(x: jax.Array) -> jax.Array:
@@ -98,6 +90,29 @@ def normalize_channels(x: jax.Array) -> jax.Array:
     # At zero the root has an infinite gradient, and its product with 0 is NaN. The inner where keeps it finite.
     nonzero = squares > 0
     return x / (jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, squares, 1.0)), 0.0) + 1e-10)
+
+
+def tap_distance(
+    a: Sequence[jax.Array], b: Sequence[jax.Array], weights: Sequence[jax.Array] | None = None
+) -> jax.Array:
+    """The sum over taps of the mean over h and w of sum_C weight (normalize(a) - normalize(b))^2.
+
+    a, b [N, h, w, C] of each tap; weights [C] of each tap, None for ones -> float32 [N]
+    """
+    total = jnp.zeros(a[0].shape[0], jnp.float32)
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        difference = jnp.square(normalize_channels(x) - normalize_channels(y))
+        if weights is not None:
+            difference *= weights[i].astype(jnp.float32)
+        # Each tap counts alike, whatever its size, by the mean over its map.
+        total += difference.sum(-1).mean((1, 2))
+    return total
+
+
+def check_pair(a: jax.Array, b: jax.Array) -> None:
+    """Raises ValueError for batches whose images cannot be compared."""
+    if a.shape != b.shape or a.shape[3] != 3 or min(a.shape[1:3]) < MIN_SIDE:
+        raise ValueError(f"images {a.shape} and {b.shape}: two batches of one shape, {MIN_SIDE} px or more")
 
 
 class Lpips(nnx.Module):
@@ -113,8 +128,7 @@ class Lpips(nnx.Module):
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """a, b float [N, H, W, 3] in [-1, 1], sides of 16 px or more -> float32 [N]"""
-        if a.shape != b.shape or a.shape[3] != 3 or min(a.shape[1:3]) < MIN_SIDE:
-            raise ValueError(f"images {a.shape} and {b.shape}: two batches of one shape, {MIN_SIDE} px or more")
+        check_pair(a, b)
         # Two passes instead of one over both images: an image without a gradient then has no backward pass.
         taps = [self.vgg((x.astype(jnp.float32) - SHIFT) / SCALE) for x in (a, b)]
         return self.heads(*taps)
