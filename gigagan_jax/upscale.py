@@ -23,6 +23,7 @@ from gigagan_jax.telemetry.console import configure_logging
 
 _log = logging.getLogger(__name__)
 
+# Endings, as Real-ESRGAN takes them, and not the names of formats.
 _ENDINGS = ("auto", *(ending[1:] for ending in FORMATS))
 
 
@@ -55,6 +56,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--suffix", default="out", help="NAME_SUFFIX.png; may be empty (out)")
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     args = parser.parse_args(argv)
+    # Flags and words are two ways to say the same.
     args.inputs = [*args.inputs, *args.input]
     if not args.inputs:
         raise UserError("no input: name files or folders (see --help)")
@@ -68,6 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--seed={args.seed}: must be 0 to {2**32 - 1}")
     if not 0.0 <= args.noise <= 1.0:
         raise UserError(f"--noise={args.noise:g}: must be 0 to 1")
+    # A slash would write into another folder.
     if "/" in args.suffix:
         raise UserError(f"--suffix={args.suffix}: must be a part of a file name")
     return args
@@ -88,6 +91,7 @@ def run(args: argparse.Namespace, load: Callable[..., Any]) -> int:
     job = upscale_job.is_job(args.inputs, files)
     outputs = upscale_job.name_outputs(files, args.out, job, args.suffix, args.format)
     if job:
+        # The outputs of an earlier job may lie among the inputs.
         files = upscale_job.without_own_outputs(files, outputs)
         outputs = upscale_job.name_outputs(files, args.out, job, args.suffix, args.format)
     settings = upscale_job.Settings(args.scale, args.color_match)
@@ -97,6 +101,7 @@ def run(args: argparse.Namespace, load: Callable[..., Any]) -> int:
     device = _find_device(args.gpu)
     upscaler = load(args.checkpoint, mesh=sharding.make_mesh(MeshConfig(), None if device is None else [device]))
     model = upscaler.tile_model(prompt=args.prompt, label=args.label, seed=args.seed, noise=args.noise)
+    # One for all files: what it learned of the memory is kept.
     tiling = Tiling(model, args.tile, args.wrap, device)
     # Stored in a PNG.
     text = {"model": upscaler.config.name, "step": str(upscaler.step), "seed": str(args.seed)}
@@ -110,6 +115,7 @@ def run(args: argparse.Namespace, load: Callable[..., Any]) -> int:
     if kept:
         _log.info("%d outputs exist and were kept: --overwrite replaces them", kept)
     _log.info("%d of %d images upscaled", written, len(pairs))
+    # At the end, where they are seen.
     for line in failures:
         print(f"error: {line}", file=sys.stderr, flush=True)
     return 2 if failures else 0

@@ -84,6 +84,7 @@ def read_size(path: Path) -> tuple[int, int]:
     """(height, width) of a file, upright. Raises UserError as `read_image` does, for a PNG with damaged pixels too."""
     with _one_line_errors(path), open(path, "rb") as file, _any_size(), Image.open(file) as image:
         width, height = image.size
+        # Pillow decodes a PNG to look for EXIF data after the pixels.
         if width * height <= MAX_PIXELS and image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSED:
             return width, height
         return height, width
@@ -182,6 +183,7 @@ def _read_16_bits(file: BinaryIO, image: Image.Image, raw: str) -> np.ndarray:
 def _add_transparency(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
     """Adds alpha where the file names one colour that is transparent."""
     key = image.info.get("transparency")
+    # Bytes are of palettes.
     if key is None or pixels.shape[2] not in (1, 3) or isinstance(key, bytes):
         return pixels
     opaque = (pixels != np.asarray(key, np.uint16).reshape(-1)).any(-1, keepdims=True)
@@ -201,6 +203,7 @@ def _convert_mode(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, s
         return image.convert("L"), ""
     if mode == "P":
         return image.convert("RGBA" if (image.palette and image.palette.mode == "RGBA") else "RGB"), ""
+    # Pillow's own conversion knows nothing of inks: its colours are too vivid.
     if mode == "CMYK" and icc is not None:
         with contextlib.suppress(ImageCms.PyCMSError, OSError):
             source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB")
@@ -230,6 +233,7 @@ def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
+    # Rows of a turned view would be read across the whole image.
     return np.ascontiguousarray(pixels)
 
 
@@ -242,6 +246,7 @@ def _exif_block(exif: Image.Exif) -> bytes | None:
             details.pop(tag, None)
         if not len(exif):
             return None
+        # JPEG has the prefix, PNG does not; the writer adds it where it is needed.
         return exif.tobytes().removeprefix(b"Exif\0\0")
     # Damaged metadata costs the metadata, not the image.
     except Exception as error:

@@ -170,6 +170,7 @@ class ImageWriter:
         dtype = np.uint8 if image.depth == 8 else np.uint16
         if band.dtype != dtype or band.shape[1:] != (image.width, image.channels):
             raise ValueError(f"got {band.dtype} {list(band.shape)} for rows of {np.dtype(dtype)} {image.width} pixels")
+        # Formats do not count, and would write a file that no reader takes.
         if self._rows + len(band) > image.height:
             raise ValueError(f"row {self._rows + len(band)} of {image.height}")
         try:
@@ -187,6 +188,7 @@ class ImageWriter:
                     raise ValueError(f"{self._rows} rows of {self.image.height} were written to {self.path}")
                 self._format.close()
                 self._file.close()
+                # Somebody may have written it meanwhile.
                 if self.path.exists() and not self._overwrite:
                     raise UserError(f"{self.path} exists: --overwrite replaces it")
                 os.replace(self._temporary, self.path)
@@ -218,6 +220,7 @@ class _Png:
         # Bytes between a sample and the same of the pixel to its left.
         self._step = image.channels * image.depth // 8
         self._above = np.zeros(image.width * self._step, np.uint8)
+        # Colour types of PNG.
         color = {1: 0, 2: 4, 3: 2, 4: 6}[image.channels]
         file.write(b"\x89PNG\r\n\x1a\n")
         self._chunk(b"IHDR", struct.pack(">IIBBBBB", image.width, image.height, image.depth, color, 0, 0, 0))
@@ -240,6 +243,7 @@ class _Png:
             # PNG is big-endian.
             rows = np.ascontiguousarray(rows.astype(">u2") if rows.dtype == np.uint16 else rows)
             raw = rows.view(np.uint8).reshape(len(rows), -1)
+            # zlib keeps what is too little for a block.
             if data := self._zlib.compress(self._filter(raw)):
                 self._chunk(b"IDAT", data)
             self._above = raw[-1].copy()
@@ -247,6 +251,7 @@ class _Png:
     def _filter(self, raw: np.ndarray) -> bytes:
         """Each row by Sub or Up, whichever has the smaller differences: photographs need no more."""
         above = np.concatenate([self._above[None], raw[:-1]])
+        # Bytes wrap around, as the format wants it.
         left = np.zeros_like(raw)
         left[:, self._step :] = raw[:, : -self._step]
         choices = (raw - left, raw - above)
@@ -317,6 +322,7 @@ class _Tiff:
         directory = struct.pack("<H", len(entries))
         for tag, kind, values in entries:
             body = values if isinstance(values, bytes) else struct.pack(f"<{len(values)}{'HI'[kind - 3]}", *values)
+            # Short values lie in the entry itself, others at an even offset.
             if len(body) > 4:
                 self._file.write(b"\0" * (self._file.tell() % 2))
                 place = struct.pack("<I", self._file.tell())
@@ -327,6 +333,7 @@ class _Tiff:
         self._file.write(b"\0" * (self._file.tell() % 2))
         start = self._file.tell()
         self._file.write(directory + bytes(4))
+        # Into the header.
         self._file.seek(4)
         self._file.write(struct.pack("<I", start))
 

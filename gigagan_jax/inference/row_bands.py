@@ -13,7 +13,9 @@ from PIL import Image
 CELL = 64
 # Pillow's Lanczos filter reaches this many pixels of the coarser image to each side.
 _LANCZOS_SUPPORT = 3.0
-_BAND_ROWS = 128
+# Rows that are resized at once, and rows that are rounded at once: their temporaries are several times as large.
+_BAND_ROWS = 64
+_ROUNDED_ROWS = 16
 
 
 class Rows(Protocol):
@@ -42,6 +44,7 @@ class ArrayRows:
         self.height, self.width = pixels.shape[:2]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
+        # Only these rows become floats.
         return to_float(self.pixels[rows])
 
 
@@ -64,17 +67,14 @@ class StreamRows:
         lowest, highest = int(rows.min()), int(rows.max())
         if lowest < self._first:
             raise ValueError(f"row {lowest} of a stream that keeps rows from {self._first}")
-        # Bands above are dropped before others are made, so that both are never in memory.
-        while self._kept and self._first + len(self._kept[0]) <= lowest:
-            self._first += len(self._kept.pop(0))
+        self._drop_above(lowest)
         while self._next <= highest:
-            # A copy: the maker of the bands may use its memory again.
-            band = np.array(next(self._bands), np.float32)
-            self._next += len(band)
-            if self._next <= lowest:
-                self._first = self._next
-            else:
-                self._kept.append(band)
+            # The maker of the bands uses its memory again: what is still wanted of the last one is copied, and no more.
+            if self._kept:
+                self._kept[-1] = self._kept[-1].copy()
+            self._kept.append(next(self._bands))
+            self._next += len(self._kept[-1])
+            self._drop_above(lowest)
         out = np.empty((len(rows), *self._kept[0].shape[1:]), np.float32)
         top = self._first
         for band in self._kept:
@@ -82,6 +82,16 @@ class StreamRows:
             out[inside] = band[rows[inside] - top]
             top += len(band)
         return out
+
+    def _drop_above(self, lowest: int) -> None:
+        """Forgets the rows above this one, as far as they were made."""
+        while self._kept and self._first < lowest:
+            n = min(len(self._kept[0]), lowest - self._first)
+            self._first += n
+            # A view: the rows are released with their band.
+            self._kept[0] = self._kept[0][n:]
+            if not len(self._kept[0]):
+                self._kept.pop(0)
 
 
 class NoisyRows:
@@ -122,6 +132,7 @@ def position_noise(seed: int, y0: int, x0: int, height: int, width: int) -> np.n
     Returns:
       float32 [height, width, 3]
     """
+    # Whole cells are drawn, and the parts outside of the window dropped.
     out = np.empty((height, width, 3), np.float32)
     for cy in range(y0 // CELL, -(-(y0 + height) // CELL)):
         for cx in range(x0 // CELL, -(-(x0 + width) // CELL)):
@@ -150,6 +161,7 @@ def resize_bands(
       float32 [rows, width, C] from top to bottom; together they are the resized whole up to rounding.
     """
     step = source.height / height
+    # The kernel is stretched where the image shrinks.
     reach = int(np.ceil(_LANCZOS_SUPPORT * max(step, 1.0))) + 1
     side = int(np.ceil(_LANCZOS_SUPPORT * max(source.width / width, 1.0))) + 1 if wrap else 0
     columns = np.arange(-side, source.width + side) % source.width
@@ -165,6 +177,7 @@ def resize_bands(
         lowest = min(bottom * step - first, float(len(rows)))
         box = (float(side), top * step - first, float(side + source.width), lowest)
         size = (width, bottom - top)
+        # Pillow resizes floats of one channel only.
         planes = [Image.fromarray(np.ascontiguousarray(rows[..., c])) for c in range(rows.shape[-1])]
         yield np.stack([np.asarray(p.resize(size, Image.Resampling.LANCZOS, box=box)) for p in planes], axis=-1)
 
@@ -173,6 +186,7 @@ def to_float(pixels: np.ndarray) -> np.ndarray:
     """uint8 or uint16 -> float32 in [-1, 1]; floats become float32."""
     if np.issubdtype(pixels.dtype, np.floating):
         return pixels.astype(np.float32, copy=False)
+    # In place: the temporaries of a wide band are large.
     out = pixels.astype(np.float32)
     out /= np.float32(np.iinfo(pixels.dtype).max / 2)
     out -= 1
@@ -186,14 +200,13 @@ def from_float(x: np.ndarray, dtype: type[np.unsignedinteger]) -> np.ndarray:
       FloatingPointError: a value is NaN or infinite.
     """
     half = np.iinfo(dtype).max / 2
-    # A block of rows at a time: the temporaries of a wide band would be as large as the band.
     out = np.empty(x.shape, dtype)
-    for top in range(0, len(x), _BAND_ROWS):
-        block = x[top : top + _BAND_ROWS]
+    for top in range(0, len(x), _ROUNDED_ROWS):
+        block = x[top : top + _ROUNDED_ROWS]
         if not np.isfinite(block).all():
             raise FloatingPointError("a value is NaN or infinite")
         levels = block * np.float32(half)
         levels += np.float32(half + 0.5)
         np.floor(levels, out=levels)
-        out[top : top + _BAND_ROWS] = np.clip(levels, 0, np.iinfo(dtype).max, out=levels).astype(dtype)
+        out[top : top + _ROUNDED_ROWS] = np.clip(levels, 0, np.iinfo(dtype).max, out=levels).astype(dtype)
     return out

@@ -31,25 +31,35 @@ _USED_SHARE = 0.7
 
 
 class TileModel(Protocol):
-    """A network that enlarges tiles.
+    """A network that enlarges tiles."""
 
-    Attributes:
-      factor: output pixels per input pixel.
-      multiple: tile origins and sizes are multiples of it, in input pixels.
-      halo: input pixels around a pixel that its output depends on; where `blends`, the overlap that hides a border.
-      blends: a tile's pixels depend on the whole tile, and neighbours are cross-faded.
-      batch: tiles that are run at once, usually the number of devices. A single tile is run alone: N is 1.
-      noise: level of the noise that the input gets (row_bands.NoisyRows), 0 to 1.
-      seed: of the noise.
-    """
+    @property
+    def factor(self) -> int:
+        """Output pixels per input pixel."""
 
-    factor: int
-    multiple: int
-    halo: int
-    blends: bool
-    batch: int
-    noise: float
-    seed: int
+    @property
+    def multiple(self) -> int:
+        """Tile origins and sizes are multiples of it, in input pixels."""
+
+    @property
+    def halo(self) -> int:
+        """Input pixels around a pixel that its output depends on; where `blends`, the overlap that hides a border."""
+
+    @property
+    def blends(self) -> bool:
+        """A tile's pixels depend on the whole tile, and neighbours are cross-faded."""
+
+    @property
+    def batch(self) -> int:
+        """Tiles that are run at once, usually the number of devices. A single tile is run alone: N is 1."""
+
+    @property
+    def noise(self) -> float:
+        """Level of the noise that the input gets (row_bands.NoisyRows), 0 to 1."""
+
+    @property
+    def seed(self) -> int:
+        """Of the noise."""
 
     def __call__(self, low: np.ndarray) -> np.ndarray:
         """float32 [N, h, w, 3] in [-1, 1] -> float32 [N, h * factor, w * factor, 3]."""
@@ -133,8 +143,10 @@ def plan_axis(length: int, model: TileModel, tile: int, wrap: bool = False, firs
       windows whose segments cover the output pixels from `first` on, with weights that sum to one.
     """
     m, f = model.multiple, model.factor
+    # Windows begin at multiples, so that the halo has to be one.
     halo = round_up(model.halo, m)
     padded = round_up(length, m)
+    # At the border of an image the network pads by itself, in every tiling the same way.
     low, high = (-halo, padded + halo) if wrap else (0, padded)
     window = min(tile + 2 * halo, high - low)
     # After a restart the first window begins where `first` has its whole halo.
@@ -153,6 +165,7 @@ def plan_axis(length: int, model: TileModel, tile: int, wrap: bool = False, firs
         a = first if i == 0 else min(cuts[i - 1] - ramp // 2, end)
         b = end if i == len(starts) - 1 else min(cuts[i] + ramp // 2, end)
         if a >= b:
+            # It lies in the padding of a repeating image.
             continue
         weights = np.ones(b - a, np.float32)
         at = np.arange(a, b)
@@ -163,6 +176,7 @@ def plan_axis(length: int, model: TileModel, tile: int, wrap: bool = False, firs
         if seam:
             weights *= 1 - _rise(at, end - seam, seam)
         segments = [Segment(a - s * f, b - s * f, a, weights if ramp else None)]
+        # The margin before the first pixel is the end of the image before: the last windows give way to it.
         if seam and i == 0:
             at = np.arange(end - seam, end)
             segments.append(Segment(-s * f - seam, -s * f, end - seam, _rise(at, end - seam, seam)))
@@ -172,6 +186,7 @@ def plan_axis(length: int, model: TileModel, tile: int, wrap: bool = False, firs
 
 def _rise(at: np.ndarray, start: int, width: int) -> np.ndarray:
     """A raised cosine from 0 at `start` to 1 at `start + width`, at pixel centres."""
+    # Clipped: the axis is longer than the ramp.
     t = np.clip((at + 0.5 - start) / width, 0.0, 1.0)
     return (0.5 - 0.5 * np.cos(np.pi * t)).astype(np.float32)
 
@@ -221,6 +236,7 @@ class Tiling:
         """
         done, end = 0, source.height * self.model.factor
         while done < end:
+            # Again after each restart: the tile has changed.
             rows, columns = self._plan(source.height, done), self._plan(source.width, 0)
             counted = progress.done if progress is not None else 0
             try:
@@ -228,6 +244,7 @@ class Tiling:
                     yield band
                     done += len(band)
             except (MemoryError, RuntimeError) as error:
+                # XLA's errors are all of one type.
                 if not is_out_of_memory(error):
                     raise
                 # Halves the window that ran, which may have been smaller than a tile.
@@ -239,6 +256,7 @@ class Tiling:
                 planned = len(rows.windows) * len(columns.windows)
                 self.tile = max(self.smallest, ran // 2 // self.model.multiple * self.model.multiple)
                 _log.info("out of device memory: going on with tiles of %d pixels", self.tile)
+                # Tiles of the row that failed are run again.
                 if progress is not None:
                     left = len(self._plan(source.height, done).windows) * len(self._plan(source.width, 0).windows)
                     progress.total += progress.done - counted + left - planned
@@ -254,13 +272,17 @@ class Tiling:
         margin: tuple[int, np.ndarray] | None = None
         # Rows of the window before that the next one has a share in.
         shared = np.empty((0, width, 3), np.float32)
+        # One strip for all rows of tiles: whoever took the last band may still hold it.
+        highest = max(w.segments[0].stop - w.segments[0].start for w in rows.windows)
+        buffer = np.empty((highest, width, 3), np.float32)
         for i, window in enumerate(rows.windows):
-            strips = self._run_row(source, rows, columns, window, progress)
+            strips = self._run_row(source, rows, columns, window, buffer, progress)
             strip = strips[0]
             strip[: len(shared)] += shared
             top = window.segments[0].at
             last = i == len(rows.windows) - 1
             finished = len(strip) if last else rows.windows[i + 1].segments[0].at - top
+            # A copy: the next row of tiles is written into the same strip.
             shared = strip[finished:].copy()
             if len(strips) > 1:
                 margin = (window.segments[1].at, strips[1])
@@ -269,12 +291,18 @@ class Tiling:
             yield strip[:finished]
 
     def _run_row(
-        self, source: Rows, rows: Axis, columns: Axis, window: Window, progress: Progress | None
+        self, source: Rows, rows: Axis, columns: Axis, window: Window, buffer: np.ndarray, progress: Progress | None
     ) -> list[np.ndarray]:
-        """One row of tiles, weighted: float32 [rows, W * factor, 3] for each of the window's segments."""
+        """One row of tiles, weighted: float32 [rows, W * factor, 3] for each of the window's segments.
+
+        The first one lies in the buffer.
+        """
         band = source.take(rows.indices(window))
-        width = columns.length * self.model.factor
-        strips = [np.zeros((s.stop - s.start, width, 3), np.float32) for s in window.segments]
+        heights = [s.stop - s.start for s in window.segments]
+        strips = [buffer[: heights[0]], *(np.empty((h, *buffer.shape[1:]), np.float32) for h in heights[1:])]
+        # Cross-faded tiles are added up.
+        for strip in strips:
+            strip.fill(0)
         # A single tile is not repeated for idle devices: the network may spread it over them by itself.
         batch = self.model.batch if len(columns.windows) * len(rows.windows) > 1 else 1
         for i in range(0, len(columns.windows), batch):
@@ -296,6 +324,7 @@ def _add_tile(strip: np.ndarray, tile: np.ndarray, weights: np.ndarray | None, c
     for segment in column.segments:
         place = strip[:, segment.at : segment.at + segment.stop - segment.start]
         piece = tile[:, segment.start : segment.stop]
+        # Weights of one need no product, and no pixel is written twice.
         if weights is None and segment.weights is None:
             place[...] = piece
             continue
@@ -314,6 +343,7 @@ def _add_rows(band: np.ndarray, top: int, at: int, rows: np.ndarray) -> None:
 def choose_tile(model: TileModel, device: jax.Device) -> int:
     """A tile that fits the device's free memory: input pixels of its side, halo not included."""
     stats = device.memory_stats() or {}
+    # CPUs, and some kinds of accelerators.
     if "bytes_limit" not in stats:
         return DEFAULT_TILE
     free = max(0, stats["bytes_limit"] - stats.get("bytes_in_use", 0)) * _USED_SHARE
@@ -323,6 +353,7 @@ def choose_tile(model: TileModel, device: jax.Device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no memory for an array."""
+    # The status code of XLA, and what CUDA says of it.
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
@@ -363,6 +394,7 @@ def match_colors(model: TileModel, source: Rows, side: int = 256) -> Callable[[n
 def _reduce(source: Rows, step: int) -> np.ndarray:
     """Means of blocks of `step` x `step` pixels; blocks at the right and the lower border may be smaller."""
     columns = np.arange(0, source.width, step)
+    # The last block may be narrower.
     counts = np.diff([*columns, source.width])[:, None]
     bands = []
     for top in range(0, source.height, step):

@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 MAX_SCALE = 64.0
 # Endings of the files that a folder job takes.
 _INPUT_ENDINGS = {*FORMATS, ".bmp", ".gif", ".ppm", ".pgm", ".jp2", ".avif", ".tga"}
+# Grey is shown to the network as three equal channels.
 _COLOR_CHANNELS = 3
 
 
@@ -47,6 +48,7 @@ def output_size(height: int, width: int, scale: float) -> tuple[int, int]:
 
 def count_passes(factor: int, scale: float) -> int:
     """Passes of a network of this factor until the image is at least as large as wanted."""
+    # At least one: at scale 1 the network restores, and the resize goes back. 4.000000001 is meant as 4.
     return next(n for n in itertools.count(1) if factor**n >= scale - 1e-9)
 
 
@@ -71,11 +73,13 @@ def upscale_bands(
     height, width = pixels.shape[:2]
     scale = settings.scale or float(model.factor)
     passes = count_passes(model.factor, scale)
+    # Before each pass, and after the last.
     sizes = [(height * model.factor**n, width * model.factor**n) for n in range(passes + 1)]
     if progress is not None:
         progress.total = sum(tiling.count_tiles(*size) for size in sizes[:-1])
     target = output_size(height, width, scale)
     source: Rows = ArrayRows(pixels)
+    # Fixed before the tiles, and the same for every pass: each is to keep the colours of its input.
     match = match_colors(model, source) if settings.color_match else None
     for n in range(passes):
         # Each pass has noise of its own.
@@ -88,6 +92,7 @@ def upscale_bands(
             source = ArrayRows(_collect(bands, *sizes[n + 1]))
         else:
             source = StreamRows(bands, *sizes[n + 1])
+    # A resize to the same size would only blur.
     return bands if target == sizes[-1] else resize_bands(source, *target, wrap=tiling.wrap)
 
 
@@ -118,6 +123,7 @@ def upscale_array(
     height, width = output_size(pixels.shape[0], pixels.shape[1], settings.scale or float(tiling.model.factor))
     out = np.empty((height, width, pixels.shape[2]), pixels.dtype)
     top = 0
+    # The same way as a file goes, without one.
     image = ImageFile(pixels, "", None, None)
     dtype = np.uint8 if pixels.dtype == np.uint8 else np.uint16
     for band in _finished_bands(tiling, image, settings, pixels.shape[2], dtype, progress):
@@ -153,6 +159,7 @@ def upscale_file(
     image = read_image(source)
     height, width = image.pixels.shape[:2]
     scale = settings.scale or float(tiling.model.factor)
+    # What the image is; what the file can hold of it may be less.
     wanted = OutputImage(
         *output_size(height, width, scale),
         channels=image.pixels.shape[2],
@@ -162,9 +169,11 @@ def upscale_file(
         text=text or {},
     )
     output, lost = fit_format(wanted, format_of(target))
+    # Nothing is lost without a word.
     for note in (*image.notes, *lost):
         _log.info("%s: %s", source.name, note)
     dtype = np.uint8 if output.depth == 8 else np.uint16
+    # The number of tiles is known when the passes are planned.
     progress = ProgressBar(source.name, 1, " tiles", quiet=quiet)
     try:
         with ImageWriter(target, output, overwrite) as writer:
@@ -207,10 +216,12 @@ def _finished_bands(
     top = 0
     for band in upscale_bands(tiling, pixels, settings, progress):
         if grey:
+            # The network may tint what it draws.
             band = band.mean(-1, keepdims=True)
         if alphas is not None:
             cover = alphas.take(np.arange(top, top + len(band)))
             if channels == band.shape[2]:
+                # Lanczos overshoots at an outline.
                 share = (cover.clip(-1, 1) + 1) / 2
                 band = band.clip(-1, 1) * share + (1 - share)
             else:
@@ -240,6 +251,7 @@ def find_inputs(names: Sequence[str]) -> list[Path]:
             if not found:
                 raise UserError(f"{name} matches no files")
         files += found
+    # A file may match two patterns.
     return list(dict.fromkeys(files))
 
 
@@ -265,6 +277,7 @@ def name_outputs(files: Sequence[Path], out: Path | None, job: bool, suffix: str
     if out is not None and not out.is_dir() and (is_file if job else out.exists() and not is_file):
         raise UserError(f"--out={out} is a file: name a folder for the images")
     if out is not None and is_file and not job:
+        # The ending decides, whatever --format says.
         names = [out]
     else:
         names = []
@@ -286,6 +299,7 @@ def name_outputs(files: Sequence[Path], out: Path | None, job: bool, suffix: str
 
 def without_own_outputs(files: Sequence[Path], outputs: Sequence[Path]) -> list[Path]:
     """The files that are not the output of another one: a folder is often upscaled into itself, and then again."""
+    # Links and `..` name one file in several ways.
     made = {o.resolve() for o in outputs}
     return [f for f in files if f.resolve() not in made]
 
@@ -312,13 +326,16 @@ def run_job(
     written, kept, failures = 0, 0, []
     for source, target in pairs:
         if target.exists() and not overwrite:
+            # So that a job that was stopped goes on by the same command.
             kept += 1
             continue
         try:
             upscale_file(tiling, source, target, settings, overwrite=overwrite, text=text, quiet=quiet)
             written += 1
+            # One path a line, for programs that read it.
             print(target, flush=True)
         except UserError as error:
+            # Messages of libraries may have several lines.
             failures.append(" ".join(str(error).split()))
             _log.info("failed: %s", failures[-1])
     return written, kept, failures

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from gigagan_jax import cli, upscale
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.image_reader import read_image
 from gigagan_jax.inference.tiling import Tiling
-from gigagan_jax.inference.upscale_job import Settings, count_passes, upscale_array
+from gigagan_jax.inference.upscale_job import Settings, count_passes, upscale_array, upscale_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,6 +185,23 @@ def test_colour_match_of_a_whole_image():
     model = Repeat(value=0.5)
     assert upscale_array(Tiling(model, 8), pixels, Settings()).mean() > 180
     assert abs(upscale_array(Tiling(model, 8), pixels, Settings(color_match=True)).mean() - 128) < 1
+
+
+def test_memory_grows_by_the_input_and_not_by_the_output(tmp_path):
+    def peak(height):
+        picture(height, 128).save(tmp_path / "a.png")
+        tracemalloc.start()
+        upscale_file(
+            Tiling(Repeat(4), 32), tmp_path / "a.png", tmp_path / "b.png", Settings(), overwrite=True, quiet=True
+        )
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    low, high = peak(128), peak(1024)
+    # Of the input three bytes a pixel; the output is 4.7 MB larger.
+    assert high - low < 1.2 * (1024 - 128) * 128 * 3
+    assert low < 8e6
 
 
 # folders
