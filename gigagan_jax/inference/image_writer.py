@@ -40,7 +40,7 @@ _LONGEST = {"JPEG": 65500, "WEBP": 16383, "PNG": 2**31 - 1, "TIFF": 2**31 - 1}
 _LARGEST_TIFF = 4_200_000_000
 # Bytes of a file per byte of its samples, for photographs: what must be free on the disk.
 _COMPRESSION = {"PNG": 0.5, "TIFF": 0.6, "JPEG": 0.15, "WEBP": 0.1}
-# Level 4 of zlib takes a third of the time of level 6 and makes files of photographs 1 % larger.
+# Of an enlarged photograph level 6 takes 2.5 times as long (0.19 s a megapixel), for files smaller by a sixth.
 _ZLIB_LEVEL = 4
 _QUALITY = 95
 # PNG rows that are filtered at once, for the sake of the temporaries.

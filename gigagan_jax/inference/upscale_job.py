@@ -208,6 +208,8 @@ def _finished_bands(
     """Bands [rows, W * scale, channels] as they are written: grey averaged, alpha beside the colours or over white."""
     color, alpha = image.color, image.alpha
     grey = color.shape[2] == 1
+    if alpha is not None:
+        color = fill_transparent(color, alpha)
     # A view: grey is not copied three times.
     pixels = np.broadcast_to(color, (*color.shape[:2], _COLOR_CHANNELS))
     size = output_size(color.shape[0], color.shape[1], settings.scale or float(tiling.model.factor))
@@ -228,6 +230,44 @@ def _finished_bands(
                 band = np.concatenate([band, cover], axis=-1)
         top += len(band)
         yield from_float(band, dtype)
+
+
+def fill_transparent(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Gives pixels without cover the colour of what is near: theirs is often black, and would darken the outline.
+
+    Args:
+      color: uint8 or uint16 [H, W, C].
+      alpha: the same dtype, [H, W, 1].
+
+    Returns:
+      [H, W, C] of the same dtype.
+    """
+    if alpha.all() or not alpha.any():
+        return color
+    # Sums of 1, 4, 16, ... pixels, weighted by their cover, until every sum has some.
+    cover = alpha.astype(np.float32)
+    sums = [np.concatenate([color * cover, cover], axis=-1)]
+    while not sums[-1][..., -1].all():
+        padded = np.pad(sums[-1], [(0, n % 2) for n in sums[-1].shape[:2]] + [(0, 0)])
+        h, w, c = padded.shape
+        sums.append(padded.reshape(h // 2, 2, w // 2, 2, c).sum((1, 3)))
+    filled = sums[-1]
+    # Back from the coarsest: a pixel without cover takes the mean of the coarser sums around it.
+    for finer in reversed(sums[:-1]):
+        coarse = _double(_double(filled, 0), 1)[: finer.shape[0], : finer.shape[1]]
+        # With little weight: it must not outweigh a neighbour with cover at the next level.
+        coarse *= 1e-3 / coarse[..., -1:]
+        filled = np.where(finer[..., -1:] > 0, finer, coarse)
+    near = filled[..., :-1] / filled[..., -1:]
+    return np.where(alpha > 0, color, np.rint(near).astype(color.dtype))
+
+
+def _double(x: np.ndarray, axis: int) -> np.ndarray:
+    """Twice as long along an axis, by linear interpolation; the edge is repeated."""
+    x = np.moveaxis(x, axis, 0)
+    ends = np.concatenate([x[:1], x, x[-1:]])
+    pairs = np.stack([0.75 * x + 0.25 * ends[:-2], 0.75 * x + 0.25 * ends[2:]], axis=1)
+    return np.moveaxis(pairs.reshape(-1, *x.shape[1:]), 0, axis)
 
 
 def find_inputs(names: Sequence[str]) -> list[Path]:

@@ -14,7 +14,7 @@ from gigagan_jax import cli, upscale
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.image_reader import read_image
 from gigagan_jax.inference.tiling import Tiling
-from gigagan_jax.inference.upscale_job import Settings, count_passes, upscale_array, upscale_file
+from gigagan_jax.inference.upscale_job import Settings, count_passes, fill_transparent, upscale_array, upscale_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,13 +130,32 @@ def test_alpha_grey_16_bits_and_profile_are_kept(call, tmp_path):
     alpha = read_image(tmp_path / "out" / "alpha_out.png")
     assert alpha.pixels.shape == (22, 26, 4)
     assert alpha.icc == profile
-    np.testing.assert_array_equal(alpha.color, pixels_of(tmp_path / "alpha.png")[..., :3].repeat(2, 0).repeat(2, 1))
+    source = pixels_of(tmp_path / "alpha.png").repeat(2, 0).repeat(2, 1)
+    seen = source[..., 3] > 0
+    np.testing.assert_array_equal(alpha.color[seen], source[seen][:, :3])
     # In floats: Pillow clips bytes after each of the two directions.
     want = picture(channels=4).getchannel("A").convert("F").resize((26, 22), Image.Resampling.LANCZOS)
     assert np.abs(alpha.alpha[..., 0] - np.asarray(want).clip(0, 255)).max() <= 1
     grey = pixels_of(tmp_path / "out" / "grey_out.png")
     np.testing.assert_array_equal(grey, pixels_of(tmp_path / "grey.png").repeat(2, 0).repeat(2, 1))
     np.testing.assert_array_equal(pixels_of(tmp_path / "out" / "deep_out.png")[..., 0], deep.repeat(2, 0).repeat(2, 1))
+
+
+def test_pixels_without_cover_take_the_colour_near_them():
+    color = np.zeros((9, 14, 3), np.uint8)
+    alpha = np.zeros((9, 14, 1), np.uint8)
+    color[2:5, 1:3], alpha[2:5, 1:3] = (200, 10, 60), 255
+    color[6:8, 11:13], alpha[6:8, 11:13] = (0, 90, 250), 3
+    filled = fill_transparent(color, alpha)
+    assert filled.dtype == np.uint8
+    np.testing.assert_array_equal(filled[alpha[..., 0] > 0], color[alpha[..., 0] > 0])
+    # Beside the first patch and beside the second one.
+    for place in ((5, 2), (2, 0), (1, 1), (2, 3)):
+        assert np.abs(filled[place].astype(int) - (200, 10, 60)).max() <= 2
+    for place in ((7, 13), (8, 12), (5, 11), (6, 10)):
+        assert np.abs(filled[place].astype(int) - (0, 90, 250)).max() <= 2
+    nothing = np.zeros_like(alpha)
+    np.testing.assert_array_equal(fill_transparent(color, nothing), color)
 
 
 def test_jpeg_lays_alpha_over_white(call, tmp_path):
