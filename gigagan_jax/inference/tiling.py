@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 # Input pixels of a tile's side where the device does not say how much memory it has.
 DEFAULT_TILE = 192
+# Chosen tiles are no larger: the host holds a strip of them, 1 GB for an output of 16,384 pixels at 4x.
+_LARGEST_TILE = 1024
 # Device bytes that a pass takes per output pixel: about three float32 maps of 128 channels at the full resolution.
 _BYTES_PER_OUTPUT_PIXEL = 1536
 # Of the free device memory; the rest is for fragmentation and for the compiler's workspace.
@@ -348,7 +350,8 @@ def choose_tile(model: TileModel, device: jax.Device) -> int:
         return DEFAULT_TILE
     free = max(0, stats["bytes_limit"] - stats.get("bytes_in_use", 0)) * _USED_SHARE
     side = int((free / (_BYTES_PER_OUTPUT_PIXEL * model.factor**2)) ** 0.5)
-    return max(0, side - 2 * round_up(model.halo, model.multiple)) // model.multiple * model.multiple
+    tile = min(max(0, side - 2 * round_up(model.halo, model.multiple)), _LARGEST_TILE)
+    return tile // model.multiple * model.multiple
 
 
 def is_out_of_memory(error: BaseException) -> bool:

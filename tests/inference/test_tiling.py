@@ -235,6 +235,8 @@ def test_bands_are_no_higher_than_a_tile():
 def test_tile_of_a_device_that_knows_its_memory():
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 16 << 30, "bytes_in_use": 1 << 30})
     assert 500 < choose_tile(ConvolutionModel(), device) < 900
+    large = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 140 << 30})
+    assert choose_tile(ConvolutionModel(), large) == 1024
     full = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1 << 30, "bytes_in_use": 1 << 30})
     assert choose_tile(ConvolutionModel(), full) == 0
     assert Tiling(ConvolutionModel(), 0, device=full).tile == 16
