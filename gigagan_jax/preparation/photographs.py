@@ -15,7 +15,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -80,7 +80,7 @@ def read_photographs(places: Sequence[str]) -> list[PhotographFile]:
 def _read_place(place: Path) -> Iterator[PhotographFile]:
     if place.is_dir():
         listed = [p for p in PHOTOGRAPHS if (place / p.path).is_file()]
-        others = () if listed else sorted(f for f in place.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+        others = [] if listed else list_images(place)
         own = [Photograph(place.resolve().name, f.relative_to(place).as_posix()) for f in others]
         for photograph in listed or own:
             yield PhotographFile(photograph, (place / photograph.path).read_bytes())
@@ -96,6 +96,11 @@ def _read_place(place: Path) -> Iterator[PhotographFile]:
     for photograph in PHOTOGRAPHS:
         if photograph.path in found:
             yield PhotographFile(photograph, found[photograph.path])
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files of a folder and its subfolders, by their endings, in order."""
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
 
 
 def read_wheel(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
@@ -154,7 +159,7 @@ def gradient_energy(image: np.ndarray) -> float:
     Args:
       image: uint8 [H, W, 3], two pixels or more in both directions.
     """
-    grey = np.asarray(image, np.float32) @ np.float32([0.299, 0.587, 0.114])
+    grey = np.asarray(image, np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     return float(np.mean(np.diff(grey, axis=0) ** 2) + np.mean(np.diff(grey, axis=1) ** 2))
 
 
@@ -308,7 +313,7 @@ def write_photographs(files: Sequence[PhotographFile], out: Output) -> int:
     Raises:
       UserError: two have one name, one cannot be decoded, or the folder cannot be written.
     """
-    lines = []
+    lines: list[dict[str, Any]] = []
     for file in files:
         name = file.name.replace("/", "_") + (image_suffix(file.data) or Path(file.photograph.path).suffix)
         if any(line["file"] == name for line in lines):
