@@ -1,6 +1,10 @@
-"""The paper's class-conditional ImageNet generator at 64 px: 209.5M and 76.7M (Table A2, first column).
+"""The paper's class-conditional ImageNet generator at 64 px: 209.5M and 76.7M (Table A2, first column); and its upsamplers.
 
     python -m gigagan_jax.train --config=configs/imagenet.py --workdir=DIR
+
+`:upsampler` is the second stage, 64 to 256 px with classes (359.8M and 30.7M, second column). `:sr` is super-resolution of the
+same size without classes (359.0M and 28.9M, last column). Their LPIPS loss needs `--config.perceptual.path=FILE`
+(docs/upsampler.md); `--config.loss.perceptual=0 --config.loss.pixel=100` needs none.
 
 Data: the TFDS data set imagenet2012, prepared as array_record; or by --config.data.path another one, or a folder that holds
 one folder of images a class. Labels go through the mapping network; the discriminator is a projection
@@ -13,7 +17,10 @@ from gigagan_jax import config as settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Variants: `:tiny` has every part at toy width."""
+    """Variants: `:upsampler` and `:sr` (see above); `:tiny`, `:upsampler-tiny` and `:sr-tiny` have every part at toy width."""
+    stage, _, size = arg.partition("-")
+    if stage in ("upsampler", "sr") and size in ("", "tiny"):
+        return upsampler_config(classes=stage == "upsampler", tiny=size == "tiny")
     c = settings.default()
     c.name = "imagenet"
     c.condition, c.num_classes = "class", 1000
@@ -53,5 +60,63 @@ def get_config(arg: str = "") -> ConfigDict:
             net.attention.heads, net.attention.head_dim = 2, 16
         c.snapshot.prompts, c.snapshot.seeds = ("0", "1", "7"), 4
     elif arg:
-        raise ValueError(f"configs/imagenet.py has no variant {arg!r}; known: tiny")
+        raise ValueError(
+            f"configs/imagenet.py has no variant {arg!r}; known: tiny, upsampler, upsampler-tiny, sr, sr-tiny"
+        )
+    return c
+
+
+def upsampler_config(*, classes: bool, tiny: bool) -> ConfigDict:
+    """64 to 256 px.
+
+    Args:
+      classes: the second stage of the class-conditional model; False for super-resolution.
+      tiny: 8 to 32 px at toy width.
+    """
+    c = settings.default()
+    c.name = "imagenet-upsampler" if classes else "imagenet-sr"
+    c.condition, c.num_classes = ("class", 1000) if classes else ("none", 0)
+    c.data.path, c.data.flip, c.data.captions = "imagenet2012", True, "optional"
+    c.resolution, c.upsampler.input_resolution, c.upsampler.bottleneck = 256, 64, 16
+    c.upsampler.noise = 0.1  # (open)
+    c.batch_size = 256
+    c.total_kimg = 158_720.0 if classes else 40_960.0  # 620k and 160k steps
+    c.ema.half_life_kimg = 20.0  # beta 0.9912 at batch 256
+
+    g, d = c.generator, c.discriminator
+    g.w_dim, g.channel_base, g.channel_max = 512, 32768, 512
+    # With the bottleneck at 16 px five blocks and four filters a level give the paper's parameters to 0.2 %.
+    g.blocks, g.bank, g.attention_depth = (5,) * 5, (4,) * 5, (4, 2, 0, 0, 0)
+    g.attention.dim_multiplier = 1.4
+    g.pyramid = False
+    d.channel_base, d.channel_max = 32768, 512
+    d.blocks, d.attention_depth = (1,) * 7, (0,) * 7
+    d.multi_scale_input = d.multi_scale_output = False
+    d.minibatch_std = 4
+    if classes:
+        d.head, d.class_mapping_depth = "projection", 4
+        c.snapshot.prompts = ("0", "1", "207")
+    c.loss.match_d = c.loss.match_g = 0.0
+    c.loss.r1_gamma = (0.2048, 0.2048)
+    c.loss.perceptual = 100.0
+    c.perceptual.path = "timm/vgg16.tv_in1k"
+    c.health.min_diversity_z = 0.0  # one small image has nearly one large one
+    for o in (c.g_optimizer, c.d_optimizer):
+        o.attention_weight_decay = 1e-5
+
+    if tiny:
+        c.name += "-tiny"
+        c.resolution, c.upsampler.input_resolution, c.upsampler.bottleneck = 32, 8, 4
+        c.num_classes, c.batch_size, c.dtype = 10 if classes else 0, 8, "float32"
+        c.total_kimg, c.checkpoint_kimg, c.snapshot_kimg, c.log_kimg = 0.8, 0.4, 0.4, 0.08
+        c.loss.perceptual, c.loss.pixel = 0.0, 100.0
+        g.z_dim, g.w_dim, g.channel_base, g.channel_max = 16, 32, 256, 32
+        g.blocks, g.bank, g.attention_depth = (2, 1, 1, 1), (2,) * 4, (1, 1, 0, 0)
+        d.channel_base, d.channel_max, d.blocks, d.attention_depth = 256, 32, (1,) * 4, (0,) * 4
+        d.class_mapping_depth = 2 if classes else 0
+        for net in (g, d):
+            net.attention.heads, net.attention.head_dim = 2, 16
+        c.snapshot.seeds = 4
+        if classes:
+            c.snapshot.prompts = ("0", "1", "7")
     return c

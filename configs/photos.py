@@ -19,10 +19,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.condition = "none"
     c.resolution, c.upsampler.input_resolution, c.upsampler.bottleneck = 64, 16, 8
     c.batch_size = 8
-    c.total_kimg, c.checkpoint_kimg, c.snapshot_kimg, c.log_kimg = 40.0, 10.0, 10.0, 0.4
+    c.total_kimg, c.checkpoint_kimg, c.snapshot_kimg, c.log_kimg = 20.0, 4.0, 4.0, 0.2
     c.dtype, c.remat = "float32", False
     c.data.captions = "optional"
-    c.data.crop, c.data.flip = "random", True
+    c.data.crop, c.data.flip = "patch", True
 
     u, g, d = c.upsampler, c.generator, c.discriminator
     u.image_skip, u.downsample, u.degradation, u.noise = True, "bicubic", 0.5, 0.1
@@ -36,16 +36,17 @@ def get_config(arg: str = "") -> ConfigDict:
     d.head_depth, d.head_width, d.minibatch_std = 2, 32, 4
 
     c.loss.level_weights = (1.0, 0.5)
-    c.loss.pixel = 30.0
+    c.loss.pixel = 60.0
     c.loss.match_d = c.loss.match_g = 0.0
     c.loss.pairing, c.loss.centring = "relativistic", 0.01
     c.loss.r1_gamma, c.loss.r2 = (0.05, 0.05), True
     for o in (c.g_optimizer, c.d_optimizer):
-        o.learning_rate, o.decay_kimg, o.final_ratio = 0.01, 20.0, 0.02
-    c.ema.half_life_kimg, c.ema.rampup = 2.0, 0.1
+        o.learning_rate, o.decay_kimg, o.final_ratio = 0.01, 12.0, 0.02
+    c.ema.half_life_kimg, c.ema.rampup = 1.0, 0.1
     c.health.min_diversity_z = 0.0  # a photograph is enlarged in one way
 
     if arg == "tiny":
+        c.name += "-tiny"
         c.resolution, u.input_resolution, u.bottleneck = 16, 8, 4
         c.total_kimg, c.checkpoint_kimg, c.snapshot_kimg, c.log_kimg = 0.16, 0.08, 0.08, 0.016
         g.z_dim, g.w_dim, g.channel_base, g.channel_max = 8, 16, 128, 16

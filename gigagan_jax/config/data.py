@@ -58,9 +58,9 @@ class DataConfig:
     filters: FilterConfig = FilterConfig()
     shapes: ShapesConfig = ShapesConfig()
     clean_captions: bool = False  # strip markup, web addresses and control characters, join blanks (data/captions.py)
-    crop: str = (
-        "center"  # after the short side is resized: "center" or "random"; whole image: "none" squeezes, "pad" pads
-    )
+    # after the short side is resized: "center" or "random"; at the file's own pixels: "patch", a random window; whole image:
+    # "none" squeezes, "pad" pads
+    crop: str = "center"
     flip: bool = False  # random horizontal flips
     caption_dropout: float = 0.0  # share of captions replaced by the null caption
     resize_filter: str = "lanczos"  # lanczos, bicubic, bilinear, box or nearest

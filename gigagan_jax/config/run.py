@@ -6,8 +6,8 @@ Strings that name mesh axes join several with a comma; an empty string means "re
 import dataclasses
 
 # Logical axis -> mesh axes (docs/meshes.md). Parameters: conv_in, conv_out, embed, mlp, heads, style, vocab, bank, kernel,
-# layers, rgb. Activations at block borders: batch, channels, height. `optimizer` is no dimension: by it moments and averages are cut
-# further than their parameter.
+# layers, rgb. Activations at block borders: batch, channels, height. `optimizer` is no dimension: by it moments and averages
+# are cut further than their parameter.
 DEFAULT_RULES = {
     # In this order: with "data,fsdp", or "fsdp,data,slice", on a mesh with tensor > 1 XLA's partitioner (jaxlib 0.10.2) permutes
     # the examples between devices in a backward product and does not bring them back; sharding.check_batch refuses them, and

@@ -179,7 +179,11 @@ def _check_vision_aided(config: Any) -> None:
 def _check_data(data: Any) -> None:
     _check_choice("data.source", data.source, ("auto", *SOURCE_KINDS))
     _check_choice("data.captions", data.captions, ("required", "optional"))
-    _check_choice("data.crop", data.crop, ("center", "random", "none", "pad"))
+    _check_choice("data.crop", data.crop, ("center", "random", "patch", "none", "pad"))
+    if data.crop == "patch" and data.fast_decode:
+        raise UserError(
+            "config.data.fast_decode: decodes large images smaller, and config.data.crop='patch' takes their own pixels"
+        )
     _check_choice("data.resize_filter", data.resize_filter, ("lanczos", "bicubic", "bilinear", "box", "nearest"))
     for name in ("caption_dropout", "max_bad_fraction"):
         if not 0 <= getattr(data, name) <= 1:

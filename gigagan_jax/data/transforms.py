@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-CROPS = ("center", "random", "none", "pad")
+CROPS = ("center", "random", "patch", "none", "pad")
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,
@@ -27,15 +27,16 @@ def resize_and_crop(
       image: uint8 [H, W, 3] or an RGB image of Pillow, larger or smaller than the result.
       resolution: side R of the result, in pixels.
       crop: 'center' or 'random' scale the short side to R and keep the middle, or any, R x R window of it.
+        'patch' keeps any R x R window of the image as it is; an image with a shorter side is scaled up as by 'random'.
         'none' keeps the whole image and squeezes it to R x R; 'pad' keeps it and its aspect, on a white square.
       filter: a key of FILTERS. When shrinking, each of them except 'nearest' averages over the pixels it covers.
-      rng: source of the window's position for 'random'; the other crops do not use it.
+      rng: source of the window's position for 'random' and 'patch'; the other crops do not use it.
 
     Returns:
       uint8 [R, R, 3].
 
     Raises:
-      ValueError: unknown crop or filter, 'random' without rng, or an image of another shape or dtype.
+      ValueError: unknown crop or filter, 'random' or 'patch' without rng, or an image of another shape or dtype.
     """
     if isinstance(image, np.ndarray):
         # Image.fromarray takes other shapes and dtypes too, as images of other modes.
@@ -50,9 +51,11 @@ def resize_and_crop(
     if crop == "center":
         # Half pixels are allowed: resize() takes a fractional box.
         box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-    elif crop == "random":
+    elif crop in ("random", "patch"):
         if rng is None:
-            raise ValueError("crop='random' needs a generator")
+            raise ValueError(f"crop={crop!r} needs a generator")
+        # A patch is not scaled: its pixels are those of the file.
+        side = min(side, resolution) if crop == "patch" else side
         # The upper bound is exclusive: + 1 includes the last window.
         left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
         box = (left, top, left + side, top + side)

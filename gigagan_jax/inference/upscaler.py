@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
 
 from gigagan_jax.checkpoint.consistency import check_same_frozen
 from gigagan_jax.checkpoint.manager import Checkpoints
@@ -19,6 +20,8 @@ from gigagan_jax.config import Config, MeshConfig, with_fields
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.inference.latents import z_of_seed
+from gigagan_jax.inference.tiling import Tiling
+from gigagan_jax.inference.upscale_job import Settings, upscale_array
 from gigagan_jax.interop import weights
 from gigagan_jax.models.build import build_generator
 from gigagan_jax.models.network import Params
@@ -159,6 +162,55 @@ class Upscaler:
             "noise": np.asarray([noise], np.float32),
         }
         return NetworkTiles(self, self._prepare(self.params, self._frozen, inputs), noise, seed)
+
+    def __call__(
+        self,
+        image: Any,
+        scale: float | None = None,
+        *,
+        prompt: str = "",
+        label: int | None = None,
+        seed: int = 0,
+        noise: float = 0.0,
+        tile: int = 0,
+        wrap: bool = False,
+        color_match: bool = False,
+    ) -> Any:
+        """A larger image.
+
+        Args:
+          image: a PIL image, or uint8 or uint16 [H, W, C] with 1 to 4 channels, the last of 2 or 4 being alpha.
+          scale: output pixels per input pixel on each axis; None for the network's factor.
+          prompt, label, seed, noise: as `tile_model` takes them.
+          tile: input pixels a tile; 0 chooses.
+          wrap: the image is a texture that repeats in both directions.
+          color_match: give the result the input's mean and deviation per channel.
+
+        Returns:
+          a PIL image, or an array of the input's dtype and channels.
+
+        Raises:
+          UserError: a value out of range, or too little memory on the device.
+        """
+        picture = image if isinstance(image, Image.Image) else None
+        if picture is not None:
+            # Palettes and the like have colors of their own; alpha stays.
+            has_alpha = "A" in picture.getbands() or "transparency" in picture.info
+            picture = (
+                picture
+                if picture.mode in ("L", "LA", "RGB", "RGBA")
+                else picture.convert("RGBA" if has_alpha else "RGB")
+            )
+            image = np.asarray(picture)
+        pixels = image[:, :, None] if image.ndim == 2 else image
+        if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or pixels.dtype not in (np.uint8, np.uint16):
+            raise UserError(
+                f"an image of {pixels.dtype} {list(pixels.shape)}: must be uint8 or uint16 [H, W, C], C 1 to 4"
+            )
+        tiling = Tiling(self.tile_model(prompt=prompt, label=label, seed=seed, noise=noise), tile, wrap)
+        large = upscale_array(tiling, pixels, Settings(scale=scale, color_match=color_match))
+        large = large[:, :, 0] if image.ndim == 2 else large
+        return large if picture is None else Image.fromarray(large)
 
     def _map_latent(self, params: Params, frozen: Params, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
         """(w [1, w_dim], condition) of a prompt and a seed"""

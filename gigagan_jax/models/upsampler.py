@@ -24,7 +24,8 @@ _FREQUENCIES = 4
 
 def embed_noise_level(level: jax.Array) -> jax.Array:
     """float32 [N, 8] of unit second moment, from the level of noise augmentation, [N] in [0, 1]."""
-    angles = level.astype(jnp.float32)[:, None] * (0.5 * math.pi * 2.0 ** jnp.arange(_FREQUENCIES))
+    frequencies = jnp.asarray([0.5 * math.pi * 2.0**k for k in range(_FREQUENCIES)], jnp.float32)
+    angles = level.astype(jnp.float32)[:, None] * frequencies
     return math.sqrt(2.0) * jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

@@ -43,7 +43,7 @@ class LossReport(NamedTuple):
 
 def generated_levels(images: list[jax.Array], config: Config) -> list[jax.Array]:
     """The levels of generated images (low to high) that D sees, output image first."""
-    return images[::-1] if config.discriminator.multi_scale_input else images[-1:]
+    return images[::-1][: len(entry_levels(config.discriminator))]
 
 
 def real_levels(batch: Batch, config: Config) -> list[jax.Array]:

@@ -51,6 +51,18 @@ def test_random_crop_reaches_every_window_and_nothing_else():
     assert crops == {np.ascontiguousarray(image[:, left : left + 4]).tobytes() for left in range(4)}
 
 
+def test_a_patch_is_a_window_of_the_files_own_pixels():
+    image = noise_image(5, 6)
+    rng = np.random.default_rng(0)
+    # Six windows: 200 draws miss one of them with probability 1e-15.
+    crops = {resize_and_crop(image, 4, crop="patch", rng=rng).tobytes() for _ in range(200)}
+    windows = [image[top : top + 4, left : left + 4] for top in range(2) for left in range(3)]
+    assert crops == {np.ascontiguousarray(w).tobytes() for w in windows}
+    # There is no such window in a smaller image: its short side is scaled.
+    small = noise_image(4, 4)
+    np.testing.assert_array_equal(resize_and_crop(small, 8, crop="patch", rng=rng), resize_and_crop(small, 8))
+
+
 def test_no_crop_keeps_both_ends():
     image = np.zeros((4, 8, 3), np.uint8)
     image[:, 0] = 200

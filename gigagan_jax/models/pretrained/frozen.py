@@ -1,8 +1,8 @@
 """The frozen networks of a config: their selection, sizes, loading and evaluation.
 
 Roles: `text` is E_txt before T. `clip_text` and `clip_image` are the CLIP of the contrastive loss. `vision_aided` is
-the image tower under the vision-aided discriminator. Two roles with the same tower and weights share one copy.
-Functions take the parameters as an argument. Parameters are sharded, in the precision of the computation, never
+the image tower under the vision-aided discriminator. `perceptual` is the VGG-16 of the perceptual loss. Two roles with the
+same tower and weights share one copy. Functions take the parameters as an argument. Parameters are sharded, in the precision of the computation, never
 donated and never in a checkpoint. A checkpoint holds their identities instead.
 """
 
@@ -24,6 +24,7 @@ from gigagan_jax.models.pretrained.architectures import (
     check_architecture,
     read_architecture,
 )
+from gigagan_jax.models.pretrained.perceptual import build_perceptual, load_perceptual
 from gigagan_jax.models.pretrained.text_encoder import text_spec
 from gigagan_jax.models.pretrained.weights import Row, Weights, load_params
 from gigagan_jax.models.vision_aided import RandomProjection
@@ -155,6 +156,9 @@ class FrozenNetworks:
             )
         if "clip_image" in self.users:
             self._check_clip(self.towers[self.users["clip_image"]])
+        # Of the perceptual loss: no tower, as its weights are in files of other kinds.
+        wanted = config.loss.perceptual > 0 and roles is None
+        self.perceptual = build_perceptual(config.perceptual.kind, jnp.dtype(config.dtype)) if wanted else None
 
     def _check_layers(self, tower: Tower) -> None:
         sizes = tower.sizes.vision if tower.kind == "clip_vision" else tower.sizes
@@ -194,7 +198,8 @@ class FrozenNetworks:
 
     def _networks_by_name(self) -> dict[str, Network]:
         modules = {name: tower.module for name, tower in self.towers.items()}
-        return modules if self.projection is None else modules | {"projection": self.projection}
+        others = {"projection": self.projection, "perceptual": self.perceptual}
+        return modules | {name: network for name, network in others.items() if network is not None}
 
     def load(self, mesh: Any) -> tuple[Params, dict[str, str]]:
         """Reads all parameters from their files, each directly into its shards.
@@ -222,7 +227,13 @@ class FrozenNetworks:
             drawn = self.projection.init(self.config.seed, where["projection"])
             cast = lambda spec, x: x.astype(dtype_of(spec))
             params["projection"] = jax.tree.map(cast, self.projection.specs, drawn, is_leaf=is_spec)
-        return params, {role: identities[name] for role, name in self.users.items()}
+        identities = {role: identities[name] for role, name in self.users.items()}
+        if self.perceptual is not None:
+            p = self.config.perceptual
+            params["perceptual"], identities["perceptual"] = load_perceptual(
+                self.perceptual, p.kind, p.path, shardings=where["perceptual"], dtype_of=dtype_of
+            )
+        return params, identities
 
     def bind(self, role: str, params: Params) -> Any:
         """The module of a role with its parameters; None if the config has no such role."""
@@ -263,6 +274,11 @@ class FrozenNetworks:
         projected = tower(clip.preprocess(images, tower.config.image_size)).projected
         # Gradients reach the image, but not the scale, which is part of the frozen CLIP.
         return l2_normalize(projected), jax.lax.stop_gradient(jnp.exp(tower.logit_scale[...].astype(jnp.float32)))
+
+    def perceptual_distance(self, params: Params, a: jax.Array, b: jax.Array) -> jax.Array:
+        """a, b [N, R, R, 3] in [-1, 1] -> float32 [N], by the perceptual loss's network"""
+        assert self.perceptual is not None
+        return self.perceptual.bind(params["perceptual"])(a, b)
 
     @property
     def vision_width(self) -> int:
