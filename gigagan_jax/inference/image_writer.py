@@ -44,7 +44,7 @@ _COMPRESSION = {"PNG": 0.5, "TIFF": 0.6, "JPEG": 0.15, "WEBP": 0.1}
 _ZLIB_LEVEL = 4
 _QUALITY = 95
 # PNG rows that are filtered at once, for the sake of the temporaries.
-_FILTER_ROWS = 64
+_FILTER_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
