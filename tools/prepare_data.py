@@ -140,6 +140,11 @@ def parsers(base: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     e.add_argument(
         "--concepts", choices=("64", "all"), default="64", help="64 of the list, or all that every set draws"
     )
+    e.add_argument(
+        "--hold_out",
+        default="cells",
+        help="what training never shows, commas between: cells (a tenth), concepts (a tenth), styles by name (cells)",
+    )
     e.add_argument("--tags", default="", help="folder of the npm package openmoji: tags for one more wording")
     add_photograph_flags(by_name["photographs"])
     return parser
@@ -309,9 +314,10 @@ def emoji(args: argparse.Namespace) -> int:
     sets = [read_set(name) for name in names]
     tags = read_tags(args.tags) if args.tags else {}
     concepts = CONCEPTS if args.concepts == "64" else ()
+    hold_out = tuple(filter(None, args.hold_out.split(",")))
     drawn = 0
     for part in ("train", "held_out"):
-        source = EmojiSource(sets, args.size, concepts=concepts, part=part, tags=tags)
+        source = EmojiSource(sets, args.size, concepts=concepts, part=part, hold_out=hold_out, tags=tags)
         out = Output(args.out).subfolder(part)
         done = convert_source(source, out, "tar", shard_size=1000, workers=args.workers)
         print(f"{part}: {done['examples']} pictures of {len(source.concepts)} concepts, in {out}")

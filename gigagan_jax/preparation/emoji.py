@@ -165,6 +165,8 @@ class EmojiSource(Source):
       size: side of a picture in pixels.
       concepts: slugs; empty: every one that all sets draw.
       part: "train", "held_out" (cells that training never shows) or "all".
+      hold_out: what training never shows, together: "cells" (a tenth, each concept and style is in others), "concepts" (a
+        tenth, in every style), or styles by their name.
       tags: {slug: words} for one more wording.
 
     Attributes:
@@ -181,6 +183,7 @@ class EmojiSource(Source):
         *,
         concepts: Sequence[str] = CONCEPTS,
         part: str = "train",
+        hold_out: Sequence[str] = ("cells",),
         tags: dict[str, tuple[str, ...]] | None = None,
     ):
         if part not in PARTS:
@@ -199,10 +202,26 @@ class EmojiSource(Source):
                 raise UserError(f"--concepts: the set {s.prefix} does not draw {missing[0]} ({len(missing)} in all)")
         # By name: which cells are held out must not depend on the order of folders.
         self.sets, self.size, self.tags = tuple(sorted(sets, key=lambda s: s.prefix)), size, tags or {}
-        hidden = held_out_cells(self.concepts, len(self.sets))
+        hidden = self._find_hidden(hold_out)
         every = [(c, s) for c in range(len(self.concepts)) for s in range(len(sets))]
         self.cells = [cell for cell in every if part == "all" or (cell in hidden) == (part == "held_out")]
         self._part = part
+
+    def _find_hidden(self, hold_out: Sequence[str]) -> set[tuple[int, int]]:
+        hidden: set[tuple[int, int]] = set()
+        count, styles = len(self.concepts), [s.style for s in self.sets]
+        for name in hold_out:
+            if name == "cells":
+                hidden |= held_out_cells(self.concepts, len(styles))
+            elif name == "concepts":
+                step = round(1 / _HELD_OUT_SHARE)
+                hidden |= {(c, s) for c in range(step // 2, count, step) for s in range(len(styles))}
+            elif name in styles:
+                hidden |= {(c, styles.index(name)) for c in range(count)}
+            else:
+                known = ", ".join(("cells", "concepts", *styles))
+                raise UserError(f"--hold_out={name}: must be one of {known}; commas between several")
+        return hidden
 
     def __len__(self) -> int:
         return len(self.cells)

@@ -17,7 +17,18 @@ from gigagan_jax.training.batch import abstract_batch
 from gigagan_jax.training.state import Networks
 from gigagan_jax.training.step import TrainStep
 
-FILES = ("digits", "shapes", "emoji", "photos", "laion", "laion_upsampler", "imagenet", "ablation", "scale")
+FILES = (
+    "digits",
+    "shapes",
+    "emoji",
+    "emoji_upsampler",
+    "photos",
+    "laion",
+    "laion_upsampler",
+    "imagenet",
+    "ablation",
+    "scale",
+)
 VARIANTS = [
     ("digits", ""),
     ("digits", "tiny"),
@@ -32,6 +43,7 @@ VARIANTS = [
     *(("imagenet", arg) for arg in ("upsampler", "sr", "upsampler-tiny", "sr-tiny")),
     *(("laion_upsampler", arg) for arg in ("", "1024", "bytes", "tiny")),
     *(("photos", arg) for arg in ("", "tiny")),
+    *(("emoji_upsampler", arg) for arg in ("", "none", "clean", "tiny")),
     *(("ablation", row) for row in ablation.ROWS),
     *(("scale", size) for size in scale.SIZES),
 ]
@@ -55,8 +67,8 @@ def assert_same(out, given):
 
 
 # Every file but those whose variants have no part of their own: the ablation's last row is laion, the sizes are wider ones.
-TABLES = ("ablation", "scale", "shapes", "emoji", "laion_upsampler", "photos")
-TINY = (("shapes", "tiny"), ("laion_upsampler", "tiny"), ("photos", "tiny"))
+TABLES = ("ablation", "scale", "shapes", "emoji", "laion_upsampler", "photos", "emoji_upsampler")
+TINY = (("shapes", "tiny"), ("laion_upsampler", "tiny"), ("photos", "tiny"), ("emoji_upsampler", "tiny"))
 LARGE = (("laion", "small"), ("imagenet", "upsampler"), ("imagenet", "sr"))
 DEFAULT = [v for v in VARIANTS if v in TINY or (v[0] not in TABLES and v not in LARGE)]
 
@@ -112,6 +124,7 @@ def test_unknown_variant(name):
     sizes = "1b, 3b, 10b, 1b-bytes, 3b-bytes, 10b-bytes"
     known = {"ablation": ", ".join(ablation.ROWS), "laion": "tiny, bytes, small", "scale": sizes}
     known |= {"laion_upsampler": "1024, bytes, tiny", "imagenet": "tiny, upsampler, upsampler-tiny, sr, sr-tiny"}
+    known |= {"emoji_upsampler": "none, clean, tiny"}
     known |= {"shapes": "16, scenes, 64, tiny", "emoji": "all, tiny"}
     with pytest.raises(
         (ValueError, UserError),

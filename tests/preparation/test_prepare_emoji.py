@@ -1,6 +1,7 @@
 """Emoji sets as tars: packages as npm unpacks them, cells that are held out, pictures, captions, licences, bad input."""
 
 import io
+import dataclasses
 import json
 
 import numpy as np
@@ -122,6 +123,21 @@ def test_parts_are_the_whole(sets):
     # The order of the folders changes nothing.
     turned = EmojiSource(sets[::-1], 16, concepts=CONCEPT_NAMES, part="held_out")
     assert turned.identity() == parts["held_out"].identity()
+
+
+def test_whole_concepts_and_styles_are_held_out(sets):
+    hidden = EmojiSource(sets, 16, concepts=CONCEPT_NAMES, part="held_out", hold_out=("concepts", "flat"))
+    shown = EmojiSource(sets, 16, concepts=CONCEPT_NAMES, part="train", hold_out=("concepts", "flat"))
+    flat = [s.style for s in hidden.sets].index("flat")
+    # With fewer than six concepts none of them is a tenth.
+    assert set(hidden.cells) == {(c, flat) for c in range(len(CONCEPT_NAMES))}
+    assert len(shown) + len(hidden) == len(CONCEPT_NAMES) * len(sets)
+    many = [f"{i:02}" for i in range(20)]
+    drawn = [dataclasses.replace(s, icons=dict.fromkeys(many, "<g/>")) for s in sets]
+    hidden = EmojiSource(drawn, 16, concepts=many, part="held_out", hold_out=("concepts",))
+    assert set(hidden.cells) == {(c, s) for c in (5, 15) for s in range(len(sets))}
+    with pytest.raises(UserError, match=r"--hold_out=baroque: must be one of cells, concepts, .*flat"):
+        EmojiSource(sets, 16, concepts=CONCEPT_NAMES, hold_out=("baroque",))
 
 
 def test_concepts(sets):
