@@ -25,7 +25,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.crop, c.data.flip = "patch", True
 
     u, g, d = c.upsampler, c.generator, c.discriminator
-    u.image_skip, u.downsample, u.degradation, u.noise = True, "bicubic", 0.5, 0.1
+    u.image_skip, u.downsample, u.noise = True, "bicubic", 0.1
+    u.degradation, u.degradation_strength = 0.5, 0.4
     g.z_dim, g.w_dim, g.mapping_depth = 16, 64, 2
     g.channel_base, g.channel_max = 1024, 64  # 64, 64, 32, 16 at 8, 16, 32, 64 px
     g.blocks, g.bank, g.attention_depth = (1, 2, 1, 1), (1, 1, 1, 1), (1, 1, 0, 0)

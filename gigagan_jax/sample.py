@@ -14,6 +14,7 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.images import draw_grid, file_name, save_png
 from gigagan_jax.inference.sampler import prompts_and_seeds
 from gigagan_jax.inference.text_to_image import TextToImage
+from gigagan_jax.inference.upscaler import Upscaler
 from gigagan_jax.telemetry.console import configure_logging
 
 _log = logging.getLogger(__name__)
@@ -46,6 +47,12 @@ def verb(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--text_path", help="folder or hub id of the frozen text encoder, where it moved since training"
     )
+    parser.add_argument(
+        "--upsampler", help="workdir, folder or hub id of an upsampler, which enlarges the images (docs/upsampler.md)"
+    )
+    parser.add_argument(
+        "--upsampler_noise", type=float, default=0.0, help="level of noise augmentation before it, 0 to 1 (0)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="a .png for a grid, or a folder")
     args = parser.parse_args(argv)
     configure_logging(process_index=jax.process_index())
@@ -64,6 +71,8 @@ def verb(argv: Sequence[str]) -> int:
         raise UserError(f"--out={args.out} is a file and no .png: name a .png for a grid, or a folder")
 
     model = TextToImage.from_workdir(args.workdir, text_path=args.text_path)
+    # Before the base model runs: an error in it costs no images.
+    upsampler = None if args.upsampler is None else Upscaler.from_pretrained(args.upsampler, text_path=args.text_path)
     prompts, seeds = prompts_and_seeds(args.prompt, args.num, args.seed)
     _log.info("sampling %d images from step %d", len(prompts), model.step)
 
@@ -79,12 +88,17 @@ def verb(argv: Sequence[str]) -> int:
         global_truncation=args.global_truncation,
         progress=log_progress,
     )
+    if upsampler is not None:
+        _log.info("enlarging %d images %d times", len(prompts), upsampler.factor)
+        images = upsampler.enlarge(images, prompts, seeds, args.upsampler_noise)
     # All processes sample, since the model may span them; one writes.
     if jax.process_index() != 0:
         return 0
     # Stored as text chunks of the PNG.
     metadata = {"model": model.config.name, "step": str(model.step), "truncation": f"{args.truncation:g}"}
     metadata |= {"global_truncation": f"{args.global_truncation:g}"}
+    if upsampler is not None:
+        metadata |= {"upsampler": upsampler.config.name, "upsampler_step": str(upsampler.step)}
     if is_grid:
         shape = (len(args.prompt), args.num, *images.shape[1:])
         text = {"prompt": "\n".join(args.prompt), "seed": f"{seeds[0]}..{seeds[args.num - 1]}"}

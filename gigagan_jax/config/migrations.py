@@ -143,6 +143,7 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (6, "upsampler.noise", 0.0),
     (6, "upsampler.downsample", "area"),
     (6, "upsampler.degradation", 0.0),
+    (6, "upsampler.degradation_strength", 1.0),
     (6, "perceptual.kind", "lpips"),
     (6, "perceptual.path", ""),
     (6, "loss.pixel", 0.0),

@@ -121,6 +121,7 @@ class UpsamplerConfig:
     noise: float = 0.0  # (open) largest level of noise augmentation, 0 to 1; drawn evenly below it
     downsample: str = "area"  # how training makes small images: "area", "bicubic" or "lanczos"
     degradation: float = 0.0  # share of small images that are degraded first (training/degradations.py), 0 to 1
+    degradation_strength: float = 1.0  # the largest; drawn evenly below it for each image. 1 is Real-ESRGAN's worst
 
 
 @dataclasses.dataclass(frozen=True)

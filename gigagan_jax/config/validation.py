@@ -286,7 +286,7 @@ def _check_upsampler(config: Any) -> None:
         )
     if u.encoder_blocks < 1:
         raise UserError(f"config.upsampler.encoder_blocks={u.encoder_blocks}: must be at least 1")
-    for name in ("noise", "degradation"):
+    for name in ("noise", "degradation", "degradation_strength"):
         if not 0 <= getattr(u, name) <= 1:
             raise UserError(f"config.upsampler.{name}={getattr(u, name)}: must be 0 to 1")
     _check_choice("upsampler.downsample", u.downsample, ("area", "bicubic", "lanczos"))

@@ -39,10 +39,15 @@ class Sampler:
       identities: of the frozen networks that were loaded here.
 
     Raises:
-      UserError: the frozen text encoder is missing or damaged.
+      UserError: the config is of an upsampler, or the frozen text encoder is missing or damaged.
     """
 
     def __init__(self, config: Config, mesh: Any, *, device_batch: int = 8, frozen: Callable[[], Params] | None = None):
+        if config.is_upsampler:
+            raise UserError(
+                f"{config.name} is an upsampler: it enlarges images, by python -m gigagan_jax.upscale, or as --upsampler of a base "
+                "model's samples"
+            )
         self.config, self.mesh = config, mesh
         self.module = build_generator(config)
         # Images of the two programs, on all devices together; each is compiled once.

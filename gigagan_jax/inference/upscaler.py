@@ -5,6 +5,7 @@ image = upscaler(image, scale=4)                               # a PIL image of 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gigagan_jax.checkpoint.consistency import check_same_frozen
 from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.config import Config, MeshConfig, with_fields
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
 from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.inference.latents import z_of_seed
 from gigagan_jax.inference.tiling import Tiling
@@ -108,7 +110,9 @@ class Upscaler:
         Raises:
           UserError: there is no such folder and no such model, or its weights are damaged.
         """
-        folder = hub.find_folder(str(path), hub.Requirement("from_pretrained"))
+        # A run has no weights of its own: its checkpoints are read.
+        is_workdir = (Path(path) / CHECKPOINTS_FOLDER).is_dir()
+        folder = path if is_workdir else hub.find_folder(str(path), hub.Requirement("from_pretrained"))
         return cls.from_workdir(folder, text_path=text_path, mesh=mesh)
 
     def save_pretrained(self, folder: str | Path, *, dtype: Any = np.float16) -> None:
@@ -208,9 +212,35 @@ class Upscaler:
                 f"an image of {pixels.dtype} {list(pixels.shape)}: must be uint8 or uint16 [H, W, C], C 1 to 4"
             )
         tiling = Tiling(self.tile_model(prompt=prompt, label=label, seed=seed, noise=noise), tile, wrap)
-        large = upscale_array(tiling, pixels, Settings(scale=scale, color_match=color_match))
+        try:
+            large = upscale_array(tiling, pixels, Settings(scale=scale, color_match=color_match))
+        except (ValueError, FloatingPointError) as error:
+            raise UserError(f"the model's image is broken ({error}): has its training diverged?") from None
         large = large[:, :, 0] if image.ndim == 2 else large
         return large if picture is None else Image.fromarray(large)
+
+    def enlarge(self, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], noise: float = 0.0) -> np.ndarray:
+        """The second stage of text to image: each image by its own prompt and seed, in one pass.
+
+        Args:
+          images: uint8 [N, R, R, 3].
+          prompts: one an image, as the base model had them; class numbers for a class-conditional upsampler. An upsampler
+            without a condition does not read them.
+          seeds: one an image.
+          noise: level of noise augmentation; moderate noise hides what a base model's images have and real ones have not.
+
+        Returns:
+          uint8 [N, R * factor, R * factor, 3]
+        """
+        condition, large = self.config.condition, []
+        for image, prompt, seed in zip(images, prompts, seeds, strict=True):
+            said: dict[str, Any] = {"prompt": prompt} if condition == "text" else {}
+            if condition == "class":
+                if not prompt.strip().isdecimal():
+                    raise UserError(f"prompt {prompt!r}: the upsampler is class-conditional, give a class number")
+                said = {"label": int(prompt)}
+            large.append(self(image, seed=seed, noise=noise, **said))
+        return np.stack(large)
 
     def _map_latent(self, params: Params, frozen: Params, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
         """(w [1, w_dim], condition) of a prompt and a seed"""

@@ -25,11 +25,13 @@ class UpsamplerObjective(GanObjective):
         u = self.config.upsampler
         real = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         n, size = real.shape[0], u.input_resolution
-        key_kind, key_degrade, key_level, key_noise = jax.random.split(key, 4)
-        low = downsample_image(real, (size, size), u.downsample)
+        key_kind, key_degrade, key_level, key_noise, key_strength = jax.random.split(key, 5)
+        # Sharp filters overshoot, and files do not hold that.
+        low = jnp.clip(downsample_image(real, (size, size), u.downsample), -1.0, 1.0)
         if u.degradation:
             # All are degraded and some of them taken: on a device both cost what one does.
-            worse = degrade(key_degrade, real, size)
+            strength = u.degradation_strength * jax.random.uniform(key_strength, (n,))
+            worse = degrade(key_degrade, real, size, strength)
             chosen = jax.random.bernoulli(key_kind, u.degradation, (n,))
             low = jnp.where(chosen[:, None, None, None], worse, low)
         level = u.noise * jax.random.uniform(key_level, (n,))

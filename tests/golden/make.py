@@ -31,7 +31,10 @@ VARIANTS = (
     *(("shapes", arg) for arg in ("", "16", "scenes", "64", "tiny")),
     *(("emoji", arg) for arg in ("", "all", "tiny")),
     *(("laion", arg) for arg in ("", "tiny", "bytes", "small")),
-    *(("imagenet", arg) for arg in ("", "tiny")),
+    *(("emoji_upsampler", arg) for arg in ("", "none", "clean", "tiny")),
+    *(("photos", arg) for arg in ("", "tiny")),
+    *(("laion_upsampler", arg) for arg in ("", "1024", "bytes", "tiny")),
+    *(("imagenet", arg) for arg in ("", "tiny", "upsampler", "upsampler-tiny", "sr", "sr-tiny")),
     *(("ablation", row) for row in ablation.ROWS),
     *(("scale", size + end) for end in ("", "-bytes") for size in scale.SIZES),
 )
@@ -61,7 +64,8 @@ def placed(networks: Networks, mesh: object) -> Iterator[Placed]:
     """Every parameter of G, D, V and the frozen networks on a mesh."""
     rules = networks.config.rules
     trained = [module for module, _ in networks.trained().values()]
-    frozen = [*(t.module for t in networks.frozen.towers.values()), networks.frozen.projection]
+    others = (networks.frozen.projection, networks.frozen.perceptual)
+    frozen = [*(t.module for t in networks.frozen.towers.values()), *others]
     for module in (*trained, *filter(None, frozen)):
         specs = jax.tree_util.tree_leaves_with_path(module.specs, is_leaf=is_spec)
         own = jax.tree.leaves(module.shardings(mesh, rules))

@@ -1,7 +1,7 @@
 """Emoji sets as tars: packages as npm unpacks them, cells that are held out, pictures, captions, licences, bad input."""
 
-import io
 import dataclasses
+import io
 import json
 
 import numpy as np

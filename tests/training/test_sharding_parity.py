@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import digits, imagenet, laion
+from configs import digits, imagenet, laion, laion_upsampler, photos
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.models.layers.equalized import conv
@@ -61,14 +61,29 @@ def accumulated():
     return c
 
 
+def enlarged():
+    """configs/photos.py:tiny: windows, an image that starts as the small one, a relativistic loss with R2."""
+    c = photos.get_config("tiny")
+    # Rounding decides between grey levels of degraded images, by which gradients then differ.
+    c.upsampler.degradation = 0.0
+    return c
+
+
 CASES = {
+    "photos": enlarged,
+    "laion_upsampler": lambda: laion_upsampler.get_config("tiny"),
     "laion": text_conditional,
     "digits": accumulated,
     "imagenet": class_conditional,
     "laion16px": lambda: laion.get_config("tiny"),
 }
 # (case, mesh) of the default tier: every case, and every axis of a mesh
-DEFAULT = [("laion", "data2_fsdp2_tensor2"), ("digits", "data2_fsdp2_tensor2"), ("imagenet", "slice2_data2_fsdp2")]
+DEFAULT = [
+    ("photos", "data2_fsdp2_tensor2"),
+    ("laion", "data2_fsdp2_tensor2"),
+    ("digits", "data2_fsdp2_tensor2"),
+    ("imagenet", "slice2_data2_fsdp2"),
+]
 
 
 def batch_of(config):
@@ -151,7 +166,9 @@ def gradients_of(case):
     return Gradients(case)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c == "laion16px" else c for c in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c in ("laion16px", "laion_upsampler") else c for c in CASES]
+)
 def test_there_is_a_gradient_to_compare(case):
     grads, metrics = gradients_of(case).expected(KEYS[0])
     for path, x in jax.tree_util.tree_leaves_with_path(grads):

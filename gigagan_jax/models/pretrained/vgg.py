@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gigagan_jax.models.layers.equalized import conv, declare_parameter
+from gigagan_jax.models.layers.equalized import conv, declare_parameter, materialize
 from gigagan_jax.models.pretrained.weights import Row, conv_to_hwio
 
 # Width and number of convolutions between two pools.
@@ -32,13 +32,14 @@ class Conv(nnx.Module):
 
     def __init__(self, channels: int, out: int, *, dtype: Any, rngs: nnx.Rngs):
         self.dtype = dtype
-        # The whole network is replicated: 15 million parameters are few.
-        self.weight = declare_parameter(rngs, (3, 3, channels, out), (None,) * 4)
+        # Only the widest are cut, by the axis of input channels: their outputs divide over any mesh.
+        cut = "conv_in" if out == STAGES[-1][0] else None
+        self.weight = declare_parameter(rngs, (3, 3, channels, out), (None, None, None, cut))
         self.bias = declare_parameter(rngs, (out,), (None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, in] -> [N, H, W, out]"""
-        return jax.nn.relu(conv(x, self.weight[...].astype(self.dtype)) + self.bias[...].astype(self.dtype))
+        return jax.nn.relu(conv(x, materialize(self.weight, self.dtype)) + self.bias[...].astype(self.dtype))
 
 
 class Vgg(nnx.Module):
