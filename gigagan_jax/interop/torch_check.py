@@ -18,7 +18,7 @@ from gigagan_jax.interop.artefact import example_conditions
 from gigagan_jax.interop.checkpoint_arrays import Original, state_networks
 from gigagan_jax.interop.model_folder import TRAINING_FOLDER, W_AVG, torch_config
 from gigagan_jax.interop.tensor_names import TENSOR_NAMES
-from gigagan_jax.models.discriminator import prediction_pairs
+from gigagan_jax.models.discriminator import entry_levels, prediction_pairs
 from gigagan_jax.models.network import Network, Params
 from gigagan_jax.models.pretrained.weights import Weights
 
@@ -99,7 +99,7 @@ def make_module(config: Config, name: str) -> Any:
     """The torch form of network `name` of the state, at its start."""
     from gigagan_jax.interop import torch_gigagan
 
-    kinds = {"g": torch_gigagan.Generator, "d": torch_gigagan.Discriminator, "v": torch_gigagan.VisionAided}
+    kinds = {"g": torch_gigagan.make_generator, "d": torch_gigagan.Discriminator, "v": torch_gigagan.VisionAided}
     return kinds[name](torch_config(config))
 
 
@@ -135,23 +135,35 @@ def _conditions(config: Config, count: int, dtype: Any) -> tuple[dict[str, np.nd
 Pairs = Iterator[tuple[str, np.ndarray, np.ndarray]]
 
 
-def run_generator(config: Config, network: Network, params: Params, module: Any, count: int) -> Pairs:
+def run_generator(
+    config: Config, network: Network, params: Params, module: Any, count: int, size: tuple[int, int] | None = None
+) -> Pairs:
     """The images of every level, of both sides.
 
     Args:
       config: of the run, in float32.
-      network: G.
+      network: G, or an upsampler.
       params: its parameters.
-      module: `torch_gigagan.Generator` with the same.
+      module: `torch_gigagan.Generator` or `Upsampler` with the same.
       count: examples.
+      size: height and width of an upsampler's small images; None for those of training.
     """
     import torch
 
     ours, theirs = _conditions(config, count, dtype_of(module))
-    z = np.random.default_rng(1).standard_normal((count, config.generator.z_dim)).astype(np.float32)
-    images, _ = jax.jit(lambda p: network.bind(p)(z, **{"tokens": None, **ours}))(params)
+    rng = np.random.default_rng(1)
+    z = rng.standard_normal((count, config.generator.z_dim)).astype(np.float32)
+    given, given_torch = [z], [torch.from_numpy(z).to(dtype_of(module))]
+    if config.is_upsampler:
+        sides = size or (config.upsampler.input_resolution,) * 2
+        low = rng.uniform(-1, 1, (count, *sides, 3)).astype(np.float32)
+        # Other levels than zero, which would hide an error in their embedding.
+        noise_level = np.linspace(0.1, 0.9, count, dtype=np.float32)
+        given += [low, noise_level]
+        given_torch += [_nchw(low, module), torch.from_numpy(noise_level).to(dtype_of(module))]
+    images, _ = jax.jit(lambda p: network.bind(p)(*given, **{"tokens": None, **ours}))(params)
     with torch.no_grad():
-        for a, b in zip(images, module(torch.from_numpy(z).to(dtype_of(module)), **theirs), strict=True):
+        for a, b in zip(images, module(*given_torch, **theirs), strict=True):
             yield f"image {a.shape[1]} px", np.moveaxis(np.asarray(a), -1, 1), b.numpy()
 
 
@@ -192,7 +204,7 @@ def _discriminator_inputs(
     """((params, pyramid) -> predictions here, conditions in torch, pyramid)"""
     ours, theirs = _conditions(config, count, dtype_of(module))
     rng = np.random.default_rng(2)
-    sides = config.resolutions[::-1] if config.discriminator.multi_scale_input else config.resolutions[-1:]
+    sides = [config.resolution >> level for level in entry_levels(config.discriminator)]
 
     def run(params: Params, pyramid: list[jax.Array]) -> Any:
         disc = network.bind(params)

@@ -1,4 +1,4 @@
-"""GigaGAN (Kang et al., CVPR 2023, arXiv:2303.05511) in PyTorch: generator, discriminator, vision-aided heads.
+"""GigaGAN (Kang et al., CVPR 2023, arXiv:2303.05511) in PyTorch: generator, upsampler, discriminator, vision-aided heads.
 
 This file needs torch and nothing else: copy it, and go on training. Sections and equations are those of the paper.
 Images are [N, 3, R, R] in [-1, 1]. `config` is the content of a converted checkpoint's config.json.
@@ -9,6 +9,7 @@ Images are [N, 3, R, R] in [-1, 1]. `config` is the content of a converted check
     tokens = tokenize(["a handwritten seven"], config["text"])
     images = generator(torch.randn(1, generator.z_dim), tokens)[-1]
 
+An upsampler's config gives `Upsampler(config)`, which takes a small image too; `make_generator(config)` builds either.
 Weights are drawn from N(0, 1) and scaled where they are used (equalized learning rate; Karras et al., 2018).
 """
 
@@ -378,27 +379,28 @@ class Conditioner(nn.Module):
 
 
 class Mapping(nn.Module):
-    """M: w = M(z, t_global) (eq. 3b)."""
+    """M: w = M(z, t_global) (eq. 3b); an upsampler's reads the noise level too, as `extra` features."""
 
-    def __init__(self, g: dict, global_width: int):
+    def __init__(self, g: dict, global_width: int, extra: int = 0):
         super().__init__()
-        widths = [g["z_dim"] + global_width, *([g["w_dim"]] * g["mapping_depth"])]
+        widths = [g["z_dim"] + global_width + extra, *([g["w_dim"]] * g["mapping_depth"])]
         self.layers = nn.ModuleList(Linear(a, b, lr_mul=g["mapping_lr_mul"]) for a, b in itertools.pairwise(widths))
 
-    def forward(self, z: Tensor, t_global: Tensor | None) -> Tensor:
+    def forward(self, z: Tensor, t_global: Tensor | None, extra: Tensor | None = None) -> Tensor:
         x = normalize(z) if t_global is None else torch.cat([normalize(z), normalize(t_global)], dim=-1)
+        x = x if extra is None else torch.cat([x, extra], dim=-1)
         for layer in self.layers:
             x = leaky_relu(layer(x))
         return x
 
 
 class AttentionLayer(nn.Module):
-    """g_attn and g_xa of eq. 5, each with its feed-forward, x + gain f(x)."""
+    """g_attn and g_xa of eq. 5, each with its feed-forward, x + gain f(x); g_attn may stay within windows of the map."""
 
     def __init__(self, g: dict, features: int, context: int):
         super().__init__()
         a, zero = g["attention"], g["attention_zero_init"]
-        self.gain = g["attention_gain"]
+        self.gain, self.window = g["attention_gain"], a["window"]
         mlp = lambda wanted: FeedForward(features, a["mlp_ratio"], a["norm"], zero) if wanted else None
         self.attention = SelfAttention(features, a, g["w_dim"] if g["w_token"] else 0, zero)
         self.self_mlp = mlp(g["mlp_after_self"])
@@ -408,8 +410,7 @@ class AttentionLayer(nn.Module):
     def forward(self, x: Tensor, w: Tensor, local: Tensor | None, mask: Tensor | None) -> Tensor:
         """x [N, C, H, W] -> the same shape"""
         shape = x.shape
-        x = x.flatten(2).transpose(1, 2)
-        x = x + self.gain * self.attention(x, w if self.attention.to_extra is not None else None)
+        x = (x + self.gain * self.attend(x, w)).flatten(2).transpose(1, 2)
         if self.self_mlp is not None:
             x = x + self.gain * self.self_mlp(x)
         if self.cross is not None:
@@ -417,6 +418,18 @@ class AttentionLayer(nn.Module):
         if self.cross_mlp is not None:
             x = x + self.gain * self.cross_mlp(x)
         return x.transpose(1, 2).reshape(shape)
+
+    def attend(self, x: Tensor, w: Tensor) -> Tensor:
+        """Self-attention of each window of a fixed grid, or of the whole map: [N, C, H, W] -> the same shape"""
+        c, h, width = x.shape[1:]
+        rows, columns = (self.window or h), (self.window or width)
+        down, across = h // rows, width // columns
+        # A window is an example of its own; each sees the w of its image.
+        windows = x.reshape(-1, c, down, rows, across, columns).permute(0, 2, 4, 3, 5, 1)
+        style = w[:, None].expand(-1, down * across, -1).flatten(0, 1) if self.attention.to_extra is not None else None
+        y = self.attention(windows.reshape(-1, rows * columns, c), style)
+        y = y.reshape(-1, down, across, rows, columns, c).permute(0, 5, 1, 3, 2, 4)
+        return y.reshape(-1, c, h, width)
 
 
 class SynthesisBlock(nn.Module):
@@ -431,25 +444,42 @@ class SynthesisBlock(nn.Module):
         self.layer_scale = nn.Parameter(torch.full((n_out,), scale)) if scale else None
         self.skip = Conv(n_in, n_out, 1, bias=False) if n_in != n_out else None
         self.attention = nn.ModuleList(AttentionLayer(g, n_out, context) for _ in range(attention))
+        self.attends_first = g["attention_placement"] == "every"
 
-    def forward(self, x: Tensor, w: Tensor, local: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, w: Tensor, local: Tensor | None, mask: Tensor | None, encoded: Tensor | None = None
+    ) -> Tensor:
+        """x [N, n_in, H, W] -> [N, n_out, H', W']; `encoded` is of that shape and is added."""
         h = x if self.norm is None else self.norm(x.movedim(1, -1)).movedim(-1, 1)
         h = self.conv0(h, w)
         h = h if self.conv1 is None else self.conv1(h, w)
         x = upsample(x) if self.up else x
         x = x if self.skip is None else self.skip(x)
         x = x + (self.gain if self.layer_scale is None else self.layer_scale[:, None, None]) * h
+        # Before the attention behind the block, but after attention that is part of every block.
+        if encoded is not None and not self.attends_first:
+            x = x + encoded
         for layer in self.attention:
             x = layer(x, w, local, mask)
-        return x
+        return x + encoded if encoded is not None and self.attends_first else x
+
+
+def channels_at(net: dict, side: int) -> int:
+    """Channels of a network's features at a resolution: min(base / resolution, max) (Table A2)."""
+    return min(net["channel_base"] // side, net["channel_max"])
 
 
 class SynthesisLevel(nn.Module):
-    """One resolution: blocks, attention, and what is added to the image (Fig. 4)."""
+    """One resolution: blocks, attention, and what is added to the image (Fig. 4).
 
-    def __init__(self, g: dict, index: int, n_in: int, context: int):
+    `lowest` is the side of level 0; `single` gives the first block one convolution; without `rgb` nothing is added.
+    """
+
+    def __init__(
+        self, g: dict, index: int, n_in: int, context: int, lowest: int = 4, single: bool = False, rgb: bool = True
+    ):
         super().__init__()
-        features = min(g["channel_base"] // (4 << index), g["channel_max"])
+        features = channels_at(g, lowest << index)
         count, depth, placement = g["blocks"][index], g["attention_depth"][index], g["attention_placement"]
         # Behind the k-th of d attention layers there are ceil(k B / d) blocks; or "every" block has layers; or the last has all.
         behind = {
@@ -464,15 +494,31 @@ class SynthesisLevel(nn.Module):
                 features,
                 g["bank"][index],
                 up=index > 0 and b == 0,
-                single=index == 0 and b == 0,
+                single=single and b == 0,
                 attention=behind[b],
                 context=context,
             )
             for b in range(count)
         )
-        self.to_rgb = AdaptiveConv(
-            features, 3, g["w_dim"], kernel=1, demodulate=False, activation=False, gain=g["rgb_gain"]
-        )
+        kind = {"kernel": 1, "demodulate": False, "activation": False, "gain": g["rgb_gain"]}
+        self.to_rgb = AdaptiveConv(features, 3, g["w_dim"], **kind) if rgb else None
+
+    def forward(
+        self,
+        x: Tensor,
+        image: Tensor | None,
+        w: Tensor,
+        local: Tensor | None,
+        mask: Tensor | None,
+        encoded: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features and image of the level below -> those of this one; `encoded` is added behind the first block."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, w, local, mask, encoded if i == 0 else None)
+        if self.to_rgb is None:
+            return x, image
+        rgb = self.to_rgb(x, w)
+        return x, rgb if image is None else upsample(image) + rgb
 
 
 class Generator(nn.Module):
@@ -485,14 +531,15 @@ class Generator(nn.Module):
         self.conditioner = Conditioner(config, g["text"])
         self.mapping = Mapping(g, self.conditioner.width)
         context = self.conditioner.width if g["cross_attention"] and config["condition"] == "text" else 0
-        features = min(g["channel_base"] // 4, g["channel_max"])
+        features = channels_at(g, 4)
         self.constant = nn.Parameter(torch.randn(features, 4, 4))
         # The mean of w, to which truncation pulls.
         self.register_buffer("w_avg", torch.zeros(g["w_dim"]))
         self.levels = nn.ModuleList()
         for i in range(len(g["blocks"])):
-            self.levels.append(SynthesisLevel(g, i, features, context))
-            features = min(g["channel_base"] // (4 << i), g["channel_max"])
+            # One convolution behind the constant.
+            self.levels.append(SynthesisLevel(g, i, features, context, single=i == 0))
+            features = channels_at(g, 4 << i)
 
     def map(self, z: Tensor, t_global: Tensor | None) -> Tensor:
         """z [N, z_dim] -> w [N, w_dim]"""
@@ -503,10 +550,7 @@ class Generator(nn.Module):
         x = self.constant.expand(w.shape[0], *self.constant.shape)
         image, images = None, []
         for level in self.levels:
-            for block in level.blocks:
-                x = block(x, w, local, mask)
-            rgb = level.to_rgb(x, w)
-            image = rgb if image is None else upsample(image) + rgb
+            x, image = level(x, image, w, local, mask)
             images.append(image)
         return images
 
@@ -524,11 +568,11 @@ class Generator(nn.Module):
         return self.synthesize(self.w_avg + truncation * (w - self.w_avg), local, mask)
 
 
-# ---------------------------------------------------------------- the discriminator
+# ---------------------------------------------------------------- the upsampler
 
 
 class ResidualBlock(nn.Module):
-    """(skip + gain f(x)) / sqrt(1 + gain^2)."""
+    """(skip + gain f(x)) / sqrt(1 + gain^2): of the upsampler's encoder and of the discriminator."""
 
     def __init__(self, n_in: int, n_out: int, down: bool, gain: float):
         super().__init__()
@@ -540,6 +584,102 @@ class ResidualBlock(nn.Module):
         y = leaky_relu(self.conv1(leaky_relu(self.conv0(x))))
         skip = x if self.skip is None else self.skip(x)
         return (skip + self.gain * y) / math.sqrt(1.0 + self.gain**2)
+
+
+def embed_noise_level(level: Tensor) -> Tensor:
+    """[N] in [0, 1] -> [N, 8]: sqrt(2) times sines and cosines of level * pi / 2 * (1, 2, 4, 8)."""
+    angles = level[:, None] * (0.5 * math.pi) * 2.0 ** torch.arange(4, device=level.device)
+    return math.sqrt(2.0) * torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class Encoder(nn.Module):
+    """The way down of the U-Net (sec. 3.4): residual blocks from the small image to the bottleneck."""
+
+    def __init__(self, u: dict, g: dict):
+        super().__init__()
+        side = u["input_resolution"]
+        self.stem = Conv(3, channels_at(g, side), 3)
+        self.stages = nn.ModuleList()
+        while side > u["bottleneck"]:
+            features, below = channels_at(g, side), channels_at(g, side // 2)
+            same = [ResidualBlock(features, features, False, 1.0) for _ in range(u["encoder_blocks"] - 1)]
+            self.stages.append(nn.ModuleList([*same, ResidualBlock(features, below, True, 1.0)]))
+            side //= 2
+
+    def forward(self, low: Tensor) -> list[Tensor]:
+        """low [N, 3, h, w] -> features [N, C, h', w'], from the bottleneck up to the image's resolution"""
+        x, features = leaky_relu(self.stem(low)), []
+        for stage in self.stages:
+            *same, down = stage.children()
+            for block in same:
+                x = block(x)
+            features.append(x)
+            x = down(x)
+        return [x, *features[::-1]]
+
+
+class Upsampler(nn.Module):
+    """(z, small image, caption) -> larger images, low to high (sec. 3.4).
+
+    The small image may have any size whose sides are multiples of the encoder's strides and of the attention's windows.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        u, g = config["upsampler"], config["generator"]
+        self.z_dim, self.skip_gain, self.image_skip = g["z_dim"], u["skip_gain"], u["image_skip"]
+        self.conditioner = Conditioner(config, g["text"])
+        self.mapping = Mapping(g, self.conditioner.width, extra=8)
+        context = self.conditioner.width if g["cross_attention"] and config["condition"] == "text" else 0
+        self.encoder = Encoder(u, g)
+        # The mean of w, which a run keeps. An upsampler has no truncation.
+        self.register_buffer("w_avg", torch.zeros(g["w_dim"]))
+        lowest = u["bottleneck"]
+        features = channels_at(g, lowest)
+        self.levels = nn.ModuleList()
+        for i in range(len(g["blocks"])):
+            side = lowest << i
+            # Where the image starts as the small one, only levels above its size add to it.
+            rgb = not u["image_skip"] or side > u["input_resolution"]
+            self.levels.append(SynthesisLevel(g, i, features, context, lowest, rgb=rgb))
+            features = channels_at(g, side)
+
+    def map(self, z: Tensor, t_global: Tensor | None, noise_level: Tensor) -> Tensor:
+        """z [N, z_dim], noise_level [N] -> w [N, w_dim]"""
+        return self.mapping(z, t_global, embed_noise_level(noise_level))
+
+    def synthesize(self, w: Tensor, local: Tensor | None, mask: Tensor | None, low: Tensor) -> list[Tensor]:
+        """w [N, w_dim], low [N, 3, h, w] -> images [N, 3, h', w'], each twice as large as the one before"""
+        encoded = self.encoder(low)
+        x, image, images = encoded[0], None, []
+        for i, level in enumerate(self.levels):
+            if self.image_skip and image is None and level.to_rgb is not None:
+                image = low
+            x, image = level(x, image, w, local, mask, self.skip_gain * encoded[i] if 0 < i < len(encoded) else None)
+            if level.to_rgb is not None:
+                images.append(image)
+        return images
+
+    def forward(
+        self,
+        z: Tensor,
+        low: Tensor,
+        noise_level: Tensor,
+        tokens: Tensor | None = None,
+        labels: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> list[Tensor]:
+        """z [N, z_dim], low [N, 3, h, w] in [-1, 1], noise_level [N] in [0, 1] of the noise in `low` -> images low to high"""
+        t_global, local, mask = self.conditioner(tokens, labels, features)
+        return self.synthesize(self.map(z, t_global, noise_level), local, mask, low)
+
+
+def make_generator(config: dict) -> Generator | Upsampler:
+    """The network of config.json: an upsampler where it has a small image."""
+    return Upsampler(config) if config["upsampler"]["input_resolution"] else Generator(config)
+
+
+# ---------------------------------------------------------------- the discriminator
 
 
 class DiscriminatorAttention(nn.Module):
@@ -622,18 +762,20 @@ class DiscriminatorLevel(nn.Module):
     def __init__(self, d: dict, index: int, condition: int):
         super().__init__()
         last = len(d["blocks"]) - 1
-        channels = lambda side: min(d["channel_base"] // side, d["channel_max"])
         side, gain = 4 << (last - index), d["residual_gain"]
-        features = channels(side)
-        below = features if index == last else channels(side // 2)
-        self.entry = Conv(3, features, 1) if index == 0 or d["multi_scale_input"] else None
+        features = channels_at(d, side)
+        below = features if index == last else channels_at(d, side // 2)
+        # So many levels enter, from the output image down, and so many leave, from the last one up.
+        entries = (d["input_levels"] or last + 1) if d["multi_scale_input"] else 1
+        exits = (d["output_levels"] or last + 1) if d["multi_scale_output"] else 1
+        self.entry = Conv(3, features, 1) if index < entries else None
         self.blocks = nn.ModuleList(
             ResidualBlock(features, features, False, gain) for _ in range(d["blocks"][index] - 1)
         )
         self.attention = nn.ModuleList(DiscriminatorAttention(d, features) for _ in range(d["attention_depth"][index]))
         self.down = Epilogue(d, features) if index == last else ResidualBlock(features, below, True, gain)
         self.head: nn.Module | None = None
-        if index == last or d["multi_scale_output"]:
+        if index > last - exits:
             modulated = lambda: ModulatedHead(below, d["head_width"], d["head_depth"], condition)
             self.head = modulated() if d["head"] == "modulated" else ProjectionHead(below, condition)
 

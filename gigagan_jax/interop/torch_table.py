@@ -57,7 +57,7 @@ def torch_rows(network: Network, config: Config) -> list[Row]:
     """The table of a network: every parameter, every layer.
 
     Args:
-      network: "generator", "discriminator" or "vision_aided".
+      network: "generator", which an upsampler is too, "discriminator" or "vision_aided".
       config: of the run.
     """
     rows = []

@@ -6,7 +6,8 @@ Copy it beside torch_gigagan.py. It needs torch, and safetensors to read and wri
     metrics = run.step(images, tokens)     # images uint8 [N, 3, R, R]
     run.save("digits_torch_later")
 
-Equations are those of the paper (arXiv:2303.05511). Contrastive CLIP loss, vision-aided loss and finite differences are not here.
+Equations are those of the paper (arXiv:2303.05511). Contrastive CLIP loss, vision-aided loss, finite differences and what
+trains an upsampler are not here.
 """
 
 import copy
@@ -29,9 +30,15 @@ Logits = dict[tuple[int, int], Tensor]
 # ---------------------------------------------------------------- weights and losses
 
 
+def entry_count(config: dict) -> int:
+    """Pyramid levels that the discriminator sees, from the output image down."""
+    d = config["discriminator"]
+    return (d["input_levels"] or len(d["blocks"])) if d["multi_scale_input"] else 1
+
+
 def level_weights(config: dict) -> list[float]:
     """Weight of each pyramid level in the loss, high to low."""
-    count = len(config["discriminator"]["blocks"]) if config["discriminator"]["multi_scale_input"] else 1
+    count = entry_count(config)
     own = config["loss"]["level_weights"]
     return list(own) if own else [(2.0 if i == 0 else 1.0) / (count + 1) for i in range(count)]
 
@@ -112,6 +119,7 @@ class Training:
     def __init__(self, config: dict, device: str = "cpu"):
         loss = config["loss"]
         for name, absent in (
+            ("upsampler.input_resolution", config["upsampler"]["input_resolution"]),
             ("loss.clip", max(loss["clip"])),
             ("loss.vision_aided", loss["vision_aided"]),
             ("loss.r1_form", loss["r1_form"] != "gradient"),
@@ -206,7 +214,7 @@ class Training:
         return {name: float(value.detach()) for name, value in metrics.items()}
 
     def _levels(self, images: list[Tensor]) -> list[Tensor]:
-        return images[::-1] if self.config["discriminator"]["multi_scale_input"] else images[-1:]
+        return images[::-1][: entry_count(self.config)]
 
     def _judge(self, images: list[Tensor], t: Tensor | None) -> Logits:
         return self.discriminator(images, t)
