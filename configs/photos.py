@@ -56,6 +56,8 @@ def get_config(arg: str = "") -> ConfigDict:
         d.channel_base, d.channel_max, d.blocks, d.attention_depth = 128, 16, (1,) * 3, (0,) * 3
         d.input_levels = 1
         c.loss.level_weights = ()
+        for o in (c.g_optimizer, c.d_optimizer):
+            o.decay_kimg = 0.0
     elif arg:
         raise ValueError(f"configs/photos.py has no variant {arg!r}; known: tiny")
     return c

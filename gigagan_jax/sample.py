@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 DEFAULT_TRUNCATION = 1.0
 
 
-def verb(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
+def make_parser() -> cli.Parser:
+    """The flags."""
     parser = cli.Parser(prog="python -m gigagan_jax.sample", description=__doc__)
     parser.add_argument(
         "--workdir", type=cli.local_folder, required=True, help="of a training run; its newest checkpoint is used"
@@ -54,7 +54,12 @@ def verb(argv: Sequence[str]) -> int:
         "--upsampler_noise", type=float, default=0.0, help="level of noise augmentation before it, 0 to 1 (0)"
     )
     parser.add_argument("--out", type=Path, required=True, help="a .png for a grid, or a folder")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def verb(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    args = make_parser().parse_args(argv)
     configure_logging(process_index=jax.process_index())
     if args.num < 1:
         raise UserError(f"--num={args.num}: must be at least 1")
