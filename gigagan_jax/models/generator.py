@@ -22,7 +22,7 @@ from gigagan_jax.models.layers.equalized import (
     mark_as_attention,
     materialize,
 )
-from gigagan_jax.models.layers.resample import upsample
+from gigagan_jax.models.layers.resample import enlarge, upsample
 from gigagan_jax.parallel.sharding import constrain
 
 
@@ -178,6 +178,7 @@ class SynthesisLevel(nnx.Module):
       context_width: features of t_local; 0 without cross-attention.
       single: the first block has one convolution only.
       rgb: the level adds to the image.
+      cubic: the image of the level below is enlarged by cubic interpolation, and not by [1, 3, 3, 1].
       remat: recompute each block in the backward pass.
     """
 
@@ -191,12 +192,13 @@ class SynthesisLevel(nnx.Module):
         *,
         single: bool = False,
         rgb: bool = True,
+        cubic: bool = False,
         remat: bool,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
         features = channels_at(g, lowest << index)
-        self.remat = remat
+        self.remat, self.cubic = remat, cubic
 
         def attention_layers(depth: int) -> ScannedLayers | None:
             layer = lambda: AttentionLayer(g, features, context_width, dtype=dtype, rngs=rngs)
@@ -270,8 +272,9 @@ class SynthesisLevel(nnx.Module):
         if self.to_rgb is None:
             return x, image
         rgb = self.to_rgb(x, w)
-        image = rgb if image is None else upsample(image) + rgb
-        return x, constrain(image, "batch", "height", None, None)
+        if image is not None:
+            rgb += enlarge(image) if self.cubic else upsample(image)
+        return x, constrain(rgb, "batch", "height", None, None)
 
 
 class Generator(nnx.Module):

@@ -124,7 +124,8 @@ class Upsampler(nnx.Module):
         for i, r in enumerate(self.resolutions):
             # Levels up to the input's size only make features where the image starts as the input.
             rgb = not u.image_skip or r > u.input_resolution
-            kind: dict[str, Any] = {"rgb": rgb, "remat": remat, "dtype": dtype, "rngs": rngs}
+            # What starts as a picture is enlarged as pictures are.
+            kind: dict[str, Any] = {"rgb": rgb, "cubic": u.image_skip, "remat": remat, "dtype": dtype, "rngs": rngs}
             levels.append(SynthesisLevel(g, i, u.bottleneck, features, context_width, **kind))
             features = channels_at(g, r)
         self.levels = nnx.List(levels)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from configs import imagenet, laion_upsampler, photos
 from gigagan_jax.config import from_dict
@@ -44,6 +45,15 @@ def test_long_axes_are_filtered_as_short_ones(kind, monkeypatch):
     np.testing.assert_allclose(resample._apply_filter(x, kind), by_matrix, rtol=1e-5, atol=1e-6)
 
 
+def test_pictures_are_enlarged_as_pillow_does():
+    x = np.asarray(jax.random.normal(jax.random.key(0), (9, 14)), np.float32)
+    wanted = Image.fromarray(x).resize((28, 18), Image.Resampling.BICUBIC)
+    found = np.asarray(resample.enlarge(jnp.asarray(x)[:, :, None]))[:, :, 0]
+    # Pillow leaves out what lies outside, at the border.
+    np.testing.assert_allclose(found[4:-4, 4:-4], np.asarray(wanted)[4:-4, 4:-4], atol=1e-5)
+    np.testing.assert_allclose(resample.enlarge(jnp.ones((3, 5, 2))), 1.0, rtol=1e-6)
+
+
 @pytest.mark.parametrize("image_skip", [True, False])
 def test_the_output_is_larger_by_the_factor_at_any_size(image_skip):
     levels = 1 if image_skip else 3
@@ -57,7 +67,7 @@ def test_the_output_is_larger_by_the_factor_at_any_size(image_skip):
 
 
 def test_the_image_starts_as_the_small_one():
-    """Without what the levels add the result is the input, filtered up."""
+    """Without what the levels add the result is the input, by cubic interpolation."""
     config = tiny()
     network = build(config)
     for level in network.levels:
@@ -65,7 +75,7 @@ def test_the_image_starts_as_the_small_one():
             level.to_rgb.filters[...] = jnp.zeros_like(level.to_rgb.filters[...])
     low = jax.random.normal(jax.random.key(1), (1, 8, 8, 3))
     out = jax.jit(lambda x: run(network, config, x)[-1])(low)
-    np.testing.assert_allclose(out, resample.upsample(low), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out, resample.enlarge(low), rtol=1e-5, atol=1e-6)
 
 
 def test_a_cell_depends_on_its_context_only():
