@@ -2,7 +2,8 @@
 
 Roles: `text` is E_txt before T. `clip_text` and `clip_image` are the CLIP of the contrastive loss. `vision_aided` is
 the image tower under the vision-aided discriminator. `perceptual` is the VGG-16 of the perceptual loss. Two roles with the
-same tower and weights share one copy. Functions take the parameters as an argument. Parameters are sharded, in the precision of the computation, never
+same tower and weights share one copy.
+Functions take the parameters as an argument. Parameters are sharded, in the precision of the computation, never
 donated and never in a checkpoint. A checkpoint holds their identities instead.
 """
 
