@@ -28,7 +28,7 @@ from gigagan_jax.interop.tensor_names import TENSOR_NAMES
 from gigagan_jax.training.state import Networks
 
 # {flag: group of the config} of networks whose places are no part of a folder.
-_PATHS = {"text_path": "text", "clip_path": "clip", "vision_path": "vision_aided"}
+_PATHS = {"text_path": "text", "clip_path": "clip", "vision_path": "vision_aided", "perceptual_path": "perceptual"}
 
 
 def verb(argv: Sequence[str]) -> int:
@@ -46,7 +46,12 @@ def verb(argv: Sequence[str]) -> int:
         help="--to: the average of G, which samples (average); with the networks of training; with their optimizers too",
     )
     for flag, group in _PATHS.items():
-        network = {"text": "text encoder", "clip": "CLIP", "vision_aided": "image tower"}[group]
+        network = {
+            "text": "text encoder",
+            "clip": "CLIP",
+            "vision_aided": "image tower",
+            "perceptual": "VGG-16 of the perceptual loss",
+        }[group]
         parser.add_argument(f"--{flag}", help=f"folder or hub id of the run's frozen {network}")
     parser.add_argument("--memory", type=float, default=8.0, help="GB that the comparison may take (8)")
     parser.add_argument("--shard", type=float, default=5.0, help="GB of a file at most (5)")
@@ -56,7 +61,7 @@ def verb(argv: Sequence[str]) -> int:
         raise UserError(
             f"{f'--to={args.to}' if args.to else f'--from={args.source}'} needs --{needed}=DIR, and no --{other}"
         )
-    only = ("clip_path", "vision_path") if args.to else ("what",)
+    only = ("clip_path", "vision_path", "perceptual_path") if args.to else ("what",)
     if unused := [name for name in only if getattr(args, name) is not None]:
         raise UserError(f"--{unused[0]} has no meaning with {'--to' if args.to else '--from'}: leave it out")
     with cli.end_by_sigterm():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from gigagan_jax.config import Config
 from gigagan_jax.models.pretrained.hub import is_hub_id
+from gigagan_jax.models.upsampler import grid_of
 
 # Stands for what only the person who publishes can say.
 BLANK = "[to be filled in]"
@@ -34,17 +35,24 @@ def write(config: Config, step: int, choices: Sequence[str], form: str, verdict:
     ]
     library, made, program = ("pytorch", " and converted to PyTorch", _torch_program(config, shards))
     if form != "pytorch":
-        library, made, program = ("gigagan_jax", "", _OWN_PROGRAM)
-    training = _TRAINING[form] if "training" in choices else ""
+        library, made, program = ("gigagan_jax", "", _own_program(config))
+    training = ""
+    if "training" in choices:
+        training = _BOTH + (_UPSAMPLER_TRAINING if config.is_upsampler and form == "pytorch" else _TRAINING[form])
+    kind, tag = f"GigaGAN (Kang et al., CVPR 2023, arXiv:2303.05511) of {config.resolution} px", "text-to-image"
+    if config.is_upsampler:
+        kind = "GigaGAN upsampler (Kang et al., CVPR 2023, arXiv:2303.05511, sec. 3.4), "
+        kind += f"{config.upsampler.input_resolution} to {config.resolution} px"
+        tag = "super-resolution"
     return f"""---
 license: {BLANK}
 library_name: {library}
-tags: [gigagan, text-to-image]
+tags: [gigagan, {tag}]
 ---
 
 # {config.name}
 
-A GigaGAN (Kang et al., CVPR 2023, arXiv:2303.05511) of {config.resolution} px, trained with gigagan_jax{made}.
+A {kind}, trained with gigagan_jax{made}.
 
 | | |
 |---|---|
@@ -71,17 +79,27 @@ def _torch_program(config: Config, shards: bool) -> str:
     if shards:
         imports = "from pathlib import Path\nimport torch\nfrom torch_training import read_tensors"
         load = 'read_tensors(Path("."), "model.safetensors")'
-    return f"""`torch_gigagan.py` needs torch only. `model.safetensors` is the moving average of the generator.
+    name, given = "generator", ""
+    result = f"images = generator(torch.randn(1, generator.z_dim){', ' if call else ''}{call})"
+    result += "  # low to high, [N, 3, R, R] in [-1, 1]"
+    if config.is_upsampler:
+        name, side = "upsampler", config.upsampler.input_resolution
+        given = f"low = torch.rand(1, 3, {side}, {side}) * 2 - 1  # your image in [-1, 1]; "
+        given += f"sides are multiples of {grid_of(config.upsampler, config.generator)}\n"
+        given += "noise_level = torch.zeros(1)  # of the noise that was added to it\n"
+        result = f"images = upsampler(torch.randn(1, upsampler.z_dim), low, noise_level{', ' if call else ''}{call})"
+        result += f"  # the last is {config.resolution // side} times as large"
+    return f"""`torch_gigagan.py` needs torch only. `model.safetensors` is the moving average of the {name}.
 
 ```python
 import json
 {imports}
-from torch_gigagan import Generator{", tokenize" if words else ""}
+from torch_gigagan import {name.capitalize()}{", tokenize" if words else ""}
 
 config = json.load(open("config.json"))
-generator = Generator(config)
-generator.load_state_dict({load})
-{tokens}images = generator(torch.randn(1, generator.z_dim){", " if call else ""}{call})  # low to high, [N, 3, R, R] in [-1, 1]
+{name} = {name.capitalize()}(config)
+{name}.load_state_dict({load})
+{tokens}{given}{result}
 ```
 """
 
@@ -95,6 +113,22 @@ def _text_encoder(config: Config) -> str:
     )
 
 
+def _own_program(config: Config) -> str:
+    if not config.is_upsampler:
+        return _OWN_PROGRAM
+    factor = config.resolution // config.upsampler.input_resolution
+    more = {"text": ', prompt="..."', "class": ", label=0", "none": ""}[config.condition]
+    return f"""`model.safetensors` is the moving average of the upsampler, under the paths of its parameters.
+
+```python
+from gigagan_jax.inference.upscaler import Upscaler
+
+upscaler = Upscaler.from_pretrained(".")
+large = upscaler(image, scale={factor}{more})  # a PIL image of any size
+```
+"""
+
+
 _OWN_PROGRAM = """`model.safetensors` is the moving average of the generator, under the paths of its parameters.
 
 ```python
@@ -106,13 +140,14 @@ images = model("...", seed=3)  # uint8 [1, R, R, 3]
 """
 _BOTH = """
 `training/` has the networks as they were trained, and `training.json` the counts of steps and images. """
+_UPSAMPLER_TRAINING = """What trains
+an upsampler is not in `torch_training.py`.
+"""
 _TRAINING = {
-    "pytorch": _BOTH
-    + """`torch_training.py` goes on
+    "pytorch": """`torch_training.py` goes on
 from them: `Training.load(".")`.
 """,
-    "safetensors": _BOTH
-    + """
+    "safetensors": """
 `tools/convert_checkpoint.py --from=safetensors` makes a run of them.
 """,
 }

@@ -84,6 +84,19 @@ def downsample(x: Tensor) -> Tensor:
     return _filter(x, 1.0, (1, 1), 2)
 
 
+def enlarge(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2H, 2W] by the cubic of Catmull and Rom, border pixels repeated outside."""
+    # A quarter of a sample before and behind each: the cubic at 1.25, 0.25, 0.75 and 1.75.
+    behind = [0.0, -0.0703125, 0.8671875, 0.2265625, -0.0234375]
+    taps = torch.tensor([behind[::-1], behind], dtype=x.dtype, device=x.device)
+    c = x.shape[1]
+    for _ in range(2):
+        # Along the last axis, which is then swapped with the other.
+        pair = F.conv2d(F.pad(x, (2, 2, 0, 0), mode="replicate"), taps.repeat(c, 1)[:, None, None], groups=c)
+        x = pair.unflatten(1, (c, 2)).movedim(2, -1).flatten(3).transpose(2, 3)
+    return x
+
+
 def image_pyramid(x: Tensor, levels: int) -> list[Tensor]:
     """Real images [N, 3, R, R] -> `levels` images, high to low, by area averaging."""
     images = [x]
@@ -472,13 +485,23 @@ def channels_at(net: dict, side: int) -> int:
 class SynthesisLevel(nn.Module):
     """One resolution: blocks, attention, and what is added to the image (Fig. 4).
 
-    `lowest` is the side of level 0; `single` gives the first block one convolution; without `rgb` nothing is added.
+    `lowest` is the side of level 0; `single` gives the first block one convolution; without `rgb` nothing is added; `cubic`
+    enlarges the image below as a picture, by `enlarge`.
     """
 
     def __init__(
-        self, g: dict, index: int, n_in: int, context: int, lowest: int = 4, single: bool = False, rgb: bool = True
+        self,
+        g: dict,
+        index: int,
+        n_in: int,
+        context: int,
+        lowest: int = 4,
+        single: bool = False,
+        rgb: bool = True,
+        cubic: bool = False,
     ):
         super().__init__()
+        self.enlarge = enlarge if cubic else upsample
         features = channels_at(g, lowest << index)
         count, depth, placement = g["blocks"][index], g["attention_depth"][index], g["attention_placement"]
         # Behind the k-th of d attention layers there are ceil(k B / d) blocks; or "every" block has layers; or the last has all.
@@ -518,7 +541,7 @@ class SynthesisLevel(nn.Module):
         if self.to_rgb is None:
             return x, image
         rgb = self.to_rgb(x, w)
-        return x, rgb if image is None else upsample(image) + rgb
+        return x, rgb if image is None else self.enlarge(image) + rgb
 
 
 class Generator(nn.Module):
@@ -641,7 +664,7 @@ class Upsampler(nn.Module):
             side = lowest << i
             # Where the image starts as the small one, only levels above its size add to it.
             rgb = not u["image_skip"] or side > u["input_resolution"]
-            self.levels.append(SynthesisLevel(g, i, features, context, lowest, rgb=rgb))
+            self.levels.append(SynthesisLevel(g, i, features, context, lowest, rgb=rgb, cubic=u["image_skip"]))
             features = channels_at(g, side)
 
     def map(self, z: Tensor, t_global: Tensor | None, noise_level: Tensor) -> Tensor:

@@ -74,7 +74,12 @@ def small(base, variant, **values):
     return changed(from_dict(base.get_config(variant)), **({"dtype": "float32", "remat": False} | values))
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+# Between them those of the default tier have every switch that is not in test_torch_parity.py.
+_DEFAULT = ("windows", "words", "class")
+_TIERS = [pytest.param(name, marks=() if name in _DEFAULT else pytest.mark.slow) for name in CONFIGS]
+
+
+@pytest.fixture(scope="module", params=_TIERS)
 def config(request):
     return CONFIGS[request.param]()
 
