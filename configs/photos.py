@@ -37,12 +37,12 @@ def get_config(arg: str = "") -> ConfigDict:
     d.head_depth, d.head_width, d.minibatch_std = 2, 32, 4
 
     c.loss.level_weights = (1.0, 0.5)
-    c.loss.pixel = 60.0
+    c.loss.pixel = 40.0
     c.loss.match_d = c.loss.match_g = 0.0
     c.loss.pairing, c.loss.centring = "relativistic", 0.01
     c.loss.r1_gamma, c.loss.r2 = (0.05, 0.05), True
     for o in (c.g_optimizer, c.d_optimizer):
-        o.learning_rate, o.decay_kimg, o.final_ratio = 0.006, 14.0, 0.02
+        o.learning_rate, o.decay_kimg, o.final_ratio = 0.008, 14.0, 0.02
     c.ema.half_life_kimg, c.ema.rampup = 1.0, 0.1
     c.health.min_diversity_z = 0.0  # a photograph is enlarged in one way
 

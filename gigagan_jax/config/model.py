@@ -117,8 +117,10 @@ class UpsamplerConfig:
     bottleneck: int = 8  # (sec. 3.4) side of the lowest features at that input: 64 px pass three blocks down to 8
     encoder_blocks: int = 1  # (open) residual blocks at each resolution on the way down
     skip_gain: float = 1.0  # (open) of the encoder's features where they are added at equal resolution
-    image_skip: bool = False  # (open) the image starts as the small one, by cubic interpolation; only higher levels add to it
-    noise: float = 0.0  # (open) largest level of noise augmentation, 0 to 1; drawn evenly below it
+    image_skip: bool = False  # (open) the image starts as the small one, by Lanczos; only higher levels add to it
+    noise: float = (
+        0.0  # (open) largest level of noise augmentation, 0 to 1; every second image has none, others an even draw
+    )
     downsample: str = "area"  # how training makes small images: "area", "bicubic" or "lanczos"
     degradation: float = 0.0  # share of small images that are degraded first (training/degradations.py), 0 to 1
     degradation_strength: float = 1.0  # the largest; drawn evenly below it for each image. 1 is Real-ESRGAN's worst

@@ -178,7 +178,7 @@ class SynthesisLevel(nnx.Module):
       context_width: features of t_local; 0 without cross-attention.
       single: the first block has one convolution only.
       rgb: the level adds to the image.
-      cubic: the image of the level below is enlarged by cubic interpolation, and not by [1, 3, 3, 1].
+      sharp: the image of the level below is enlarged by Lanczos interpolation, and not by [1, 3, 3, 1].
       remat: recompute each block in the backward pass.
     """
 
@@ -192,13 +192,13 @@ class SynthesisLevel(nnx.Module):
         *,
         single: bool = False,
         rgb: bool = True,
-        cubic: bool = False,
+        sharp: bool = False,
         remat: bool,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
         features = channels_at(g, lowest << index)
-        self.remat, self.cubic = remat, cubic
+        self.remat, self.sharp = remat, sharp
 
         def attention_layers(depth: int) -> ScannedLayers | None:
             layer = lambda: AttentionLayer(g, features, context_width, dtype=dtype, rngs=rngs)
@@ -273,7 +273,7 @@ class SynthesisLevel(nnx.Module):
             return x, image
         rgb = self.to_rgb(x, w)
         if image is not None:
-            rgb += enlarge(image) if self.cubic else upsample(image)
+            rgb += enlarge(image) if self.sharp else upsample(image)
         return x, constrain(rgb, "batch", "height", None, None)
 
 

@@ -125,7 +125,7 @@ class Upsampler(nnx.Module):
             # Levels up to the input's size only make features where the image starts as the input.
             rgb = not u.image_skip or r > u.input_resolution
             # What starts as a picture is enlarged as pictures are.
-            kind: dict[str, Any] = {"rgb": rgb, "cubic": u.image_skip, "remat": remat, "dtype": dtype, "rngs": rngs}
+            kind: dict[str, Any] = {"rgb": rgb, "sharp": u.image_skip, "remat": remat, "dtype": dtype, "rngs": rngs}
             levels.append(SynthesisLevel(g, i, u.bottleneck, features, context_width, **kind))
             features = channels_at(g, r)
         self.levels = nnx.List(levels)

@@ -34,7 +34,8 @@ class UpsamplerObjective(GanObjective):
             worse = degrade(key_degrade, real, size, strength)
             chosen = jax.random.bernoulli(key_kind, u.degradation, (n,))
             low = jnp.where(chosen[:, None, None, None], worse, low)
-        level = u.noise * jax.random.uniform(key_level, (n,))
+        # Half of the images have none: that is what most images are enlarged with.
+        level = u.noise * jnp.maximum(0.0, 2.0 * jax.random.uniform(key_level, (n,)) - 1.0)
         if u.noise:
             # Variance-preserving, as the forward process of a diffusion model.
             low = add_noise(low, level, jax.random.normal(key_noise, low.shape))

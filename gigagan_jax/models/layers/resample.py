@@ -7,6 +7,7 @@ a device that holds a strip of the image needs its neighbour's last rows only.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -85,26 +86,30 @@ def upsample(x: jax.Array) -> jax.Array:
     return _apply_filter(x, "up")
 
 
-# Catmull and Rom's cubic at distances of 1.25, 0.25, 0.75 and 1.75 samples.
-_CUBIC = (-0.0703125, 0.8671875, 0.2265625, -0.0234375)
+def _lanczos_taps() -> tuple[float, ...]:
+    """Weights of the six nearest samples for a place a quarter behind the third of them."""
+    sinc = lambda t: math.sin(math.pi * t) / (math.pi * t)
+    taps = [sinc(d) * sinc(d / 3.0) for d in (2.25, 1.25, 0.25, 0.75, 1.75, 2.75)]
+    return tuple(t / sum(taps) for t in taps)
 
 
 def enlarge(x: jax.Array) -> jax.Array:
-    """[..., H, W, C] -> [..., 2H, 2W, C], by cubic interpolation; its border pixels are repeated outside.
+    """[..., H, W, C] -> [..., 2H, 2W, C], by Lanczos interpolation over six samples; border pixels are repeated outside.
 
     For pictures, whose border would be dark beside zeros.
     """
+    taps = _lanczos_taps()
     for axis in (x.ndim - 3, x.ndim - 2):
         n = x.shape[axis]
         pad = [(0, 0)] * x.ndim
-        pad[axis] = (2, 2)
+        pad[axis] = (3, 3)
         wide = jnp.pad(x, pad, mode="edge")
-        part = lambda start, axis=axis, n=n, wide=wide: jax.lax.slice_in_dim(wide, start, start + n, axis=axis)
-        far, near, other, farthest = _CUBIC
-        # Between two samples of the result lies one of the source: each is a quarter off it, to one side and the other.
-        even = farthest * part(0) + other * part(1) + near * part(2) + far * part(3)
-        odd = far * part(1) + near * part(2) + other * part(3) + farthest * part(4)
-        x = jnp.stack([even, odd], axis=axis + 1).reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])
+        part = [jax.lax.slice_in_dim(wide, start, start + n, axis=axis) for start in range(7)]
+        # Two samples of the result lie about each of the source, a quarter before it and a quarter behind it.
+        odd = sum(t * y for t, y in zip(taps, part[1:], strict=True))
+        even = sum(t * y for t, y in zip(taps, part[5::-1], strict=True))
+        x = jnp.stack([jnp.asarray(even), jnp.asarray(odd)], axis=axis + 1)
+        x = x.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 2 :])
     return x
 
 
