@@ -2,7 +2,7 @@
 
     python -m gigagan_jax.train --config=configs/emoji_upsampler.py --workdir=DIR --config.data.path=data/emoji128/train
 
-`tools/prepare_data.py emoji --concepts=all --size=128 --hold_out=concepts,glossy` makes the data (docs/emoji_upsampler.md): a
+`tools/prepare_data.py emoji --concepts=all --size=128 --hold_out=concepts,glossy` makes the data (docs/emoji.md): a
 tenth of the concepts and one of the seven drawing styles are left out.
 """
 

@@ -219,12 +219,20 @@ class Bench:
                 generator = module.bind(params)
                 said = frozen.encode_captions(weights, given["tokens"]) if frozen.towers else {}
                 condition = generator.condition(given.get("tokens"), given["label"], said.get("features"))
-                w = generator.map(z_of_seed(given["seed"], z_dim), condition)
+                z = z_of_seed(given["seed"], z_dim)
+                if config.is_upsampler:
+                    # Of images at the size of training, without noise.
+                    w = generator.map(z, condition, jnp.zeros(batch))
+                    return generator.synthesize(w, condition, given["low"])[-1]
+                w = generator.map(z, condition)
                 w = truncate_w(generator, w, condition, w_avg, psi, psi, z_dim)
                 return generator.synthesize(w, condition)[-1]
 
         rng = np.random.default_rng(0)
         given = {"label": np.zeros(batch, np.int32), "seed": np.arange(batch, dtype=np.uint32)}
+        if config.is_upsampler:
+            side = config.upsampler.input_resolution
+            given["low"] = rng.uniform(-1, 1, (batch, side, side, 3)).astype(np.float32)
         if text:
             spec = text_spec(config.text)
             given["tokens"] = draw_tokens(rng, (batch, config.text.length), spec.vocab_size, spec.end_id)

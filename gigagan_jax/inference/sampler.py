@@ -45,8 +45,8 @@ class Sampler:
     def __init__(self, config: Config, mesh: Any, *, device_batch: int = 8, frozen: Callable[[], Params] | None = None):
         if config.is_upsampler:
             raise UserError(
-                f"{config.name} is an upsampler: it enlarges images, by python -m gigagan_jax.upscale, or as --upsampler of a base "
-                "model's samples"
+                f"{config.name} is an upsampler: it enlarges images, by python -m gigagan_jax.upscale or as --upsampler of a "
+                "base model's samples"
             )
         self.config, self.mesh = config, mesh
         self.module = build_generator(config)
