@@ -85,14 +85,16 @@ def downsample(x: Tensor) -> Tensor:
 
 
 def enlarge(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C, 2H, 2W] by the cubic of Catmull and Rom, border pixels repeated outside."""
-    # A quarter of a sample before and behind each: the cubic at 1.25, 0.25, 0.75 and 1.75.
-    behind = [0.0, -0.0703125, 0.8671875, 0.2265625, -0.0234375]
-    taps = torch.tensor([behind[::-1], behind], dtype=x.dtype, device=x.device)
+    """[N, C, H, W] -> [N, C, 2H, 2W] by Lanczos interpolation (a = 3), border pixels repeated outside."""
+    # For the place a quarter of a sample behind each; the place before it has the same weights backwards.
+    sinc = lambda t: math.sin(math.pi * t) / (math.pi * t)
+    distances = [k - 0.25 for k in range(-3, 4)]
+    behind = [sinc(d) * sinc(d / 3) if abs(d) < 3 else 0.0 for d in distances]
+    taps = torch.tensor([behind[::-1], behind], dtype=x.dtype, device=x.device) / sum(behind)
     c = x.shape[1]
     for _ in range(2):
         # Along the last axis, which is then swapped with the other.
-        pair = F.conv2d(F.pad(x, (2, 2, 0, 0), mode="replicate"), taps.repeat(c, 1)[:, None, None], groups=c)
+        pair = F.conv2d(F.pad(x, (3, 3, 0, 0), mode="replicate"), taps.repeat(c, 1)[:, None, None], groups=c)
         x = pair.unflatten(1, (c, 2)).movedim(2, -1).flatten(3).transpose(2, 3)
     return x
 
@@ -485,7 +487,7 @@ def channels_at(net: dict, side: int) -> int:
 class SynthesisLevel(nn.Module):
     """One resolution: blocks, attention, and what is added to the image (Fig. 4).
 
-    `lowest` is the side of level 0; `single` gives the first block one convolution; without `rgb` nothing is added; `cubic`
+    `lowest` is the side of level 0; `single` gives the first block one convolution; without `rgb` nothing is added; `sharp`
     enlarges the image below as a picture, by `enlarge`.
     """
 
@@ -498,10 +500,10 @@ class SynthesisLevel(nn.Module):
         lowest: int = 4,
         single: bool = False,
         rgb: bool = True,
-        cubic: bool = False,
+        sharp: bool = False,
     ):
         super().__init__()
-        self.enlarge = enlarge if cubic else upsample
+        self.enlarge = enlarge if sharp else upsample
         features = channels_at(g, lowest << index)
         count, depth, placement = g["blocks"][index], g["attention_depth"][index], g["attention_placement"]
         # Behind the k-th of d attention layers there are ceil(k B / d) blocks; or "every" block has layers; or the last has all.
@@ -664,7 +666,7 @@ class Upsampler(nn.Module):
             side = lowest << i
             # Where the image starts as the small one, only levels above its size add to it.
             rgb = not u["image_skip"] or side > u["input_resolution"]
-            self.levels.append(SynthesisLevel(g, i, features, context, lowest, rgb=rgb, cubic=u["image_skip"]))
+            self.levels.append(SynthesisLevel(g, i, features, context, lowest, rgb=rgb, sharp=u["image_skip"]))
             features = channels_at(g, side)
 
     def map(self, z: Tensor, t_global: Tensor | None, noise_level: Tensor) -> Tensor:

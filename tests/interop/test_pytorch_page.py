@@ -8,7 +8,10 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from configs import photos
+from tests.interop.test_torch_upsampler import small
 from tests.runs import ROOT
+from tests.tools.test_export_upsampler import publish
 
 PAGE = (ROOT / "docs" / "pytorch.md").read_text()
 
@@ -19,12 +22,15 @@ def blocks(language):
 
 @pytest.mark.slow
 def test_the_page_runs_as_it_is_written(tmp_path):
-    there, back, own = blocks("bash")
+    there, upsampler, back, own = blocks("bash")
+    publish(tmp_path / "photos", small(photos, "tiny"))
     shell = lambda text, where: subprocess.run(["bash", "-euc", text], cwd=where, check=True)
     # From the root of a clone, which the outputs are to leave clean.
     place = lambda text: (
         text.replace("python tools", f"{sys.executable} tools")
         .replace("python -m", f"{sys.executable} -m")
+        .replace("=docs/weights/photos", f"={tmp_path}/photos")
+        .replace("=photos_torch", f"={tmp_path}/photos_torch")
         .replace("=digits_torch", f"={tmp_path}/digits_torch")
         .replace("=digits_later", f"={tmp_path}/digits_later")
         .replace("=runs/digits_later", f"={tmp_path}/runs")
@@ -33,8 +39,11 @@ def test_the_page_runs_as_it_is_written(tmp_path):
         .replace("=later.png", f"={tmp_path}/later.png")
     )
     shell(place(there), ROOT)
-    code = "\n".join(blocks("python"))
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "digits_torch", check=True)
+    sample, enlarge, train = blocks("python")
+    subprocess.run([sys.executable, "-c", f"{sample}\n{train}"], cwd=tmp_path / "digits_torch", check=True)
+    shell(place(upsampler), ROOT)
+    shape = "assert images[-1].shape == (1, 3, 128, 192)"
+    subprocess.run([sys.executable, "-c", f"{enlarge}\n{shape}"], cwd=tmp_path / "photos_torch", check=True)
     shell(place(back), ROOT)
     shell(place(own), ROOT)
     assert (tmp_path / "again" / "checkpoints").is_dir()
