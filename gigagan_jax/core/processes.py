@@ -53,6 +53,10 @@ def end_with_parent() -> None:
     threading.Thread(target=wait_for_parent, name="end_with_parent", daemon=True).start()
 
 
+# Of scripts that read data by this package: worker processes import them.
+_MAIN_GUARD = "put what it does under `if __name__ == '__main__':`"
+
+
 def begin_worker() -> None:
     """Initializer of each worker process."""
     end_with_parent()
@@ -90,12 +94,24 @@ def map_parallel(
         except BrokenProcessPool:
             raise UserError(
                 f"{title}: a worker process was lost, perhaps out of memory: set fewer --workers; the same command "
-                "resumes where it stopped"
+                f"resumes where it stopped. In a script of your own: {_MAIN_GUARD}"
             ) from None
         # Without this, leaving the `with` would finish all items that are queued.
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def check_main_guard() -> None:
+    """Raises UserError in a worker process that still imports the script of its parent.
+
+    There the script runs once more, and would wait for what its parent holds.
+    """
+    import multiprocessing
+
+    # A mark of multiprocessing, by which it refuses to start processes there; a wait for a lock comes before.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(f"a worker process runs the script that started it: {_MAIN_GUARD}")
 
 
 @contextlib.contextmanager
@@ -110,6 +126,7 @@ def hold_file_lock(file: Path, busy: Callable[[], object]) -> Iterator[None]:
 
     Raises:
       OSError: the file cannot be written.
+      UserError: another process holds the lock, and this one is a worker that imports the other's script.
     """
     try:
         import fcntl
@@ -123,6 +140,7 @@ def hold_file_lock(file: Path, busy: Callable[[], object]) -> Iterator[None]:
             # Without blocking first, so that `busy` can say why this process waits.
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            check_main_guard()
             busy()
             fcntl.flock(opened, fcntl.LOCK_EX)
         except OSError:
