@@ -76,10 +76,10 @@ def small(base, variant, **values):
 
 # Between them those of the default tier have every switch that is not in test_torch_parity.py.
 _DEFAULT = ("windows", "words", "class")
-_TIERS = [pytest.param(name, marks=() if name in _DEFAULT else pytest.mark.slow) for name in CONFIGS]
+TIERS = [pytest.param(name, marks=() if name in _DEFAULT else pytest.mark.slow) for name in CONFIGS]
 
 
-@pytest.fixture(scope="module", params=_TIERS)
+@pytest.fixture(scope="module", params=TIERS)
 def config(request):
     return CONFIGS[request.param]()
 
