@@ -219,7 +219,9 @@ class Upscaler:
         large = large[:, :, 0] if image.ndim == 2 else large
         return large if picture is None else Image.fromarray(large)
 
-    def enlarge(self, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], noise: float = 0.0) -> np.ndarray:
+    def enlarge(
+        self, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], noise: float = 0.0
+    ) -> np.ndarray:
         """The second stage of text to image: each image by its own prompt and seed, in one pass.
 
         Args:

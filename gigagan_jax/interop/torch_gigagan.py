@@ -110,9 +110,17 @@ def image_pyramid(x: Tensor, levels: int) -> list[Tensor]:
 class Linear(nn.Module):
     """y = x W^T lr_mul / sqrt(in) + b lr_mul."""
 
-    def __init__(self, n_in: int, n_out: int, bias: float | None = 0.0, lr_mul: float = 1.0, zero: bool = False):
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        bias: float | None = 0.0,
+        lr_mul: float = 1.0,
+        zero: bool = False,
+        fan_in: int | None = None,
+    ):
         super().__init__()
-        self.lr_mul, self.scale = lr_mul, lr_mul / math.sqrt(n_in)
+        self.lr_mul, self.scale = lr_mul, lr_mul / math.sqrt(fan_in or n_in)
         self.weight = nn.Parameter(torch.zeros(n_out, n_in) if zero else torch.randn(n_out, n_in) / lr_mul)
         self.bias = None if bias is None else nn.Parameter(torch.full((n_out,), bias / lr_mul))
 
@@ -398,13 +406,20 @@ class Mapping(nn.Module):
 
     def __init__(self, g: dict, global_width: int, extra: int = 0):
         super().__init__()
-        widths = [g["z_dim"] + global_width + extra, *([g["w_dim"]] * g["mapping_depth"])]
-        self.layers = nn.ModuleList(Linear(a, b, lr_mul=g["mapping_lr_mul"]) for a, b in itertools.pairwise(widths))
+        widths, lr_mul = [g["z_dim"] + global_width, *([g["w_dim"]] * g["mapping_depth"])], g["mapping_lr_mul"]
+        # The first layer and that of the extra features are one layer of all inputs, in two parts.
+        both = widths[0] + extra
+        self.layers = nn.ModuleList(
+            Linear(a, b, lr_mul=lr_mul, fan_in=None if i else both)
+            for i, (a, b) in enumerate(itertools.pairwise(widths))
+        )
+        self.extra = Linear(extra, g["w_dim"], None, lr_mul, fan_in=both) if extra else None
 
     def forward(self, z: Tensor, t_global: Tensor | None, extra: Tensor | None = None) -> Tensor:
         x = normalize(z) if t_global is None else torch.cat([normalize(z), normalize(t_global)], dim=-1)
-        x = x if extra is None else torch.cat([x, extra], dim=-1)
-        for layer in self.layers:
+        first, *rest = self.layers
+        x = leaky_relu(first(x) if self.extra is None else first(x) + self.extra(extra))
+        for layer in rest:
             x = leaky_relu(layer(x))
         return x
 

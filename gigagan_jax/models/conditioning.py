@@ -207,17 +207,26 @@ class Mapping(nnx.Module):
     """
 
     def __init__(self, g: GeneratorConfig, global_width: int, *, extra_width: int = 0, rngs: nnx.Rngs):
-        make = lambda n: Linear(n, g.w_dim, axes=("style", None), lr_mul=g.mapping_lr_mul, rngs=rngs)
-        self.first = make(g.z_dim + global_width + extra_width)
+        make = lambda n, **kind: Linear(
+            n, g.w_dim, **{"axes": ("style", None), "lr_mul": g.mapping_lr_mul, "rngs": rngs} | kind
+        )
+        fan_in = g.z_dim + global_width + extra_width
+        self.first = make(g.z_dim + global_width, fan_in=fan_in)
+        # A layer of its own, with the scale that one layer of all inputs would give it: a few features more would not
+        # divide over a mesh.
+        extra = lambda: make(extra_width, fan_in=fan_in, axes=(None, None), bias=None)
+        self.extra = extra() if extra_width else None
         self.rest = nnx.List([make(g.w_dim) for _ in range(g.mapping_depth - 1)])
 
     def __call__(self, z: jax.Array, t_global: jax.Array | None, extra: jax.Array | None = None) -> jax.Array:
         """z [N, z_dim], t_global [N, D] or None, extra [N, E] of unit second moment or None -> w [N, w_dim] float32"""
         # z and t_global differ in size: each is normalised before they are joined (StyleGAN2).
         parts = [normalize(z)] if t_global is None else [normalize(z), normalize(t_global)]
-        if extra is not None:
-            parts.append(extra)
-        x = leaky_relu(self.first(jnp.concatenate(parts, axis=-1)))
+        x = self.first(jnp.concatenate(parts, axis=-1))
+        if self.extra is not None:
+            assert extra is not None
+            x += self.extra(extra)
+        x = leaky_relu(x)
         for layer in self.rest:
             x = leaky_relu(layer(x))
         return constrain(x, "batch", None)

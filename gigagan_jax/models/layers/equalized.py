@@ -78,6 +78,7 @@ class Linear(nnx.Module):
       bias: value the bias starts at; None for no bias.
       lr_mul: learning-rate multiplier; W is drawn from N(0, 1 / lr_mul^2).
       zero_init: W starts at zero instead.
+      fan_in: features that share the output with this layer; 0: its own.
       dtype: of the computation.
     """
 
@@ -87,6 +88,7 @@ class Linear(nnx.Module):
         out_features: int,
         *,
         axes: tuple[str | None, str | None],
+        fan_in: int = 0,
         bias: float | None = 0.0,
         lr_mul: float = 1.0,
         zero_init: bool = False,
@@ -95,7 +97,7 @@ class Linear(nnx.Module):
     ):
         # lr_mul divides the drawn values and multiplies the used ones: the output is the same, an update is lr_mul
         # times smaller.
-        self.scale, self.lr_mul, self.dtype = lr_mul / math.sqrt(in_features), lr_mul, dtype
+        self.scale, self.lr_mul, self.dtype = lr_mul / math.sqrt(fan_in or in_features), lr_mul, dtype
         std = 0.0 if zero_init else 1.0 / lr_mul
         self.weight = declare_parameter(rngs, (in_features, out_features), axes, std=std)
         self.bias = None if bias is None else declare_parameter(rngs, (out_features,), (axes[1],), mean=bias / lr_mul)
