@@ -2,6 +2,7 @@
 
     python tools/measure_parity.py --config=configs/laion.py --network=generator
     python tools/measure_parity.py --config=configs/laion.py --network=discriminator [--batch=1]
+    python tools/measure_parity.py --config=configs/laion_upsampler.py:bytes --network=generator
 
 Parameters are drawn away from where they start, so that none is zero. A difference is the largest one over the largest value,
 and in brackets that of the norms. `--double` compares both sides with PyTorch in float64 too: what both of them differ by is
