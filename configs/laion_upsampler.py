@@ -39,8 +39,8 @@ def get_config(arg: str = "") -> ConfigDict:
     d.channel_base, d.channel_max = 32768, 512
     d.blocks, d.attention_depth = (1,) * 8, (0, 0, 0, 0, 0, 2, 2, 0)
     d.attention_gain, d.mlp = 0.5, True
-    # Five levels enter, and five exits follow them; the width of the heads gives 130.1M, to 0.6 %.
-    d.input_levels, d.output_levels, d.head_width = 5, 5, 2080
+    # Five levels enter, and five exits follow them; the width of the heads gives 130.1M, to 0.8 %.
+    d.input_levels, d.output_levels, d.head_width = 5, 5, 2112
     d.minibatch_std = 2
     for net in (g, d):
         net.text.depth = 2
