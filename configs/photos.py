@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     d.head_depth, d.head_width, d.minibatch_std = 2, 32, 4
 
     c.loss.level_weights = (1.0, 0.5)
-    c.loss.pixel = 40.0
+    c.loss.pixel = 100.0
     c.loss.match_d = c.loss.match_g = 0.0
     c.loss.pairing, c.loss.centring = "relativistic", 0.01
     c.loss.r1_gamma, c.loss.r2 = (0.05, 0.05), True
