@@ -150,7 +150,31 @@ def compile_step(
         lowered = step.lower(with_r1=with_r1)
         # The trace counts the whole step; every figure of a plan is of one chip.
         flops = step.flops(with_r1=with_r1) / chips
-    traced = time.monotonic()
+    traced = time.monotonic() - start
+    return {"seconds_to_trace": traced} | compile_lowered(name, lowered, flops, mesh, topology, settings, kinds)
+
+
+def compile_lowered(
+    name: str,
+    lowered: Any,
+    flops: float,
+    mesh: Mesh,
+    topology: Topology,
+    settings: CompileSettings,
+    kinds: dict[str, int],
+) -> dict[str, Any]:
+    """Compiles a program and reports its needs.
+
+    Args:
+      name: of the program, in messages.
+      lowered: of `jax.jit(...).lower(...)`.
+      flops: of one chip.
+      mesh: what it was lowered for.
+      topology: the chips.
+      settings: of the compiler.
+      kinds: bytes of the arguments of one chip, by kind.
+    """
+    start = time.monotonic()
     known: dict[str, Any] = {"flops": flops, "seconds_at_peak": flops / topology.chip.flops}
     try:
         efforts = _effort_option("exec_time_optimization", settings.effort) | _effort_option(
@@ -183,8 +207,7 @@ def compile_step(
     need = _memory_by_kind(memory, kinds)
     optimal = cost.get("optimal_seconds", -1.0)
     return known | {
-        "seconds_to_trace": traced - start,
-        "seconds_to_compile": done - traced,
+        "seconds_to_compile": done - start,
         "memory": need,
         "fits": need["total"] <= topology.usable_bytes,
         **found,
