@@ -44,5 +44,5 @@ def test_bad_flags(flags, message):
 
 def test_base_models_have_another_planner():
     config = from_dict(digits.get_config("tiny"))
-    with pytest.raises(UserError, match="is a base model: tools/plan.py plans its training"):
+    with pytest.raises(UserError, match=r"is a base model: tools/plan\.py plans its training"):
         plan_upscaling(config, parse_topology("v5p:2x2x1"), CompileSettings(), size=(8, 8), batch=1)
