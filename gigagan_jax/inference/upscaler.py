@@ -257,8 +257,9 @@ class Upscaler:
         """low float32 [N, h, w, 3] -> float32 [N, h * factor, w * factor, 3]"""
         with sharding.use_mesh(self.mesh, rules or self.config.rules):
             low = sharding.constrain(low, "batch", "height", None, None)
-            # One w and one caption for all tiles of an image.
-            w, condition = jax.tree.map(lambda x: jnp.broadcast_to(x, (low.shape[0], *x.shape[1:])), latent)
+            # One w for all tiles of an image: kernels are mixed once.
+            w, condition = latent
+            condition = jax.tree.map(lambda x: jnp.broadcast_to(x, (low.shape[0], *x.shape[1:])), condition)
             image = self.module.bind(params).synthesize(w, condition, low)[-1]
             return sharding.constrain(image, "batch", "height", None, None)
 

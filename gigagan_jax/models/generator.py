@@ -94,13 +94,16 @@ class AttentionLayer(nnx.Module):
         n, h, width, c = x.shape
         size = self.window
         if not size or (h, width) == (size, size):
-            tokens, style = x.reshape(n, h * width, c), w
+            tokens = x.reshape(n, h * width, c)
         else:
             if h % size or width % size:
                 raise ValueError(f"a map of {h} x {width} does not divide into windows of {size} x {size}")
             # Windows lie on a fixed grid from the map's corner: a token sees the same others in any larger map.
             tokens = x.reshape(n, h // size, size, width // size, size, c).swapaxes(2, 3).reshape(-1, size * size, c)
-            style = jnp.repeat(w, tokens.shape[0] // n, axis=0)
+        style = w
+        if w.shape[0] != tokens.shape[0]:
+            # Windows of an example follow each other, and one w may be that of all.
+            style = jnp.repeat(w, tokens.shape[0] // w.shape[0], axis=0)
         y = self.attention(tokens, style if self.attention.to_extra is not None else None)
         if y.shape[0] == n:
             return y.reshape(x.shape)

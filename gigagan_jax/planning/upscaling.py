@@ -49,7 +49,7 @@ def plan_upscaling(
     given = lambda shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
     width = c.generator.text.width
     arguments = {
-        "w": given((batch, c.generator.w_dim)),
+        "w": given((1, c.generator.w_dim)),
         "low": given((batch, *size, 3)),
     }
     if c.condition == "text":

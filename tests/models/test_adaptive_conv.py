@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from torch.nn import functional
 
 from gigagan_jax.models.layers.adaptive_conv import AdaptiveConv, demodulation, mixed_conv
@@ -126,3 +127,13 @@ def test_style_starts_around_one_and_the_bank_near_even(build):
     want = conv(x, mean) / np.sqrt((mean**2).sum((0, 1, 2)))
     want = np.maximum(want, 0.2 * want) * math.sqrt(2)
     np.testing.assert_allclose(jax.jit(lambda p: module.bind(p)(x, zero_w))(params), want, rtol=1e-4, atol=1e-5)
+
+
+def test_one_mixture_serves_all_samples():
+    """One w for all tiles of an image: the kernel is mixed once, and the result is that of a mixture a sample."""
+    keys = jax.random.split(jax.random.key(5), 3)
+    conv = AdaptiveConv(5, 7, w_dim=6, bank=3, rngs=nnx.Rngs(0))
+    x, w = jax.random.normal(keys[0], (4, 8, 8, 5)), jax.random.normal(keys[1], (1, 6))
+    shared = conv(x, w)
+    np.testing.assert_allclose(shared, conv(x, jnp.repeat(w, 4, axis=0)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(shared[:1], conv(x[:1], w), rtol=1e-5, atol=1e-5)

@@ -74,12 +74,14 @@ def mixed_conv(x: jax.Array, bank: jax.Array, mix: jax.Array, form: str = "auto"
     Args:
       x: [N, H, W, in]
       bank: [bank, kh, kw, in, out], odd and equal kh and kw
-      mix: [N, bank]
+      mix: [N, bank], or [1, bank] for all samples
       form: see the module's text; "auto" chooses by bank and kernel
 
     Returns:
       [N, H, W, out]
     """
+    if form not in ("auto", "bank", "shift", "im2col", "vmap"):
+        raise ValueError(f"unknown form {form!r}")
     count, k, _, c_in, c_out = bank.shape
     mix = mix.astype(x.dtype)
     if form == "auto":
@@ -88,6 +90,10 @@ def mixed_conv(x: jax.Array, bank: jax.Array, mix: jax.Array, form: str = "auto"
     if count == 1:
         # A bank of one has no choice to make: no per-sample kernel is needed.
         return conv(x, bank[0]) * mix[:, :, None, None]
+    if mix.shape[0] == 1:
+        # One sample, or one mixture for all: the kernel is mixed, and a convolution is left.
+        kernel = jnp.einsum("n,nhwio->hwio", mix[0], bank, precision=choose_precision(x.dtype))
+        return conv(x, kernel)
     n, h, w, _ = x.shape
     if form == "bank":
         # Copies of the input, each weighted for its filter, make one dense convolution of N times the channels.
@@ -108,13 +114,11 @@ def mixed_conv(x: jax.Array, bank: jax.Array, mix: jax.Array, form: str = "auto"
         unfolded = jnp.concatenate(patches, -1).reshape(n, h * w, k * k * c_in)
         kernels = kernels.reshape(n, k * k * c_in, c_out)
         return jnp.matmul(unfolded, kernels, precision=exact).reshape(n, h, w, c_out)
-    if form == "shift":
-        kernels = kernels.reshape(n, k * k, c_in, c_out)
-        # k^2 batched products that accumulate: no copy of the input k^2 times as large is made.
-        product = lambda p, kernel: jnp.matmul(p.reshape(n, h * w, c_in), kernel, precision=exact)
-        out = sum(product(p, kernels[:, i]) for i, p in enumerate(patches))
-        return jnp.asarray(out).reshape(n, h, w, c_out)
-    raise ValueError(f"unknown form {form!r}")
+    kernels = kernels.reshape(n, k * k, c_in, c_out)
+    # "shift": k^2 batched products that accumulate: no copy of the input k^2 times as large is made.
+    product = lambda p, kernel: jnp.matmul(p.reshape(n, h * w, c_in), kernel, precision=exact)
+    out = sum(product(p, kernels[:, i]) for i, p in enumerate(patches))
+    return jnp.asarray(out).reshape(n, h, w, c_out)
 
 
 class AdaptiveConv(nnx.Module):
@@ -162,10 +166,10 @@ class AdaptiveConv(nnx.Module):
         self.select = Linear(w_dim, bank, axes=("style", None), rngs=rngs) if bank > 1 else None
 
     def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """x [N, H, W, in], w [N, w_dim] -> [N, H, W, out], twice the sides when `up`"""
+        """x [N, H, W, in], w [N, w_dim] or [1, w_dim] for all -> [N, H, W, out], twice the sides when `up`"""
         style = self.style(w.astype(jnp.float32))
         if self.select is None:
-            mix = jnp.ones((x.shape[0], 1), jnp.float32)
+            mix = jnp.ones((w.shape[0], 1), jnp.float32)
         else:
             mix = jax.nn.softmax(self.select(w.astype(jnp.float32)), axis=-1)
         axes = self.filters.get_metadata()["logical_axes"][-5:]
