@@ -12,8 +12,10 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.tiling import Tiling
 from gigagan_jax.inference.upscale_job import upscale_array
 from gigagan_jax.inference.upscaler import Upscaler
+from gigagan_jax.models.layers.resample import enlarge
 from gigagan_jax.parallel import sharding
 from tests.runs import ROOT
+from tools.export_weights import scale_detail
 
 
 def make(config, devices=1):
@@ -141,3 +143,15 @@ def test_a_caption_changes_the_picture():
     first, second = (upscaler.tile_model(prompt=p)(low) for p in ("a cat", "a red car"))
     assert first.shape == (1, 32, 32, 3)
     assert np.abs(first - second).max() > 1e-3
+
+
+def test_detail_interpolates_between_lanczos_and_the_network(windowed):
+    low = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+    images = []
+    for share in (0.0, 0.5, 1.0):
+        other = make(windowed.config)
+        other.params = scale_detail(windowed.params, share)
+        images.append(other.tile_model()(low))
+    np.testing.assert_allclose(images[0], enlarge(low), atol=1e-5)
+    np.testing.assert_allclose(images[1], (images[0] + images[2]) / 2, atol=1e-5)
+    assert np.abs(images[2] - images[0]).max() > 0.01
