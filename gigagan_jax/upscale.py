@@ -44,7 +44,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-s", "--scale", type=float, help="1 to 64, also 1.5 (the model's factor)")
     parser.add_argument("-t", "--tile", default="auto", help="input pixels of a tile's side; auto or 0 chooses (auto)")
     parser.add_argument("-f", "--format", choices=_ENDINGS, help="of outputs in a folder; auto keeps the input's (png)")
-    parser.add_argument("-g", "--gpu", type=int, help="index of the one device to use (all)")
+    parser.add_argument("-g", "--gpu", default="auto", help="index of the one device to use; auto uses all (auto)")
+    parser.add_argument(
+        "--text_path", help="folder or hub id of the frozen text encoder, where it moved since training"
+    )
     parser.add_argument("--prompt", default="", help="what the image shows, for a text-conditional model")
     parser.add_argument("--class", dest="label", type=int, help="class number, for a class-conditional model")
     parser.add_argument("--seed", type=int, default=0, help="of the latent code and of the noise (0)")
@@ -60,11 +63,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.inputs = [*args.inputs, *args.input]
     if not args.inputs:
         raise UserError("no input: name files or folders (see --help)")
+    # It would be the current folder.
+    if "" in args.inputs:
+        raise UserError("an empty INPUT: name a file or a folder ('.' is the current one)")
     if args.scale is not None and not 1.0 <= args.scale <= upscale_job.MAX_SCALE:
         raise UserError(f"--scale={args.scale:g}: must be 1 to {upscale_job.MAX_SCALE:g}")
     if args.tile != "auto" and not args.tile.isdecimal():
         raise UserError(f"--tile={args.tile}: must be auto, 0 or a number of pixels")
     args.tile = 0 if args.tile == "auto" else int(args.tile)
+    if args.gpu != "auto" and not args.gpu.isdecimal():
+        raise UserError(f"--gpu={args.gpu}: must be auto or the index of a device")
+    args.gpu = None if args.gpu == "auto" else int(args.gpu)
     # Seeds are 32 bits in the latents.
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed}: must be 0 to {2**32 - 1}")
@@ -81,25 +90,17 @@ def run(args: argparse.Namespace, load: Callable[..., Any]) -> int:
 
     Args:
       args: of `parse_arguments`.
-      load: makes an `inference.upscaler.Upscaler` of a workdir, a model folder or a hub id, on a `mesh`.
+      load: makes an `inference.upscaler.Upscaler` of a workdir, a model folder or a hub id, on a `mesh`, with a `text_path`.
 
     Returns:
       0, or 2 where a file of a job failed.
     """
     configure_logging()
-    files = upscale_job.find_inputs(args.inputs)
-    job = upscale_job.is_job(args.inputs, files)
-    outputs = upscale_job.name_outputs(files, args.out, job, args.suffix, args.format)
-    if job:
-        # The outputs of an earlier job may lie among the inputs.
-        files = upscale_job.without_own_outputs(files, outputs)
-        outputs = upscale_job.name_outputs(files, args.out, job, args.suffix, args.format)
+    files, outputs, job = _plan(args)
     settings = upscale_job.Settings(args.scale, args.color_match)
-    # Errors of a single file come before the model is loaded.
-    if not job:
-        upscale_job.check_file(files[0], outputs[0], args.scale or 1.0, args.overwrite)
     device = _find_device(args.gpu)
-    upscaler = load(args.checkpoint, mesh=sharding.make_mesh(MeshConfig(), None if device is None else [device]))
+    mesh = sharding.make_mesh(MeshConfig(), None if device is None else [device])
+    upscaler = load(args.checkpoint, mesh=mesh, text_path=args.text_path)
     model = upscaler.tile_model(prompt=args.prompt, label=args.label, seed=args.seed, noise=args.noise)
     # One for all files: what it learned of the memory is kept.
     tiling = Tiling(model, args.tile, args.wrap, device)
@@ -121,11 +122,30 @@ def run(args: argparse.Namespace, load: Callable[..., Any]) -> int:
     return 2 if failures else 0
 
 
-def _load_upscaler(checkpoint: str, mesh: Any) -> Any:
+def _plan(args: argparse.Namespace) -> tuple[list[Path], list[Path], bool]:
+    """(inputs, an output each, whether they are a job), checked before the model is loaded. Raises UserError."""
+    try:
+        files = upscale_job.find_inputs(args.inputs)
+        job = upscale_job.is_job(args.inputs, files)
+        outputs = upscale_job.name_outputs(files, args.out, job, args.suffix, args.format)
+        if job:
+            # The outputs of an earlier job may lie among the inputs.
+            files = upscale_job.without_own_outputs(files, outputs)
+            outputs = upscale_job.name_outputs(files, args.out, job, args.suffix, args.format)
+            upscale_job.check_unique(files, outputs)
+        else:
+            upscale_job.check_file(files[0], outputs[0], args.scale or 1.0, args.overwrite)
+    # Folders that may not be read, names that are too long.
+    except OSError as error:
+        raise UserError(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}") from None
+    return files, outputs, job
+
+
+def _load_upscaler(checkpoint: str, mesh: Any, text_path: str | None) -> Any:
     # Here: the flags are checked before the networks are imported.
     from gigagan_jax.inference.upscaler import Upscaler
 
-    return Upscaler.from_pretrained(checkpoint, mesh=mesh)
+    return Upscaler.from_pretrained(checkpoint, text_path=text_path, mesh=mesh, flag="--checkpoint")
 
 
 def _find_device(index: int | None) -> jax.Device | None:

@@ -43,6 +43,8 @@ _COMPRESSION = {"PNG": 0.5, "TIFF": 0.6, "JPEG": 0.15, "WEBP": 0.1}
 # Of an enlarged photograph level 6 takes 2.5 times as long (0.19 s a megapixel), for files smaller by a sixth.
 _ZLIB_LEVEL = 4
 _QUALITY = 95
+# A JPEG segment holds 65533 bytes; six of them are the prefix.
+_LONGEST_JPEG_EXIF = 65533 - 6
 # PNG rows that are filtered at once, for the sake of the temporaries.
 _FILTER_ROWS = 16
 
@@ -93,9 +95,16 @@ def fit_format(image: OutputImage, kind: str) -> tuple[OutputImage, tuple[str, .
         notes.append(f"{kind} has 8 bits a channel")
     if kind == "JPEG" and image.channels in (2, 4):
         notes.append("JPEG has no transparency: the image is laid over white")
-    # WebP has no grey: Pillow writes RGB.
+    changes: dict[str, None] = {}
+    if kind == "JPEG" and image.exif and len(image.exif) > _LONGEST_JPEG_EXIF:
+        notes.append("EXIF data is too long for JPEG and left out")
+        changes["exif"] = None
+    # WebP has no grey: Pillow writes RGB, of which a profile of grey says nothing.
+    if kind == "WEBP" and image.icc and image.icc[16:20] == b"GRAY":
+        notes.append("WEBP has no grey: the grey colour profile is left out")
+        changes["icc"] = None
     drop = kind == "JPEG" and image.channels in (2, 4)
-    return dataclasses.replace(image, depth=8, channels=image.channels - drop), tuple(notes)
+    return dataclasses.replace(image, depth=8, channels=image.channels - drop, **changes), tuple(notes)
 
 
 def check_output(path: Path, image: OutputImage, overwrite: bool) -> None:

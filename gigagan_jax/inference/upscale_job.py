@@ -6,10 +6,12 @@ import dataclasses
 import glob
 import itertools
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.progress import ProgressBar
@@ -291,8 +293,11 @@ def find_inputs(names: Sequence[str]) -> list[Path]:
             if not found:
                 raise UserError(f"{name} matches no files")
         files += found
-    # A file may match two patterns.
-    return list(dict.fromkeys(files))
+    # A file may match two patterns, and have a name in full and in short.
+    once: dict[str, Path] = {}
+    for file in files:
+        once.setdefault(os.path.abspath(file), file)
+    return list(once.values())
 
 
 def is_job(names: Sequence[str], files: Sequence[Path]) -> bool:
@@ -311,10 +316,15 @@ def name_outputs(files: Sequence[Path], out: Path | None, job: bool, suffix: str
       ending: "png", "jpg", "webp" or "tif", "auto" for that of the input; None for "png".
 
     Raises:
-      UserError: `out` is a file and the inputs are several, or the output would have the name of its input.
+      UserError: `out` is a file and the inputs are several, its ending is that of a format which is not written, the
+        output would have the name of its input, or a job with an empty suffix would write beside its inputs.
     """
     is_file = out is not None and not out.is_dir() and out.suffix.lower() in FORMATS
-    if out is not None and not out.is_dir() and (is_file if job else out.exists() and not is_file):
+    if out is not None and not out.exists() and not job and not is_file and _names_image(out):
+        raise UserError(
+            f"--out={out}: {out.suffix} cannot be written, the name must end in one of {', '.join(FORMATS)}"
+        )
+    if out is not None and not out.is_dir() and (out.exists() or is_file if job else out.exists() and not is_file):
         raise UserError(f"--out={out} is a file: name a folder for the images")
     if out is not None and is_file and not job:
         # The ending decides, whatever --format says.
@@ -332,9 +342,27 @@ def name_outputs(files: Sequence[Path], out: Path | None, job: bool, suffix: str
         for f, n in zip(files, names, strict=True)
     ]
     for file, name in zip(files, names, strict=True):
+        # The next run of the same command could not tell its inputs from these.
+        if job and not suffix and name.parent.resolve() == file.parent.resolve():
+            raise UserError(f"{name} would lie among the inputs: give --out=FOLDER or a --suffix")
         if name.resolve() == file.resolve():
             raise UserError(f"{name} is the input itself: give --out or --suffix")
     return names
+
+
+def _names_image(path: Path) -> bool:
+    """Whether the ending is that of an image format, of those that Pillow knows."""
+    Image.init()
+    return path.suffix.lower() in {*Image.registered_extensions(), *_INPUT_ENDINGS, ".heic", ".jxl", ".exr"}
+
+
+def check_unique(files: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Raises UserError where two inputs have one output."""
+    made: dict[str, Path] = {}
+    for file, output in zip(files, outputs, strict=True):
+        other = made.setdefault(os.path.abspath(output), file)
+        if other != file:
+            raise UserError(f"{other} and {file} would both be written to {output}: give them separate commands")
 
 
 def without_own_outputs(files: Sequence[Path], outputs: Sequence[Path]) -> list[Path]:
@@ -365,17 +393,19 @@ def run_job(
     """
     written, kept, failures = 0, 0, []
     for source, target in pairs:
-        if target.exists() and not overwrite:
-            # So that a job that was stopped goes on by the same command.
-            kept += 1
-            continue
         try:
+            if target.exists() and not overwrite:
+                # So that a job that was stopped goes on by the same command.
+                kept += 1
+                continue
             upscale_file(tiling, source, target, settings, overwrite=overwrite, text=text, quiet=quiet)
             written += 1
             # One path a line, for programs that read it.
             print(target, flush=True)
-        except UserError as error:
+        # One file that breaks a library must not cost the others.
+        except Exception as error:
+            reason = str(error) if isinstance(error, UserError) else f"{source}: {type(error).__name__}: {error}"
             # Messages of libraries may have several lines.
-            failures.append(" ".join(str(error).split()))
+            failures.append(" ".join(reason.split()))
             _log.info("failed: %s", failures[-1])
     return written, kept, failures

@@ -100,19 +100,22 @@ class Upscaler:
         return self
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, text_path: str | None = None, mesh: Any = None) -> "Upscaler":
+    def from_pretrained(
+        cls, path: str | Path, *, text_path: str | None = None, mesh: Any = None, flag: str = "from_pretrained"
+    ) -> "Upscaler":
         """A workdir, a folder of published weights, or a model on the Hugging Face hub.
 
         Args:
           path: folder, or a hub id, `org/name` or `org/name@revision`.
           text_path, mesh: as the class takes them.
+          flag: what errors call `path`.
 
         Raises:
           UserError: there is no such folder and no such model, or its weights are damaged.
         """
         # A run has no weights of its own: its checkpoints are read.
         is_workdir = (Path(path) / CHECKPOINTS_FOLDER).is_dir()
-        folder = path if is_workdir else hub.find_folder(str(path), hub.Requirement("from_pretrained"))
+        folder = path if is_workdir else hub.find_folder(str(path), hub.Requirement(flag))
         return cls.from_workdir(folder, text_path=text_path, mesh=mesh)
 
     def save_pretrained(self, folder: str | Path, *, dtype: Any = np.float16) -> None:

@@ -12,6 +12,7 @@ from PIL import Image, ImageCms
 
 from gigagan_jax import cli, upscale
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.inference import upscale_job
 from gigagan_jax.inference.image_reader import read_image
 from gigagan_jax.inference.tiling import Tiling
 from gigagan_jax.inference.upscale_job import Settings, count_passes, fill_transparent, upscale_array, upscale_file
@@ -43,8 +44,8 @@ class StandIn:
     def __init__(self, **options):
         self.options, self.asked, self.loaded = options, None, []
 
-    def load(self, checkpoint, mesh):
-        self.loaded.append((checkpoint, mesh))
+    def load(self, checkpoint, mesh, text_path):
+        self.loaded.append((checkpoint, mesh, text_path))
         return self
 
     def tile_model(self, *, prompt, label, seed, noise):
@@ -265,6 +266,41 @@ def test_patterns(call, tmp_path):
     assert "matches no files" in call(tmp_path / "*.tif")[2]
 
 
+def test_two_inputs_of_one_output_are_refused(call, tmp_path):
+    for name in ("x/a.png", "y/a.png", "z/a.png", "z/a.jpg", "z/a_png.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture().save(tmp_path / name)
+    line = error_of(call, tmp_path / "x" / "a.png", tmp_path / "y" / "a.png", "-o", tmp_path / "out")
+    assert f"{tmp_path}/x/a.png and {tmp_path}/y/a.png would both be written to {tmp_path}/out/" in line
+    assert "z/a.png and " in error_of(call, tmp_path / "z")
+    assert not (tmp_path / "out").exists()
+    # One file by two names is one.
+    code, out, _ = call(tmp_path / "x", f"{tmp_path}/y/../x/a.png", "-o", tmp_path / "out")
+    assert (code, len(out.splitlines())) == (0, 1)
+
+
+def test_a_job_survives_what_a_library_raises(call, tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        picture().save(tmp_path / name)
+
+    def read(path):
+        if path.name == "a.png":
+            raise ValueError("odd\nfile")
+        return read_image(path)
+
+    monkeypatch.setattr(upscale_job, "read_image", read)
+    code, out, err = call(tmp_path)
+    assert (code, out.strip()) == (2, f"{tmp_path}/b_out.png")
+    assert f"error: {tmp_path}/a.png: ValueError: odd file" in err
+
+
+def test_text_path_and_all_devices(call, tmp_path):
+    picture().save(tmp_path / "a.png")
+    assert call(tmp_path / "a.png", "--text_path=moved", "-g", "auto")[0] == 0
+    _, mesh, text_path = call.stand_in.loaded[0]
+    assert (mesh.devices.size, text_path) == (8, "moved")
+
+
 # what goes wrong
 
 
@@ -276,6 +312,8 @@ def test_patterns(call, tmp_path):
         (["--tile=big"], "--tile=big: must be auto, 0 or a number"),
         (["--noise=2"], "--noise=2: must be 0 to 1"),
         (["--seed=-1"], "--seed=-1: must be 0 to"),
+        (["--gpu=one"], "--gpu=one: must be auto or the index"),
+        ([""], "an empty INPUT"),
         (["--gpu=99"], "--gpu=99: there are 8 devices, 0 to 7"),
         (["--format=bmp"], "argument -f/--format: invalid choice"),
         (["--out=x.bmp/../a.png", "--suffix=a/b"], "--suffix=a/b"),
@@ -316,6 +354,12 @@ def test_bad_files_are_one_line_before_the_model_is_loaded(call, tmp_path):
     assert "is the input itself" in error_of(call, tmp_path / "a.png", "--suffix=")
     assert "name a folder" in error_of(call, tmp_path / "a.png", tmp_path / "half.png", "-o", tmp_path / "b.png")
     assert "cannot be made" in error_of(call, tmp_path / "a.png", "-o", tmp_path / "a.png" / "sub" / "b.png")
+    assert "one of .png, " in error_of(call, tmp_path / "a.png", "-o", tmp_path / "x.bmp")
+    assert "is a file" in error_of(call, tmp_path / "a.png", tmp_path / "half.png", "-o", tmp_path / "text.png")
+    assert "is a file" in error_of(call, tmp_path / "a.png", tmp_path / "half.png", "-o", ROOT / "LICENSE")
+    assert "would lie among the inputs" in error_of(call, tmp_path, "--suffix=")
+    assert "too long" in error_of(call, tmp_path / ("x" * 300))
+    assert "too long" in error_of(call, tmp_path / "a.png", "-o", tmp_path / f"{'x' * 300}.png")
     assert sorted(f.name for f in tmp_path.iterdir()) == before
 
 
@@ -335,5 +379,6 @@ def test_without_a_checkpoint_the_command_says_so(tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: ") == 1
+    assert f"--checkpoint={tmp_path}/none" in done.stderr
     assert "Traceback" not in done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ["a.png"]

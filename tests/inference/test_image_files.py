@@ -100,7 +100,17 @@ def test_what_a_format_cannot_hold_is_said():
     output, notes = fit_format(image, "WEBP")
     assert (output.channels, output.depth, len(notes)) == (4, 8, 1)
     assert fit_format(image, "PNG") == (image, ())
+    assert fit_format(OutputImage(4, 4, 1, icc=bytes(16) + b"GRAY"), "WEBP")[0].icc is None
     assert fit_format(OutputImage(4, 4, 3, exif=b"x"), "TIFF")[1] == ("EXIF data is not kept in TIFF",)
+
+
+def test_exif_that_is_too_long_for_jpeg_is_left_out(tmp_path):
+    for size, kept in ((65527, True), (65528, False)):
+        image, notes = fit_format(OutputImage(4, 4, 3, exif=bytes(size)), "JPEG")
+        assert (image.exif is not None) is kept
+        assert notes == (() if kept else ("EXIF data is too long for JPEG and left out",))
+        with ImageWriter(tmp_path / f"{size}.jpg", image) as writer:
+            writer.write(noise(4, 4, 3))
 
 
 # what the reader makes of files
