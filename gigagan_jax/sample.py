@@ -51,8 +51,12 @@ def make_parser() -> cli.Parser:
         "--upsampler", help="workdir, folder or hub id of an upsampler, which enlarges the images (docs/upsampler.md)"
     )
     parser.add_argument(
-        "--upsampler_noise", type=float, default=0.0, help="level of noise augmentation before it, 0 to 1 (0)"
+        "--upsampler_noise",
+        type=float,
+        default=0.0,
+        help="level of noise augmentation before it, up to what it was trained for (0)",
     )
+    parser.add_argument("--upsampler_text_path", help="as --text_path, for the upsampler")
     parser.add_argument("--out", type=Path, required=True, help="a .png for a grid, or a folder")
     return parser
 
@@ -76,8 +80,13 @@ def verb(argv: Sequence[str]) -> int:
         raise UserError(f"--out={args.out} is a file and no .png: name a .png for a grid, or a folder")
 
     model = TextToImage.from_workdir(args.workdir, text_path=args.text_path)
-    # Before the base model runs: an error in it costs no images.
-    upsampler = None if args.upsampler is None else Upscaler.from_pretrained(args.upsampler, text_path=args.text_path)
+    upsampler = None
+    if args.upsampler is not None:
+        # Before the base model runs: an error in it costs no images.
+        upsampler = Upscaler.from_pretrained(args.upsampler, text_path=args.upsampler_text_path)
+        upsampler.check_noise(args.upsampler_noise)
+    elif args.upsampler_noise or args.upsampler_text_path:
+        raise UserError("--upsampler_noise and --upsampler_text_path are of an upsampler: name it by --upsampler")
     prompts, seeds = prompts_and_seeds(args.prompt, args.num, args.seed)
     _log.info("sampling %d images from step %d", len(prompts), model.step)
 

@@ -296,6 +296,13 @@ def _check_upsampler(config: Any) -> None:
             "config.perceptual.path is not set: config.loss.perceptual needs VGG-16 weights (docs/upsampler.md says from "
             "where); config.loss.perceptual=0 with config.loss.pixel=100 needs none"
         )
+    if loss.perceptual and config.resolution < 16:
+        raise UserError(f"config.loss.perceptual: VGG-16 needs images of 16 px; config.resolution={config.resolution}")
+    if config.evaluators:
+        raise UserError(
+            f"config.evaluators={config.evaluators}: judge images of prompts; an upsampler is judged by "
+            "tools/measure_upscaling.py"
+        )
     if loss.vision_aided:
         raise UserError("config.loss.vision_aided: is of the base model (sec. 3.4); set it to 0 for an upsampler")
 

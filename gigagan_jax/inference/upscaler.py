@@ -134,6 +134,13 @@ class Upscaler:
         """Output pixels per input pixel of one pass."""
         return self.config.resolution // self.config.upsampler.input_resolution
 
+    def check_noise(self, noise: float) -> None:
+        """Raises UserError where a level of noise augmentation is none that the model was trained for."""
+        if not 0 <= noise <= 1:
+            raise UserError(f"noise {noise}: must be 0 (none) to 1 (nothing but noise)")
+        if noise > self.config.upsampler.noise:
+            raise UserError(f"noise {noise}: this model was trained with noise up to {self.config.upsampler.noise:g}")
+
     def tile_model(
         self, *, prompt: str = "", label: int | None = None, seed: int = 0, noise: float = 0.0
     ) -> "NetworkTiles":
@@ -151,10 +158,7 @@ class Upscaler:
         c = self.config
         if not 0 <= seed < 2**32:
             raise UserError(f"seed {seed}: must be 0 to {2**32 - 1}")
-        if not 0 <= noise <= 1:
-            raise UserError(f"noise {noise}: must be 0 (none) to 1 (nothing but noise)")
-        if noise > c.upsampler.noise:
-            raise UserError(f"noise {noise}: this model was trained with noise up to {c.upsampler.noise:g}")
+        self.check_noise(noise)
         if prompt and c.condition != "text":
             raise UserError(f"a prompt was given, and {c.name} was trained without captions: leave it out")
         if label is not None and c.condition != "class":

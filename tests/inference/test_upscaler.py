@@ -155,3 +155,11 @@ def test_detail_interpolates_between_lanczos_and_the_network(windowed):
     np.testing.assert_allclose(images[0], enlarge(low), atol=1e-5)
     np.testing.assert_allclose(images[1], (images[0] + images[2]) / 2, atol=1e-5)
     assert np.abs(images[2] - images[0]).max() > 0.01
+
+
+def test_noise_of_the_second_stage_is_checked_before_the_first(published, tmp_path):
+    flags = [f"--workdir={ROOT / 'docs' / 'weights' / 'digits'}", "--prompt=x", f"--out={tmp_path / 'x.png'}"]
+    with pytest.raises(UserError, match="are of an upsampler: name it by --upsampler"):
+        sample.verb([*flags, "--upsampler_noise=0.1"])
+    with pytest.raises(UserError, match=r"noise 0\.7: this model was trained with noise up to 0\.1"):
+        sample.verb([*flags, f"--upsampler={published}", "--upsampler_noise=0.7"])

@@ -146,6 +146,7 @@ def test_sizes_of_the_paper(name):
         ({"upsampler__encoder_blocks": 0}, "must be at least 1"),
         ({"loss__perceptual": 1.0}, "config.perceptual.path is not set"),
         ({"loss__vision_aided": 1.0}, "is of the base model"),
+        ({"evaluators": ("digits",)}, r"an upsampler is judged by tools/measure_upscaling\.py"),
         ({"generator__attention__window": 3}, "must be a power of two"),
         ({"generator__attention__window": 16}, "is larger than the map of 4 x 4"),
         ({"discriminator__attention__window": 4}, "only G's attention has windows"),
