@@ -240,7 +240,7 @@ def test_augmentation_differs_from_epoch_to_epoch(make_pipeline):
         ({"batch_size": 0}, "batch_size=0"),
         ({"process_index": 2, "process_count": 2}, "process 2 of 2"),
         ({"seed": -1}, "seed=-1"),
-        ({"crop": "middle"}, "unknown crop 'middle'; there are center, random, none"),
+        ({"crop": "middle"}, "unknown crop 'middle'; there are center, random, patch, none"),
         ({"resize_filter": "cubic"}, "unknown resize_filter 'cubic'; there are lanczos"),
         ({"caption_dropout": 1.5}, "caption_dropout=1.5"),
         ({"max_bad_fraction": -0.1}, "max_bad_fraction=-0.1"),

@@ -49,7 +49,7 @@ def settings(config, blocks, depth, placement):
 
 def make_level(build, g, remat=False):
     """(Network, parameters) of the level of 8 px."""
-    return build(lambda rngs: SynthesisLevel(g, 1, WIDTH, CONTEXT, remat=remat, dtype=jnp.float32, rngs=rngs))
+    return build(lambda rngs: SynthesisLevel(g, 1, 4, WIDTH, CONTEXT, remat=remat, dtype=jnp.float32, rngs=rngs))
 
 
 @pytest.mark.parametrize("size", PLACES, ids=str)
@@ -147,7 +147,7 @@ def test_level_is_the_loop_over_its_layers_with_the_same_gradients(monkeypatch, 
 def test_gradients_of_spread_layers_do_not_depend_on_the_mesh_sharding(tiny):
     """Two blocks and two attention layers in turn, cut over data, fsdp and tensor."""
     g = dataclasses.replace(settings(tiny, 2, 2, "spread"), mlp_after_self=False, mlp_after_cross=False)
-    make = lambda rngs: SynthesisLevel(g, 1, WIDTH, CONTEXT, remat=True, dtype=jnp.float32, rngs=rngs)
+    make = lambda rngs: SynthesisLevel(g, 1, 4, WIDTH, CONTEXT, remat=True, dtype=jnp.float32, rngs=rngs)
     module = Network("level", make)
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape, np.float32)
