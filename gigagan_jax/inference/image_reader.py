@@ -27,6 +27,13 @@ _UPRIGHT, _TRANSPOSED = 1, (5, 6, 7, 8)
 # Modes of Pillow whose arrays are what is wanted.
 _PLAIN_MODES = ("L", "LA", "RGB", "RGBA")
 _ALPHA_MODES = {"PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
+# Tags of a TIFF that describe the picture. Others say how its samples lie in the file, which the output does not share.
+_DESCRIPTIVE_TAGS = (
+    *(ExifTags.Base.DocumentName, ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model),
+    *(ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright, ExifTags.Base.Rating),
+    *(ExifTags.Base.XPTitle, ExifTags.Base.XPComment, ExifTags.Base.XPAuthor, ExifTags.Base.XPKeywords),
+    ExifTags.Base.XPSubject,
+)
 # What Pillow's decoders raise for damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
@@ -90,8 +97,34 @@ def read_size(path: Path) -> tuple[int, int]:
         return height, width
 
 
+def read_picture(image: Image.Image) -> ImageFile:
+    """The contents of a Pillow image: what `read_image` makes of such a file.
+
+    Raises:
+      UserError: it has no pixels, cannot be decoded, or has no 8 or 16 bits.
+    """
+    with _one_line_errors("the image"):
+        if not image.width or not image.height:
+            raise UserError(f"the image has no pixels: {image.width} x {image.height}")
+        exif = image.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation, _UPRIGHT)
+        icc = image.info.get("icc_profile") or None
+        notes: tuple[str, ...] = ()
+        if image.mode.startswith("I;16") or (image.mode == "I" and _fits_16_bits(image)):
+            pixels = _add_transparency(_to_16_bits(image), image)
+        else:
+            pixels, icc, notes = _read_8_bits("the image", image, icc)
+        return ImageFile(_turn_upright(pixels, orientation), image.format or "", icc, None, notes)
+
+
+def _fits_16_bits(image: Image.Image) -> bool:
+    """Whether integers of 32 bits hold a 16-bit image. Of 0 to 255 nobody can tell."""
+    low, high = image.getextrema()
+    return low >= 0 and 255 < high <= 65535  # type: ignore[operator]
+
+
 @contextlib.contextmanager
-def _one_line_errors(path: Path) -> Iterator[None]:
+def _one_line_errors(path: Path | str) -> Iterator[None]:
     """Within it everything that reading raises is a UserError."""
     try:
         yield
@@ -118,9 +151,7 @@ def _any_size() -> Iterator[None]:
 
 
 def _read_opened(path: Path, file: BinaryIO, image: Image.Image) -> ImageFile:
-    notes = []
-    if getattr(image, "n_frames", 1) > 1:
-        notes.append("only the first frame is read")
+    notes: tuple[str, ...] = ("only the first frame is read",) if getattr(image, "n_frames", 1) > 1 else ()
     # Before the EXIF data: Pillow decodes a PNG to find them, and then forgets how the samples lay.
     raw = _raw_mode(image)
     exif = image.getexif()
@@ -129,16 +160,22 @@ def _read_opened(path: Path, file: BinaryIO, image: Image.Image) -> ImageFile:
     kind = image.format or ""
     if image.mode.startswith("I;16") or ";16" in raw:
         pixels = _read_16_bits(file, image, raw)
-    elif image.mode in ("F", "I"):
-        raise UserError(f"{path} has 32 bits a channel: convert it to 8 or 16 bits first")
     else:
-        converted, changed = _convert_mode(image, icc)
-        if changed:
-            # The profile describes the colours that were converted.
-            notes.append(changed)
-            icc = None
-        pixels = _to_array(converted)
-    return ImageFile(_turn_upright(pixels, orientation), kind, icc, _exif_block(exif), tuple(notes))
+        pixels, icc, changed = _read_8_bits(path, image, icc)
+        notes += changed
+    exif = _descriptive_exif(exif) if kind == "TIFF" else exif
+    return ImageFile(_turn_upright(pixels, orientation), kind, icc, _exif_block(exif), notes)
+
+
+def _read_8_bits(
+    name: Path | str, image: Image.Image, icc: bytes | None
+) -> tuple[np.ndarray, bytes | None, tuple[str, ...]]:
+    """(uint8 [H, W, C], the profile that describes it, notes)"""
+    if image.mode in ("F", "I"):
+        raise UserError(f"{name} has 32 bits a channel: convert it to 8 or 16 bits first")
+    converted, changed = _convert_mode(image, icc)
+    # The profile describes the colours that were converted.
+    return (_to_array(converted), None, (changed,)) if changed else (_to_array(converted), icc, ())
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -165,8 +202,9 @@ def _read_16_bits(file: BinaryIO, image: Image.Image, raw: str) -> np.ndarray:
             _with_raw_mode(again, raw_mode)
             return np.asarray(again).astype(np.uint16)
 
-    if image.mode.startswith("I;16"):
-        return _add_transparency(np.asarray(image).astype(np.uint16)[..., None], image)
+    # Pillow reads PGM of 16 bits into 32.
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return _add_transparency(_to_16_bits(image), image)
     if raw == "LA;16B":
         # Four bytes a pixel in both cases: grey high, grey low, alpha high, alpha low.
         four = decode("RGBA")
@@ -178,6 +216,11 @@ def _read_16_bits(file: BinaryIO, image: Image.Image, raw: str) -> np.ndarray:
     pixels <<= 8
     pixels |= decode(f"{base};16{'L' if big else 'B'}")
     return _add_transparency(pixels, image)
+
+
+def _to_16_bits(image: Image.Image) -> np.ndarray:
+    """uint16 [H, W, 1] of grey, in the order of this machine."""
+    return np.asarray(image).astype(np.uint16)[..., None]
 
 
 def _add_transparency(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
@@ -210,6 +253,12 @@ def _convert_mode(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, s
             converted = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
             if converted is not None:
                 return converted, "CMYK is converted to sRGB by its profile"
+    if mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        with contextlib.suppress(ImageCms.PyCMSError):
+            converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+            if converted is not None:
+                return converted, "LAB is converted to sRGB"
     return image.convert("RGB"), f"{mode} is converted to RGB"
 
 
@@ -235,6 +284,20 @@ def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
         pixels = pixels[:, ::-1]
     # Rows of a turned view would be read across the whole image.
     return np.ascontiguousarray(pixels)
+
+
+def _descriptive_exif(exif: Image.Exif) -> Image.Exif:
+    """Of the tags of a TIFF those that describe the picture, with the EXIF and the GPS directories."""
+    kept = Image.Exif()
+    for tag in _DESCRIPTIVE_TAGS:
+        if tag in exif:
+            kept[tag] = exif[tag]
+    for directory in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+        with contextlib.suppress(*_DAMAGE):
+            # An empty one would count as EXIF data.
+            if values := exif.get_ifd(directory):
+                kept.get_ifd(directory).update(values)
+    return kept
 
 
 def _exif_block(exif: Image.Exif) -> bytes | None:

@@ -95,16 +95,15 @@ def fit_format(image: OutputImage, kind: str) -> tuple[OutputImage, tuple[str, .
         notes.append(f"{kind} has 8 bits a channel")
     if kind == "JPEG" and image.channels in (2, 4):
         notes.append("JPEG has no transparency: the image is laid over white")
-    changes: dict[str, None] = {}
     if kind == "JPEG" and image.exif and len(image.exif) > _LONGEST_JPEG_EXIF:
         notes.append("EXIF data is too long for JPEG and left out")
-        changes["exif"] = None
+        image = dataclasses.replace(image, exif=None)
     # WebP has no grey: Pillow writes RGB, of which a profile of grey says nothing.
     if kind == "WEBP" and image.icc and image.icc[16:20] == b"GRAY":
         notes.append("WEBP has no grey: the grey colour profile is left out")
-        changes["icc"] = None
+        image = dataclasses.replace(image, icc=None)
     drop = kind == "JPEG" and image.channels in (2, 4)
-    return dataclasses.replace(image, depth=8, channels=image.channels - drop, **changes), tuple(notes)
+    return dataclasses.replace(image, depth=8, channels=image.channels - drop), tuple(notes)
 
 
 def check_output(path: Path, image: OutputImage, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ image = upscaler(image, scale=4)                               # a PIL image of 
 """
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from gigagan_jax.config import Config, MeshConfig, with_fields
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
 from gigagan_jax.data.tokenizers import make_tokenizer
+from gigagan_jax.inference.image_reader import read_picture
 from gigagan_jax.inference.latents import z_of_seed
 from gigagan_jax.inference.tiling import Tiling
-from gigagan_jax.inference.upscale_job import Settings, upscale_array
+from gigagan_jax.inference.upscale_job import MAX_SCALE, Settings, upscale_array
 from gigagan_jax.interop import weights
 from gigagan_jax.models.build import build_generator
 from gigagan_jax.models.network import Params
@@ -136,7 +138,7 @@ class Upscaler:
 
     def check_noise(self, noise: float) -> None:
         """Raises UserError where a level of noise augmentation is none that the model was trained for."""
-        if not 0 <= noise <= 1:
+        if not isinstance(noise, numbers.Real) or not 0 <= noise <= 1:
             raise UserError(f"noise {noise}: must be 0 (none) to 1 (nothing but noise)")
         if noise > self.config.upsampler.noise:
             raise UserError(f"noise {noise}: this model was trained with noise up to {self.config.upsampler.noise:g}")
@@ -156,7 +158,7 @@ class Upscaler:
           UserError: a value out of range, or a prompt or class that the model does not take.
         """
         c = self.config
-        if not 0 <= seed < 2**32:
+        if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
             raise UserError(f"seed {seed}: must be 0 to {2**32 - 1}")
         self.check_noise(noise)
         if prompt and c.condition != "text":
@@ -183,48 +185,45 @@ class Upscaler:
         label: int | None = None,
         seed: int = 0,
         noise: float = 0.0,
-        tile: int = 0,
+        tile: int | str = 0,
         wrap: bool = False,
         color_match: bool = False,
     ) -> Any:
         """A larger image.
 
         Args:
-          image: a PIL image, or uint8 or uint16 [H, W, C] with 1 to 4 channels, the last of 2 or 4 being alpha.
+          image: a PIL image of any mode with 8 or 16 bits a channel, or an array of uint8 or uint16
+            [H, W, C] with 1 to 4 channels, the last of 2 or 4 being alpha.
           scale: output pixels per input pixel on each axis; None for the network's factor.
           prompt, label, seed, noise: as `tile_model` takes them.
-          tile: input pixels a tile; 0 chooses.
+          tile: input pixels a tile; 0 or "auto" chooses.
           wrap: the image is a texture that repeats in both directions.
           color_match: give the result the input's mean and deviation per channel.
 
         Returns:
-          a PIL image, or an array of the input's dtype and channels.
+          an array of the input's dtype and channels; or a PIL image of mode L, LA, RGB, RGBA or I;16, upright, with the
+          colour profile where the colours were not converted.
 
         Raises:
-          UserError: a value out of range, or too little memory on the device.
+          UserError: no image, a value out of range, or too little memory on the device.
         """
-        picture = image if isinstance(image, Image.Image) else None
-        if picture is not None:
-            # Palettes and the like have colors of their own; alpha stays.
-            has_alpha = "A" in picture.getbands() or "transparency" in picture.info
-            picture = (
-                picture
-                if picture.mode in ("L", "LA", "RGB", "RGBA")
-                else picture.convert("RGBA" if has_alpha else "RGB")
-            )
-            image = np.asarray(picture)
-        pixels = image[:, :, None] if image.ndim == 2 else image
-        if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or pixels.dtype not in (np.uint8, np.uint16):
-            raise UserError(
-                f"an image of {pixels.dtype} {list(pixels.shape)}: must be uint8 or uint16 [H, W, C], C 1 to 4"
-            )
-        tiling = Tiling(self.tile_model(prompt=prompt, label=label, seed=seed, noise=noise), tile, wrap)
+        if scale is not None and (not isinstance(scale, numbers.Real) or not 1 <= scale <= MAX_SCALE):
+            raise UserError(f"scale {scale}: must be a number, 1 to {MAX_SCALE:g}")
+        tile = 0 if tile == "auto" else tile
+        if not isinstance(tile, numbers.Integral) or tile < 0:
+            raise UserError(f"tile {tile}: must be 'auto', 0 or a number of pixels")
+        picture = read_picture(image) if isinstance(image, Image.Image) else None
+        pixels = _check_pixels(image) if picture is None else picture.pixels
+        tiling = Tiling(self.tile_model(prompt=prompt, label=label, seed=seed, noise=noise), int(tile), wrap)
         try:
-            large = upscale_array(tiling, pixels, Settings(scale=scale, color_match=color_match))
-        except (ValueError, FloatingPointError) as error:
+            large = upscale_array(tiling, pixels, Settings(None if scale is None else float(scale), color_match))
+        except FloatingPointError as error:
             raise UserError(f"the model's image is broken ({error}): has its training diverged?") from None
-        large = large[:, :, 0] if image.ndim == 2 else large
-        return large if picture is None else Image.fromarray(large)
+        except MemoryError:
+            raise UserError(f"this machine has no memory for {list(pixels.shape)} at scale {scale}") from None
+        if picture is not None:
+            return _make_picture(large, picture.icc)
+        return large.reshape(*large.shape[:2], *image.shape[2:]).astype(image.dtype, copy=False)
 
     def enlarge(
         self, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], noise: float = 0.0
@@ -329,3 +328,27 @@ class NetworkTiles:
             rows = np.concatenate([low, np.repeat(low[-1:], -low.shape[0] % self.batch, axis=0)])
             return np.asarray(run(u.params, self.latent, rows))[: low.shape[0]]
         return np.asarray(run(u.params, self.latent, low))
+
+
+def _check_pixels(image: Any) -> np.ndarray:
+    """uint8 or uint16 [H, W, C] in the byte order of this machine. Raises UserError for anything else."""
+    if not isinstance(image, np.ndarray):
+        raise UserError(f"{type(image).__name__} is no image: give a PIL image or a NumPy array")
+    pixels = image[:, :, None] if image.ndim == 2 else image
+    dtype = pixels.dtype.newbyteorder("=")
+    if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or dtype not in (np.uint8, np.uint16):
+        raise UserError(f"an image of {pixels.dtype} {list(pixels.shape)}: must be uint8 or uint16 [H, W, C], C 1 to 4")
+    if not pixels.size:
+        raise UserError(f"an image of {list(pixels.shape)} has no pixels")
+    return pixels.astype(dtype, copy=False)
+
+
+def _make_picture(pixels: np.ndarray, icc: bytes | None) -> Image.Image:
+    """A PIL image of uint8 or uint16 [H, W, C]."""
+    if pixels.dtype == np.uint16 and pixels.shape[2] > 1:
+        # Pillow has 16 bits for grey alone.
+        pixels = np.rint(pixels / 257).astype(np.uint8)
+    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    if icc:
+        picture.info["icc_profile"] = icc
+    return picture

@@ -13,7 +13,7 @@ import tifffile
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.inference import image_writer
+from gigagan_jax.inference import image_reader, image_writer
 from gigagan_jax.inference.image_reader import read_image, read_size
 from gigagan_jax.inference.image_writer import ImageWriter, OutputImage, check_output, fit_format
 
@@ -171,6 +171,29 @@ def test_one_transparent_colour_of_16_bits(tmp_path):
     image = read_image(path)
     np.testing.assert_array_equal(image.color, pixels)
     assert np.argwhere(image.alpha[..., 0] == 0).tolist() == [[2, 3]]
+
+
+def test_a_tiff_keeps_what_describes_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "Camera"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] = 0.5
+    data = exif.tobytes().removeprefix(b"Exif\0\0")
+    opened = Image.Exif()
+    opened.load(data)
+    opened[ExifTags.Base.ImageWidth] = 8
+    block = image_reader._exif_block(image_reader._descriptive_exif(opened))
+    kept = Image.Exif()
+    kept.load(block)
+    assert set(kept) == {ExifTags.Base.Make, ExifTags.IFD.Exif}
+    assert kept.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] == 0.5
+    write(tmp_path / "plain.tif", smooth(8, 8, 3))
+    assert read_image(tmp_path / "plain.tif").exif is None
+
+
+def test_pgm_of_16_bits(tmp_path):
+    pixels = noise(5, 6, 1, dtype=np.uint16)
+    (tmp_path / "x.pgm").write_bytes(b"P5 6 5 65535\n" + pixels.astype(">u2").tobytes())
+    np.testing.assert_array_equal(read_image(tmp_path / "x.pgm").pixels, pixels)
 
 
 def test_first_frame_of_several(tmp_path):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from configs import laion_upsampler, photos
 from gigagan_jax import sample
@@ -123,6 +123,8 @@ def test_models_of_the_other_kind_are_refused(published, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"seed": 1.5}, "seed 1.5: must be 0 to"),
+        ({"noise": "much"}, r"noise much: must be 0 \(none\) to 1"),
         ({"seed": -1}, "seed -1: must be 0 to"),
         ({"noise": 2.0}, r"noise 2.0: must be 0 \(none\) to 1"),
         ({"noise": 0.5}, "was trained with noise up to 0.1"),
@@ -135,6 +137,49 @@ def test_bad_requests(windowed, options, message):
         windowed.tile_model(**options)
     with pytest.raises(UserError, match=r"an image of float64 \[4, 4, 3\]: must be uint8 or uint16"):
         windowed(np.zeros((4, 4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"scale": s}, f"scale {s}: must be a number, 1 to 64") for s in (np.nan, -1, 0, 65, "4")),
+        *(({"tile": t}, f"tile {t}: must be 'auto', 0 or") for t in (-1, 1.5, "big")),
+        ({"image": np.zeros((0, 0, 3), np.uint8)}, r"\[0, 0, 3\] has no pixels"),
+        ({"image": Image.new("RGB", (0, 0))}, "has no pixels: 0 x 0"),
+        ({"image": Image.new("F", (4, 4))}, "the image has 32 bits a channel"),
+        ({"image": "photo.png"}, "str is no image: give a PIL image or a NumPy array"),
+    ],
+)
+def test_bad_images_and_sizes(windowed, options, message):
+    with pytest.raises(UserError, match=message):
+        windowed(**({"image": np.zeros((4, 4, 3), np.uint8)} | options))
+
+
+def test_pictures_of_every_mode(windowed):
+    rgb = Image.fromarray(photograph(16, 24))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    rgb.info["icc_profile"] = profile
+    large = windowed(rgb, tile="auto")
+    assert (large.mode, large.size, large.info["icc_profile"]) == ("RGB", (48, 32), profile)
+    clear = rgb.convert("P")
+    clear.info["transparency"] = 0
+    modes = {"L": "L", "1": "L", "P": "RGB", "LA": "LA", "La": "LA", "RGBA": "RGBA", "RGBa": "RGBA", "HSV": "RGB"}
+    for mode, result in modes.items():
+        picture = rgb.convert("LA").convert("La") if mode == "La" else rgb.convert(mode)
+        assert windowed(picture).mode == result, mode
+    assert windowed(clear).mode == "RGBA"
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    converted = ImageCms.profileToProfile(rgb, srgb, lab, outputMode="LAB")
+    assert np.abs(np.asarray(windowed(converted)).astype(int) - np.asarray(large)).mean() < 4
+    # 16 bits stay what they are, in either byte order.
+    deep = photograph(16, 24)[..., 0].astype(np.uint16) * 257 - 100 * (photograph(16, 24)[..., 0] > 0).astype(np.uint16)
+    want = windowed(deep)
+    big = windowed(deep.astype(">u2"))
+    assert big.dtype == np.dtype(">u2")
+    np.testing.assert_array_equal(big, want)
+    for picture in (Image.fromarray(deep), Image.fromarray(deep.astype(np.int32))):
+        assert windowed(picture).mode == "I;16"
+        np.testing.assert_array_equal(np.asarray(windowed(picture)), want)
 
 
 def test_a_caption_changes_the_picture():
