@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import digits, imagenet, laion, laion_upsampler, photos
+from configs import digits, imagenet, laion, photos
 from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.models.layers.equalized import conv
@@ -71,7 +71,6 @@ def enlarged():
 
 CASES = {
     "photos": enlarged,
-    "laion_upsampler": lambda: laion_upsampler.get_config("tiny"),
     "laion": text_conditional,
     "digits": accumulated,
     "imagenet": class_conditional,
@@ -166,9 +165,7 @@ def gradients_of(case):
     return Gradients(case)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow) if c in ("laion16px", "laion_upsampler") else c for c in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c == "laion16px" else c for c in CASES])
 def test_there_is_a_gradient_to_compare(case):
     grads, metrics = gradients_of(case).expected(KEYS[0])
     for path, x in jax.tree_util.tree_leaves_with_path(grads):
