@@ -85,9 +85,7 @@ def verb(argv: Sequence[str]) -> int:
             raise UserError(f"--tiles={tile}: the image is one tile of this size")
         seams = measure_seams(tiled, untiled, across, along)
         within = float((difference.max(-1) <= 1).mean())
-        # Where nothing differs there is no ratio.
-        ratio = seams.ratio if seams.inside > 0 else 1.0
-        figures = (within, int(difference.max()), seams.at_borders, seams.inside, ratio)
+        figures = (within, int(difference.max()), seams.at_borders, seams.inside, seams.ratio)
         rows.append((str(tiling.tile), str(tiling.count_tiles(*image.shape[:2])), *(f"{x:.4g}" for x in figures)))
         if args.json:
             line = dict(zip(_HEAD[2:], figures, strict=True)) | {"tile": tiling.tile, "whole": args.whole}

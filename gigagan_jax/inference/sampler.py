@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gigagan_jax.checkpoint.manager import with_shardings
 from gigagan_jax.config import Config
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.tokenizers import make_tokenizer
@@ -167,9 +168,7 @@ class Sampler:
 
     def abstract_params(self) -> Params:
         """ShapeDtypeStructs with shardings, to restore weights into."""
-        return jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.module.abstract(), self.shardings
-        )
+        return with_shardings(self.module.abstract(), self.shardings)
 
     def abstract_w_avg(self) -> jax.ShapeDtypeStruct:
         """The same for w_avg."""

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from gigagan_jax.checkpoint.consistency import check_same_frozen
-from gigagan_jax.checkpoint.manager import Checkpoints
+from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
 from gigagan_jax.config import Config, MeshConfig, with_fields
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
@@ -92,13 +92,11 @@ class Upscaler:
             self.params, self.step = read.params, read.step
             return self
         checkpoints = Checkpoints(folder)
-        self = cls(checkpoints.read_config(checkpoints.require_valid_step()), mesh, text_path=text_path)
-        self.step = checkpoints.require_valid_step()
-        checkpoints.check_frozen(self.step, self.identities)
-        abstract = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.module.abstract(), self.shardings
-        )
-        self.params = checkpoints.restore_partial(self.step, {"g_ema": abstract})["g_ema"]
+        step = checkpoints.require_valid_step()
+        self = cls(checkpoints.read_config(step), mesh, text_path=text_path)
+        checkpoints.check_frozen(step, self.identities)
+        wanted = {"g_ema": with_shardings(self.module.abstract(), self.shardings)}
+        self.params, self.step = checkpoints.restore_partial(step, wanted)["g_ema"], step
         return self
 
     @classmethod
@@ -228,7 +226,7 @@ class Upscaler:
     def enlarge(
         self, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], noise: float = 0.0
     ) -> np.ndarray:
-        """The second stage of text to image: each image by its own prompt and seed, in one pass.
+        """The second stage of text to image: each image alone, by its own prompt and seed.
 
         Args:
           images: uint8 [N, R, R, 3].
@@ -311,7 +309,7 @@ class NetworkTiles:
     def halo(self) -> int:
         """Input pixels around a pixel that its output depends on; of whole-map attention, the overlap."""
         c = self.upscaler.config
-        return max(8, c.upsampler.input_resolution // 4) if self.blends else context_radius(c.upsampler, c.generator)
+        return max(16, c.upsampler.input_resolution // 4) if self.blends else context_radius(c.upsampler, c.generator)
 
     @property
     def batch(self) -> int:

@@ -197,6 +197,23 @@ class Conditioner(nnx.Module):
         return Condition(None)
 
 
+class Conditioned(nnx.Module):
+    """A network that makes images under a condition.
+
+    Attributes:
+      conditioner: its own.
+    """
+
+    conditioner: Conditioner
+
+    def condition(
+        self, tokens: jax.Array | None, labels: jax.Array | None = None, features: jax.Array | None = None
+    ) -> Condition:
+        """tokens int32 [N, C] (with features [N, C, D] of a frozen encoder) or labels int32 [N] -> Condition (eq. 3a)"""
+        with jax.named_scope("conditioner"):
+            return self.conditioner(tokens, labels, features)
+
+
 class Mapping(nnx.Module):
     """M: w = M(z, t_global), fully connected, inputs normalised to unit second moment (StyleGAN2; eq. 3b).
 

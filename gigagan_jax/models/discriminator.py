@@ -27,6 +27,7 @@ from gigagan_jax.models.layers.equalized import (
     mark_as_attention,
     normalize,
 )
+from gigagan_jax.models.layers.residual import ResidualBlock
 from gigagan_jax.parallel.sharding import constrain
 
 
@@ -71,33 +72,12 @@ def _merge_copies(x: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-class ResidualBlock(nnx.Module):
-    """StyleGAN2's residual block: (skip + gain * conv1(conv0(x))) / sqrt(1 + gain^2).
-
-    Args:
-      in_channels, out_channels: channels before and after; they may differ only where `down`.
-      down: give half the resolution.
-      gain: of the branch; 1 is StyleGAN2's.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, *, down: bool, gain: float = 1.0, dtype: Any, rngs: nnx.Rngs
-    ):
-        self.gain = gain
-        self.conv0 = Conv(in_channels, in_channels, kernel=3, dtype=dtype, rngs=rngs)
-        self.conv1 = Conv(in_channels, out_channels, kernel=3, down=down, dtype=dtype, rngs=rngs)
-        self.skip = (
-            Conv(in_channels, out_channels, kernel=1, down=True, bias=False, dtype=dtype, rngs=rngs) if down else None
-        )
+class TrunkBlock(ResidualBlock):
+    """The residual block on copies of examples, which are a batch to it."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, P, H, W, in] -> [N, P, H', W', out]"""
-        h = _merge_copies(x)
-        # Main branch at full resolution, downsampled in its second convolution.
-        y = leaky_relu(self.conv1(leaky_relu(self.conv0(h))))
-        h = h if self.skip is None else self.skip(h)
-        # Branches of variance 1 and gain^2 add up to 1 + gain^2: the division keeps 1 (StyleGAN2).
-        y = (h + self.gain * y) / math.sqrt(1.0 + self.gain**2)
+        y = super().__call__(_merge_copies(x))
         return constrain(y.reshape(*x.shape[:2], *y.shape[1:]), "batch", None, None, None, "channels")
 
 
@@ -242,7 +222,7 @@ class DiscriminatorLevel(nnx.Module):
         entry = lambda: Conv(3, features, kernel=1, axes=("rgb", "conv_out"), rngs=rngs)
         self.entry = entry() if index in entry_levels(d) else None
         gain = d.residual_gain
-        block = lambda: ResidualBlock(features, features, down=False, gain=gain, dtype=dtype, rngs=rngs)
+        block = lambda: TrunkBlock(features, features, down=False, gain=gain, dtype=dtype, rngs=rngs)
         self.blocks = ScannedLayers(block, same, remat=remat, rngs=rngs) if same else None
         layer = lambda: AttentionLayer(d, features, dtype=dtype, rngs=rngs)
         self.attention = ScannedLayers(layer, depth, remat=remat, rngs=rngs) if depth else None
@@ -250,7 +230,7 @@ class DiscriminatorLevel(nnx.Module):
         if index == last:
             self.down = Epilogue(d, features, dtype=dtype, rngs=rngs)
         else:
-            self.down = ResidualBlock(features, below, down=True, gain=gain, dtype=dtype, rngs=rngs)
+            self.down = TrunkBlock(features, below, down=True, gain=gain, dtype=dtype, rngs=rngs)
         head = ModulatedHead if d.head == "modulated" else ProjectionHead
         is_exit = index in {pair.exit for pair in prediction_pairs(d)}
         self.head = head(d, below, condition_width, dtype=dtype, rngs=rngs) if is_exit else None

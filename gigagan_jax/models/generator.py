@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.config import GeneratorConfig
-from gigagan_jax.models.conditioning import Condition, Conditioner, ConditionSettings, Mapping
+from gigagan_jax.models.conditioning import Condition, Conditioned, Conditioner, ConditionSettings, Mapping
 from gigagan_jax.models.layers.adaptive_conv import AdaptiveConv
 from gigagan_jax.models.layers.attention import CrossAttention, FeedForward, SelfAttention
 from gigagan_jax.models.layers.equalized import (
@@ -280,7 +280,7 @@ class SynthesisLevel(nnx.Module):
         return x, constrain(rgb, "batch", "height", None, None)
 
 
-class Generator(nnx.Module):
+class Generator(Conditioned):
     """(z, caption) -> image pyramid; eq. 3 and 4.
 
     Args:
@@ -307,13 +307,6 @@ class Generator(nnx.Module):
             levels.append(SynthesisLevel(g, i, 4, features, context_width, **kind))
             features = channels_at(g, 4 << i)
         self.levels = nnx.List(levels)
-
-    def condition(
-        self, tokens: jax.Array | None, labels: jax.Array | None = None, features: jax.Array | None = None
-    ) -> Condition:
-        """tokens int32 [N, C] (with features [N, C, D] of a frozen encoder) or labels int32 [N] -> Condition (eq. 3a)"""
-        with jax.named_scope("conditioner"):
-            return self.conditioner(tokens, labels, features)
 
     def map(self, z: jax.Array, condition: Condition) -> jax.Array:
         """z [N, z_dim] -> w [N, w_dim] (eq. 3b)"""

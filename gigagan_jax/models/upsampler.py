@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gigagan_jax.config import GeneratorConfig, UpsamplerConfig
-from gigagan_jax.models.conditioning import Condition, Conditioner, ConditionSettings, Mapping
+from gigagan_jax.models.conditioning import Condition, Conditioned, Conditioner, ConditionSettings, Mapping
 from gigagan_jax.models.generator import SynthesisLevel, channels_at
 from gigagan_jax.models.layers.equalized import Conv, call_with_remat, leaky_relu
+from gigagan_jax.models.layers.residual import ResidualBlock
 from gigagan_jax.parallel.sharding import constrain
 
 # Sines and cosines of so many frequencies tell the mapping network of the noise in the input.
@@ -29,26 +30,12 @@ def embed_noise_level(level: jax.Array) -> jax.Array:
     return math.sqrt(2.0) * jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-class EncoderBlock(nnx.Module):
-    """StyleGAN2's residual block on [N, H, W, C]: (skip + conv1(conv0(x))) / sqrt(2).
-
-    Args:
-      in_channels, out_channels: channels before and after; they may differ only where `down`.
-      down: give half the resolution.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, *, down: bool, dtype: Any, rngs: nnx.Rngs):
-        kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        self.conv0 = Conv(in_channels, in_channels, kernel=3, **kind)
-        self.conv1 = Conv(in_channels, out_channels, kernel=3, down=down, **kind)
-        self.skip = Conv(in_channels, out_channels, kernel=1, down=True, bias=False, **kind) if down else None
+class EncoderBlock(ResidualBlock):
+    """The residual block on maps whose rows may be shared between devices."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, in] -> [N, H', W', out]"""
-        y = leaky_relu(self.conv1(leaky_relu(self.conv0(x))))
-        x = x if self.skip is None else self.skip(x)
-        # Two branches of unit variance: the division keeps it.
-        return constrain((x + y) / math.sqrt(2.0), "batch", "height", None, "channels")
+        return constrain(super().__call__(x), "batch", "height", None, "channels")
 
 
 class Encoder(nnx.Module):
@@ -87,7 +74,7 @@ class Encoder(nnx.Module):
         return [x, *features[::-1]]
 
 
-class Upsampler(nnx.Module):
+class Upsampler(Conditioned):
     """(z, small image, caption) -> pyramid of large images (sec. 3.4).
 
     Args:
@@ -129,13 +116,6 @@ class Upsampler(nnx.Module):
             levels.append(SynthesisLevel(g, i, u.bottleneck, features, context_width, **kind))
             features = channels_at(g, r)
         self.levels = nnx.List(levels)
-
-    def condition(
-        self, tokens: jax.Array | None, labels: jax.Array | None = None, features: jax.Array | None = None
-    ) -> Condition:
-        """tokens int32 [N, C] (with features [N, C, D] of a frozen encoder) or labels int32 [N] -> Condition (eq. 3a)"""
-        with jax.named_scope("conditioner"):
-            return self.conditioner(tokens, labels, features)
 
     def map(self, z: jax.Array, condition: Condition, noise_level: jax.Array) -> jax.Array:
         """z [N, z_dim], noise_level [N] in [0, 1] -> w [N, w_dim] (eq. 3b)"""

@@ -17,7 +17,7 @@ from gigagan_jax.models.build import make_discriminator
 from gigagan_jax.models.discriminator import (
     ModulatedHead,
     ProjectionHead,
-    ResidualBlock,
+    TrunkBlock,
     channels_at,
     minibatch_std,
     prediction_pairs,
@@ -225,7 +225,7 @@ def test_every_parameter_has_a_gradient(small, build):
 @pytest.mark.parametrize("down, gain", [(False, 1.0), (True, 1.0), (False, 0.6)])
 def test_residual_block_parity_with_torch(build, down, gain):
     module, params = build(
-        lambda rngs: ResidualBlock(4, 6 if down else 4, down=down, gain=gain, dtype=jnp.float32, rngs=rngs)
+        lambda rngs: TrunkBlock(4, 6 if down else 4, down=down, gain=gain, dtype=jnp.float32, rngs=rngs)
     )
     params["conv0"]["bias"] = jnp.asarray(normal(1, 4))
     x = normal(0, 2, 3, 8, 8, 4)

@@ -203,7 +203,7 @@ def test_the_discriminator_has_attention_between_blocks_and_the_way_down(monkeyp
         call = cls.__call__
         monkeypatch.setattr(cls, "__call__", lambda self, x: (order.append(name(self, x)), call(self, x))[1])
 
-    record(discriminator.ResidualBlock, lambda self, x: (x.shape[2], "block" if self.skip is None else "down"))
+    record(discriminator.TrunkBlock, lambda self, x: (x.shape[2], "block" if self.skip is None else "down"))
     record(discriminator.AttentionLayer, lambda self, x: (x.shape[2], "attention"))
     d = dataclasses.replace(tiny.discriminator, blocks=(1, 2, 1), attention_depth=(0, 2, 0))
     network = build_discriminator(dataclasses.replace(tiny, discriminator=d, remat=False))
