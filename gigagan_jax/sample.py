@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from gigagan_jax import cli
+from gigagan_jax.checkpoint.run_folder import workdir_argument
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.images import draw_grid, file_name, save_png
 from gigagan_jax.inference.sampler import prompts_and_seeds
@@ -27,7 +28,7 @@ def make_parser() -> cli.Parser:
     """The flags."""
     parser = cli.Parser(prog="python -m gigagan_jax.sample", description=__doc__)
     parser.add_argument(
-        "--workdir", type=cli.local_folder, required=True, help="of a training run; its newest checkpoint is used"
+        "--workdir", type=workdir_argument, required=True, help="of a training run; its newest checkpoint is used"
     )
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--num", type=int, default=8, help="images a prompt, with seeds SEED, SEED + 1, ... (8)")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from gigagan_jax import cli
+from gigagan_jax.checkpoint.run_folder import RunFolder, workdir_argument
 from gigagan_jax.checkpoint.workdir import with_original_settings
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.evaluation.hooks import make_hooks
@@ -29,7 +30,11 @@ def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(prog="python -m gigagan_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py[:variant]; fields by --config.key=value")
-    parser.add_argument("--workdir", type=cli.local_folder, help="where the run lives; needed unless --dry_run")
+    parser.add_argument(
+        "--workdir",
+        type=workdir_argument,
+        help="where the run lives: a folder, or gs://BUCKET/PATH; needed unless --dry_run",
+    )
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="build abstractly, print sizes and shardings"
     )
@@ -51,21 +56,29 @@ def verb(argv: Sequence[str]) -> int:
     cluster.join_processes(args)
     configure_logging(process_index=jax.process_index())
     if args.dry_run:
-        print(dry_run.report_dry_run(config, args.devices or jax.device_count(), args.workdir))
+        folder = None if args.workdir is None else args.workdir.folder
+        print(dry_run.report_dry_run(config, args.devices or jax.device_count(), folder))
+        if args.workdir is not None:
+            args.workdir.upload()
         return 0
     if args.workdir is None:
         raise UserError("--workdir=DIR is needed: the run's checkpoints, metrics and images go there")
     if args.devices:
         raise UserError("--devices goes with --dry_run")
-    config = with_original_settings(args.workdir, config)
+    place: RunFolder = args.workdir
+    place.download_settings()
+    config = with_original_settings(place, config)
+    place.download_programs()
     # Before Run, which compiles the initialisation.
-    compilation_cache.enable_compilation_cache(args.compilation_cache, args.workdir)
-    run = Run(config, args.workdir, hooks=make_hooks, began=process_start_time(), profile_steps=profile_steps)
+    compilation_cache.enable_compilation_cache(args.compilation_cache, place.folder)
+    run = Run(config, place, hooks=make_hooks, began=process_start_time(), profile_steps=profile_steps)
     if jax.process_index() == 0:
         print(dry_run.summarize_modules(run.networks, run.mesh), flush=True)
     try:
         with (
-            run_report.write_report_at_end(args.workdir, enabled=jax.process_index() == 0),
+            run_report.write_report_at_end(
+                place.folder, jax.process_index() == 0, before=place.prepare_report, after=place.upload_report
+            ),
             preemption.watch_notices(args.maintenance_url),
             watchdog.watch_for_stall(args.stall_seconds),
         ):

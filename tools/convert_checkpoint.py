@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gigagan_jax import cli
 from gigagan_jax.checkpoint.manager import Checkpoints
+from gigagan_jax.checkpoint.run_folder import workdir_argument
 from gigagan_jax.checkpoint.workdir import open_workdir
 from gigagan_jax.core import files
 from gigagan_jax.core.errors import UserError
@@ -37,8 +38,8 @@ def verb(argv: Sequence[str]) -> int:
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--to", choices=sorted(TENSOR_NAMES))
     direction.add_argument("--from", dest="source", choices=sorted(TENSOR_NAMES))
-    parser.add_argument("--workdir", type=cli.local_folder, help="--to: of a training run, or published weights")
-    parser.add_argument("--input", type=cli.local_folder, help="--from: folder that was converted, or trained in torch")
+    parser.add_argument("--workdir", type=workdir_argument, help="--to: of a training run, or published weights")
+    parser.add_argument("--input", type=workdir_argument, help="--from: folder that was converted, or trained in torch")
     parser.add_argument("--out", type=Path, required=True, help="folder that is made: of the other framework")
     parser.add_argument(
         "--what",

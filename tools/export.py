@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigagan_jax import cli
+from gigagan_jax.checkpoint.run_folder import workdir_argument
 from gigagan_jax.config import Config
 from gigagan_jax.config.parameter_renames import nest
 from gigagan_jax.core import files
@@ -172,7 +173,7 @@ def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--workdir", type=cli.local_folder, required=True, help="of a training run, or published weights"
+        "--workdir", type=workdir_argument, required=True, help="of a training run, or published weights"
     )
     parser.add_argument("--format", choices=sorted(FORMATS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder that is made")

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from gigagan_jax import cli
+from gigagan_jax.checkpoint.run_folder import workdir_argument
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_bytes
 from gigagan_jax.core.workdir_files import WEIGHTS_FILE
@@ -39,7 +40,7 @@ def scale_detail(params: Params, share: float) -> Params:
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=cli.local_folder, required=True, help="of a training run")
+    parser.add_argument("--workdir", type=workdir_argument, required=True, help="of a training run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16", help="of the tensors (float16)")
     parser.add_argument(

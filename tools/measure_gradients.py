@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 
 from gigagan_jax import cli
+from gigagan_jax.checkpoint.run_folder import workdir_argument
 from gigagan_jax.core.formatting import format_table
 from gigagan_jax.evaluation import gradients
 from gigagan_jax.training.objectives import GanObjective
@@ -26,7 +27,7 @@ EXAMPLES = 128
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=cli.local_folder, required=True, help="of the training run")
+    parser.add_argument("--workdir", type=workdir_argument, required=True, help="of the training run")
     parser.add_argument("--precision", action="store_true", help="compare bfloat16 with float32 too")
     args = parser.parse_args(argv)
     mesh = gradients.single_device_mesh()

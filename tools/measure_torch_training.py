@@ -21,6 +21,7 @@ import numpy as np
 
 from gigagan_jax import cli
 from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
+from gigagan_jax.checkpoint.run_folder import workdir_argument
 from gigagan_jax.cli.config_file import load_config
 from gigagan_jax.config import Config
 from gigagan_jax.core.errors import UserError
@@ -153,7 +154,7 @@ def verb(argv: Sequence[str]) -> int:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="as for train; --config.KEY=VALUE changes it")
     parser.add_argument("--steps", type=int, default=300, help="of training (300)")
-    parser.add_argument("--workdir", type=cli.local_folder, help="of a run to start from")
+    parser.add_argument("--workdir", type=workdir_argument, help="of a run to start from")
     parser.add_argument("--json", type=Path, help="file for the losses of every step")
     args, overrides = parser.parse_known_args(argv)
     if args.steps < 1:

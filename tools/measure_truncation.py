@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from gigagan_jax import cli
+from gigagan_jax.checkpoint.run_folder import workdir_argument
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_table
 from gigagan_jax.core.progress import ProgressBar
@@ -63,7 +64,7 @@ def draw_truncations(model: TextToImage, captions: Sequence[str]) -> Image.Image
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=cli.local_folder, required=True, help="of the training run")
+    parser.add_argument("--workdir", type=workdir_argument, required=True, help="of the training run")
     parser.add_argument("--json", type=Path, help="file for one JSON line a row")
     parser.add_argument("--picture", type=Path, help="PNG of a few captions at several truncations")
     args = parser.parse_args(argv)

@@ -10,17 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gigagan_jax import cli
+from gigagan_jax.checkpoint.run_folder import RunFolder, workdir_argument
 from gigagan_jax.reporting import run_report
 
 
 def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=cli.local_folder, required=True, help="of the training run")
+    parser.add_argument("--workdir", type=workdir_argument, required=True, help="of the training run")
     parser.add_argument("--out", type=Path, help="file to write; report.html in the workdir by default")
     args = parser.parse_args(argv)
-    out = run_report.write_report(args.workdir, args.out)
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    place: RunFolder = args.workdir
+    place.download_logs()
+    out = run_report.write_report(place.folder, args.out, **place.prepare_report())
+    if args.out is None:
+        place.upload_report()
+    print(f"{args.out or f'{place}/{out.name}'}: {out.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

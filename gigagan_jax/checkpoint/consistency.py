@@ -3,12 +3,11 @@
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from gigagan_jax.checkpoint import run_lock
+from gigagan_jax.checkpoint.run_folder import Place, RunFolder
 from gigagan_jax.config import OWN_FIELDS, Config, flatten_fields, to_dict
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.parallel import communication
@@ -18,7 +17,7 @@ _VISIBILITY_SECONDS = 120.0
 
 
 def assert_same_on_all_processes(
-    config: Config, identity: str, workdir: Path, seconds: float = _VISIBILITY_SECONDS
+    config: Config, identity: str, workdir: Place, seconds: float = _VISIBILITY_SECONDS
 ) -> None:
     """Compares this process with process 0.
 
@@ -33,9 +32,10 @@ def assert_same_on_all_processes(
     """
     if jax.process_count() == 1:
         return
+    place = RunFolder.open(workdir)
     own_values = _comparable_values(config, identity)
     # The broadcast is collective: every process reaches it, whatever its config says.
-    main_values, run = communication.broadcast_from_main([own_values, run_lock.read_heartbeat(workdir).get("run")])
+    main_values, run = communication.broadcast_from_main([own_values, place.read_run()])
     names = sorted(k for k in own_values.keys() | main_values.keys() if own_values.get(k) != main_values.get(k))
     if names:
         # Eight fields fit in a message; with another config file hundreds can differ.
@@ -45,11 +45,11 @@ def assert_same_on_all_processes(
         )
     # The run id is random: only a process that sees the same folder can read it.
     deadline = time.monotonic() + seconds
-    while run_lock.read_heartbeat(workdir).get("run") != run:
+    while place.read_run() != run:
         if time.monotonic() > deadline:
             raise UserError(
-                f"--workdir={workdir} of process {jax.process_index()} is not that of process 0: it must lie on a disk that all "
-                "machines have mounted"
+                f"--workdir={place} of process {jax.process_index()} is not that of process 0: it must be in a bucket, or on a "
+                "disk that all machines have mounted"
             )
         time.sleep(0.5)
 

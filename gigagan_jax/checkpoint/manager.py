@@ -1,29 +1,33 @@
 """Checkpoints of a run, written by Orbax: asynchronous, atomic and checksummed.
 
-A checkpoint is a folder `checkpoints/<step>/{state,data,config,frozen,measured}` of the workdir. It holds the state, the
-position in the data, the config, and the identities of the frozen networks (not their weights). A run verifies the
-checksums before it resumes from a checkpoint.
+A checkpoint is a folder `checkpoints/<step>/{state,data,config,frozen,measured}` of the workdir, on a disk or in a bucket. It
+holds the state, the position in the data, the config, and the identities of the frozen networks (not their weights). A run
+verifies the checksums before it resumes from a checkpoint.
 """
 
-import asyncio
+import contextlib
 import errno
 import functools
-import itertools
 import logging
 import math
-import shutil
+import time
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from gigagan_jax.checkpoint.checksums import CHECKSUMS_FILE, verify_checksums, write_checksums
+from gigagan_jax.checkpoint.checksums import CHECKSUMS_FILE
+from gigagan_jax.checkpoint.commit import atomicity_options, bucket_write_error, path_class
 from gigagan_jax.checkpoint.consistency import check_same_frozen
+from gigagan_jax.checkpoint.object_store import ObjectStore
 from gigagan_jax.checkpoint.orbax_logs import ORBAX_LOGGERS, BackgroundErrors, silence_closed_loop_errors
 from gigagan_jax.checkpoint.retention import Retention
+from gigagan_jax.checkpoint.run_folder import Place, RunFolder
+from gigagan_jax.checkpoint.step_folders import BucketSteps
+from gigagan_jax.checkpoint.stored_paths import translate_paths
 from gigagan_jax.config import Config, from_dict, parameter_renames, to_dict
 from gigagan_jax.config.migrations import FORMAT_KEY, upgrade_config, with_format
 from gigagan_jax.core.errors import Unreachable, UserError, error_chain, is_transient
@@ -33,52 +37,45 @@ from gigagan_jax.parallel import communication
 _log = logging.getLogger(__name__)
 
 _ITEMS = ("state", "data", "config", "frozen", "measured")
-# On every file system a checkpoint is complete when it has its name. By default Orbax rejects a checkpoint on a bucket
-# without commit_success.txt, a file that not all of its versions write.
-_ATOMICITY = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.ATOMIC_RENAME)
-
-
-class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A temporary folder of Orbax that gets its checksums before it is renamed: on process 0, while training continues."""
-
-    async def finalize(self) -> None:
-        # Each item has such a folder of its own; only the checkpoint's name is a number.
-        if self.get_final().name.isdecimal():
-            # In a thread: hashing gigabytes would block Orbax's event loop.
-            await asyncio.to_thread(write_checksums, Path(self.get()))
-        await super().finalize()
+# Seconds between two looks at a save in progress.
+_POLL_SECONDS = 0.05
 
 
 class Checkpoints:
     """The checkpoints of a workdir.
 
     Args:
-      workdir: workdir of the run.
+      workdir: workdir of the run, a folder or an address.
       config: config of the run; None opens the checkpoints for reading only.
 
     Raises:
       UserError: there is no folder of checkpoints, and no config to write some.
     """
 
-    def __init__(self, workdir: Path, config: Config | None = None):
-        self.folder = workdir.resolve() / CHECKPOINTS_FOLDER
+    def __init__(self, workdir: Place, config: Config | None = None):
+        self._place = RunFolder.open(workdir)
+        self._steps = self._place.steps()
+        # For messages: of a bucket the address, and not the folder that a checkpoint passes through.
+        self.location = f"{self._place.address.rstrip('/')}/{CHECKPOINTS_FOLDER}"
         self._settings = None if config is None else config.checkpoint
         # Verified once per process: hashing a checkpoint of a large model takes minutes.
         self._verified_steps: set[int] = set()
         # The step whose save is in progress.
         self._saving: int | None = None
+        self._save_began = 0.0
         # After a failed save Orbax must not be waited for.
         self._failed = False
         self._background_errors = BackgroundErrors()
         if config is None:
-            if not self.folder.is_dir():
+            if not self._steps.exists():
                 raise UserError(
                     f"{workdir} has no checkpoints (no folder {CHECKPOINTS_FOLDER}): is it the --workdir of a training run?"
                 )
         else:
             # The run lock is held: no other process is writing these folders.
-            self._remove_unfinished()
-            self._retention = Retention(self.folder, config.checkpoint)
+            if jax.process_index() == 0:
+                self._steps.remove_unfinished()
+            self._retention = Retention(self._steps, config.checkpoint)
         for name in ORBAX_LOGGERS:
             logging.getLogger(name).addFilter(self._background_errors)
         silence_closed_loop_errors()
@@ -87,42 +84,34 @@ class Checkpoints:
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, created at first use: a damaged checkpoint is moved aside before it lists the steps."""
         # lightweight_initialize: Orbax would fail on the metadata of a damaged checkpoint; Retention reads them itself.
-        options = ocp.CheckpointManagerOptions(
-            read_only=True,
-            save_interval_steps=0,
-            create=False,
-            temporary_path_class=_ChecksummedPath,
-            atomicity_options=_ATOMICITY,
-            lightweight_initialize=True,
-        )
-        if self._settings is not None:
+        common = {
+            "temporary_path_class": path_class(self._place, self._steps, self._after_commit),
+            "atomicity_options": atomicity_options(self._steps),
+            "lightweight_initialize": True,
+        }
+        if self._settings is None:
+            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False, **common)
+        else:
+            # In a bucket `_after_commit` deletes: Orbax would ask for rights on the bucket that its objects do not need.
+            in_bucket = self._place.store is not None
             # The timeout bounds how long the processes wait for each other at the commit.
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=self._retention,
+                preservation_policy=preservation_policy.PreserveAll() if in_bucket else self._retention,
                 enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(timeout_secs=self._settings.timeout_seconds),
-                temporary_path_class=_ChecksummedPath,
-                atomicity_options=_ATOMICITY,
-                lightweight_initialize=True,
+                **common,
             )
-        return ocp.CheckpointManager(self.folder, options=options, item_names=_ITEMS)
+        return ocp.CheckpointManager(self._steps.address, options=options, item_names=_ITEMS)
 
-    def _remove_unfinished(self) -> None:
-        """Removes the folders of saves that a killed run never renamed into place."""
-        if jax.process_index() != 0 or not self.folder.is_dir():
-            return
-        for entry in self.folder.iterdir():
-            if entry.is_dir() and ".orbax-checkpoint-tmp" in entry.name:
-                _log.warning("removing the unfinished checkpoint %s of a run that was stopped while saving", entry.name)
-                # What cannot be deleted costs space only: a name that is no number is no checkpoint.
-                shutil.rmtree(entry, ignore_errors=True)
+    def _after_commit(self, step: int) -> None:
+        """In a bucket: deletes what the rules of retention do not keep. Process 0, while training continues."""
+        for old in self._retention.steps_to_delete([*self._steps.all_steps(), step]):
+            self._steps.delete(old)
 
     def all_steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints in ascending order, damaged ones included."""
-        if not self.folder.is_dir():
-            return []
-        # From the disk: Orbax's manager must not exist before damaged checkpoints are moved aside.
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
+        # Not from Orbax's manager, which must not exist before damaged checkpoints are moved aside.
+        return self._steps.all_steps()
 
     def latest_valid_step(self) -> int | None:
         """Returns the step of the newest intact checkpoint; None without any checkpoint.
@@ -144,50 +133,52 @@ class Checkpoints:
         """`latest_valid_step`. Raises UserError where the run has no finished checkpoint."""
         step = self.latest_valid_step()
         if step is None:
-            raise UserError(f"{self.folder.parent} has no finished checkpoint yet: wait for the run's first one")
+            raise UserError(f"{self._place.address} has no finished checkpoint yet: wait for the run's first one")
         return step
 
     def _find_latest_valid(self) -> int | None:
         damaged: dict[int, str] = {}
         for step in reversed(self.all_steps()):
-            damage = None if step in self._verified_steps else verify_checksums(self.folder / str(step))
+            damage = None if step in self._verified_steps else self._steps.verify(step)
             if damage is None:
                 # Only now: with no intact checkpoint nothing is moved.
                 self._put_aside(damaged, step)
+                if self._settings is not None:
+                    self._steps.mark(step)
                 return step
             damaged[step] = damage
         if damaged:
             damages = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
             raise UserError(
-                f"every checkpoint in {self.folder} is damaged ({damages}): nothing was changed; restore one from a copy, or "
+                f"every checkpoint in {self.location} is damaged ({damages}): nothing was changed; restore one from a copy, or "
                 "use another --workdir to start afresh"
             )
         # A restart must not train from scratch where an earlier start has moved all checkpoints aside.
-        if self._settings is not None and self.folder.is_dir() and any(self.folder.glob("*.damaged*")):
+        if self._settings is not None and self._steps.has_put_aside():
             raise UserError(
-                f"{self.folder} holds only checkpoints that were put aside as damaged: restore one from a copy, or use another "
+                f"{self.location} holds only checkpoints that were put aside as damaged: restore one from a copy, or use another "
                 "--workdir to start afresh"
             )
         return None
 
     def _put_aside(self, damaged: Mapping[int, str], good: int) -> None:
         for step, damage in damaged.items():
-            folder = self.folder / str(step)
+            where = self._where(step)
             # A reader may look at a run of somebody else: it changes nothing.
             if self._settings is None:
-                _log.warning("checkpoint %s is damaged (%s): using %d, the one before", folder, damage, good)
+                _log.warning("checkpoint %s is damaged (%s): using %d, the one before", where, damage, good)
                 continue
-            # The same step can be written and damaged more than once.
-            names = (self.folder / f"{step}.damaged{f'.{i}' if i > 1 else ''}" for i in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
-            folder.rename(aside)
+            aside = self._steps.put_aside(step)
             _log.error(
                 "checkpoint %s is DAMAGED (%s): moved to %s; going on from step %d, the one before",
-                folder,
+                where,
                 damage,
                 aside,
                 good,
             )
+
+    def _where(self, step: int) -> str:
+        return f"{self.location}/{step}"
 
     def restore_latest_valid(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Restores the newest intact checkpoint; see `latest_valid_step` and `restore`.
@@ -246,7 +237,7 @@ class Checkpoints:
         # `has_checksums` finds it where the checksum file is lost.
         mark = {"checksums": CHECKSUMS_FILE}
         self._run_write(lambda: self._manager.save(step, args=items, force=True, custom_metadata=mark))
-        self._saving = step
+        self._saving, self._save_began = step, time.monotonic()
         # With checkpoint.wait a kill costs at most one interval (docs/runs.md).
         if config.checkpoint.wait:
             self.wait_until_finished()
@@ -259,38 +250,71 @@ class Checkpoints:
         """Raises the error of the save in progress, if it has one; never waits."""
         if self._saving is None:
             return
-        # With several processes Orbax raises it only when all have ended; the log has it at once.
-        if self._background_errors.error is not None:
-            raise self._write_error(self._background_errors.error) from self._background_errors.error
+        self._check_background()
         if not self._manager.is_saving_in_progress():
             self.wait_until_finished()
 
+    def _check_background(self) -> None:
+        # With several processes Orbax raises it only when all have ended; the log has it at once.
+        if self._background_errors.error is not None:
+            raise self._write_error(self._background_errors.error) from self._background_errors.error
+        if self._place.store is None or self._settings is None:
+            return
+        self._place.check_lock()
+        # A server that takes bytes one by one ends no request.
+        if time.monotonic() - self._save_began > self._settings.timeout_seconds:
+            raise self._write_error(TimeoutError(f"not done after {self._settings.timeout_seconds} s"))
+
     def wait_until_finished(self) -> None:
-        """Waits until the save in progress is on disk."""
+        """Waits until the save in progress is complete.
+
+        Raises:
+          UserError, Unreachable: it failed, or took longer than `checkpoint.timeout_seconds`.
+        """
+        while self._place.store is not None and self._saving is not None and self._manager.is_saving_in_progress():
+            self._check_background()
+            time.sleep(_POLL_SECONDS)
         self._run_write(self._manager.wait_until_finished)
         self._saving = None
 
     def _run_write(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except (OSError, ValueError) as e:
+        except UserError:
+            self._failed = True
+            raise
+        except Exception as e:
+            # The clients of object stores have errors of their own; on a disk others are errors of this program.
+            if self._place.store is None and not isinstance(e, (OSError, ValueError)):
+                raise
             raise self._write_error(e) from e
 
     def _write_error(self, error: BaseException) -> Exception:
         self._failed = True
+        if isinstance(error, UserError):
+            return error
         # A lost process: the state could not be copied, or a collective of the save failed. The disk is not the cause.
         if any(isinstance(e, jax.errors.JaxRuntimeError) or "Gloo" in str(e) for e in error_chain(error)):
             return jax.errors.JaxRuntimeError(_first_line(error))
         # ENOTEMPTY: another machine reads the old checkpoint that is being deleted, or its entries reappear meanwhile.
         if isinstance(error, TimeoutError) or is_transient(error) or getattr(error, "errno", None) == errno.ENOTEMPTY:
             return Unreachable(
-                f"cannot write a checkpoint to {self.folder} now: {_first_line(error)}; the same command goes on"
+                f"cannot write a checkpoint to {self.location} now: {_first_line(error)}; the same command goes on"
             )
+        if self._place.store is not None:
+            return bucket_write_error(self.location, error, self._last_complete())
         # A full disk or an exceeded quota; TensorStore reports both as ValueError.
         return UserError(
-            f"cannot write a checkpoint to {self.folder}: {_first_line(error)}; free some space or mend the folder, "
+            f"cannot write a checkpoint to {self.location}: {_first_line(error)}; free some space or mend the folder, "
             "and run the same command again"
         )
+
+    def _last_complete(self) -> int | None:
+        # The server may be away, which may be why this is asked for.
+        with contextlib.suppress(UserError, OSError):
+            steps = BucketSteps(ObjectStore(self._place.address, retry_seconds=5.0))
+            return max(steps.all_steps(), default=None)
+        return None
 
     def close(self) -> None:
         """Waits for the save in progress and closes Orbax's manager. After a failed save it does not wait."""
@@ -305,11 +329,11 @@ class Checkpoints:
     def _read_error(self, step: int, why: str) -> UserError:
         others = [s for s in self.all_steps() if s < step]
         mend = f"move that folder away to go on from step {max(others)}" if others else "there is none before it"
-        return UserError(f"checkpoint {self.folder / str(step)} cannot be read ({why}): {mend}")
+        return UserError(f"checkpoint {self._where(step)} cannot be read ({why}): {mend}")
 
     def read_config(self, step: int) -> Config:
         """Returns the config that a checkpoint was written with, upgraded to the current format."""
-        values, _ = upgrade_config(self._stored_config(step), str(self.folder / str(step)))
+        values, _ = upgrade_config(self._stored_config(step), self._where(step))
         return from_dict(values)
 
     def _stored_config(self, step: int) -> dict[str, Any]:
@@ -319,12 +343,12 @@ class Checkpoints:
         """Raises UserError if a checkpoint was trained with frozen weights other than those of `identities`."""
         stored = self.frozen_identities(step)
         if stored is not None:
-            check_same_frozen(stored, identities, f"checkpoint {self.folder / str(step)}")
+            check_same_frozen(stored, identities, f"checkpoint {self._where(step)}")
 
     def frozen_identities(self, step: int) -> dict[str, str] | None:
         """{role: SHA-256} of the frozen networks of a checkpoint; None in one of an early version."""
         # Process 0 decides, or a slow network disk could split the processes.
-        if not communication.broadcast_from_main((self.folder / str(step) / "frozen").exists()):
+        if not communication.broadcast_from_main(self._steps.has(step, "frozen")):
             return None
         return self._restore_items(step, frozen=ocp.args.JsonRestore())["frozen"]
 
@@ -334,7 +358,10 @@ class Checkpoints:
 
     def delete_step(self, step: int) -> None:
         """Deletes a checkpoint, such as one that a rollback discards."""
-        self._manager.delete(step)
+        if self._place.store is None:
+            self._manager.delete(step)
+        elif jax.process_index() == 0:
+            self._steps.delete(step)
         # The run may write this step again, and must verify it again.
         self._verified_steps.discard(step)
 
@@ -377,39 +404,10 @@ class Checkpoints:
         return int(self._stored_config(step).get(FORMAT_KEY, 0))
 
     def _translate_paths(self, step: int, state: Any, like: Any = None) -> Any:
-        """Moves the parameters of a state, or of a dict of its parts, to the paths of this checkpoint's format.
-
-        Args:
-          step: step of the checkpoint
-          state: state at the current paths; with `like`, at the paths of the checkpoint
-          like: state at the current paths; the direction is reversed with it
-        """
-        if not parameter_renames.RENAMED:
-            return state
-        number = self.format_of(step)
-        # The moments of the optimizer are dicts of the same paths: the same translation applies to them.
-        is_params = lambda x: isinstance(x, dict)
-
-        def translate_network(network: str, part: Any, example: Any) -> Any:
-            to_stored = lambda x: parameter_renames.to_paths_at_format(network, x, number) if is_params(x) else x
-            to_current = lambda x, y: (
-                parameter_renames.from_paths_at_format(network, x, y, number) if is_params(x) else x
-            )
-            if like is None:
-                return jax.tree.map(to_stored, part, is_leaf=is_params)
-            return jax.tree.map(to_current, part, example, is_leaf=is_params)
-
-        parts = {k: state[k] for k in state} if isinstance(state, dict) else vars(state)
-        examples = like if isinstance(like, dict) else {} if like is None else vars(like)
-        networks = {"g": "generator", "g_ema": "generator", "d": "discriminator", "v": "vision_aided"}
-        translated = {
-            k: translate_network(networks[k], x, examples.get(k))
-            for k, x in parts.items()
-            if k in networks and x is not None
-        }
-        return state | translated if isinstance(state, dict) else state.replace(**translated)
+        return translate_paths(state, self.format_of(step), like) if parameter_renames.RENAMED else state
 
     def _restore_items(self, step: int, **items: Any) -> Any:
+        self._steps.fetch(step)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         # These errors say nothing about the checkpoint.
@@ -418,7 +416,7 @@ class Checkpoints:
         except Exception as e:
             if is_transient(e):
                 raise Unreachable(
-                    f"checkpoint {self.folder / str(step)} cannot be read now ({_first_line(e)}): its file system is away"
+                    f"checkpoint {self._where(step)} cannot be read now ({_first_line(e)}): its file system is away"
                 ) from e
             # Orbax and TensorStore raise any type of error on damage; the first line names its cause.
             raise self._read_error(step, f"{type(e).__name__}: {_first_line(e)[:300]}") from e

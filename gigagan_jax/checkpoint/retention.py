@@ -5,9 +5,9 @@ import difflib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from gigagan_jax.checkpoint.step_folders import StepFolders
 from gigagan_jax.config import CheckpointConfig
 from gigagan_jax.core.errors import UserError
 
@@ -55,12 +55,12 @@ class Retention:
     """`checkpoints_to_keep` as a preservation policy of Orbax.
 
     Args:
-      folder: folder of the checkpoints; their item `measured` holds images and metrics.
+      steps: the checkpoints; their item `measured` holds images and metrics.
       settings: checkpoint settings of the run.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointConfig):
-        self._folder, self._settings = folder, settings
+    def __init__(self, steps: StepFolders, settings: CheckpointConfig):
+        self._steps, self._settings = steps, settings
         self._infos: dict[int, CheckpointInfo] = {}
 
     def record_checkpoint(self, step: int, measured: Mapping[str, Any]) -> None:
@@ -84,16 +84,21 @@ class Retention:
         kept = checkpoints_to_keep([self._read_info(c.step) for c in checkpoints], self._settings)
         return [c.step in kept for c in checkpoints]
 
+    def steps_to_delete(self, steps: Collection[int]) -> list[int]:
+        """Of all checkpoints, those that no rule keeps."""
+        kept = checkpoints_to_keep([self._read_info(step) for step in set(steps)], self._settings)
+        return sorted(set(steps) - kept)
+
     def _read_info(self, step: int) -> CheckpointInfo:
         if step not in self._infos:
             # JsonSave writes one file; reading it directly avoids a restore by Orbax.
             try:
-                text = (self._folder / str(step) / "measured" / "metadata").read_text(encoding="utf-8")
+                text = self._steps.read_text(step, "measured/metadata")
                 self._infos[step] = self._make_info(step, json.loads(text))
             except FileNotFoundError:
                 # Earlier versions wrote no such item: only the newest of those checkpoints are kept.
                 self._infos[step] = CheckpointInfo(step, 0)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
                 # Not cached: the next call may be able to read it.
                 return CheckpointInfo(step, None)
         return self._infos[step]

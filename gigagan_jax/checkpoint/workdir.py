@@ -4,10 +4,11 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gigagan_jax.checkpoint.run_folder import Place, RunFolder
+from gigagan_jax.checkpoint.step_folders import StepFolders
 from gigagan_jax.config import Config, fixed_differences, flatten_fields, is_fixed, to_dict, with_fields
 from gigagan_jax.config.migrations import upgrade_config, with_format
 from gigagan_jax.core.errors import UserError
@@ -16,7 +17,7 @@ from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIG
 _log = logging.getLogger(__name__)
 
 
-def open_workdir(workdir: Path, config: Config) -> None:
+def open_workdir(place: Place, config: Config) -> None:
     """Creates the workdir of a run, or checks that its run has the same config.
 
     Only process 0 calls it; the other processes wait for process 0 at their next collective call.
@@ -24,19 +25,20 @@ def open_workdir(workdir: Path, config: Config) -> None:
     Raises:
       UserError: it cannot be written, or its config differs in fields that are fixed during a run.
     """
+    place = RunFolder.open(place)
+    workdir = place.folder
     file, folder = workdir / CONFIG_FILE, workdir / CHECKPOINTS_FOLDER
     if (workdir / WEIGHTS_FILE).exists():
-        raise UserError(f"--workdir={workdir} holds published weights ({WEIGHTS_FILE}): choose another for a run")
+        raise UserError(f"--workdir={place} holds published weights ({WEIGHTS_FILE}): choose another for a run")
     # Checked here: the first save would fail, after the steps before it are paid for.
-    if any(c in str(workdir.resolve()) for c in "[]"):
-        raise UserError(f"--workdir={workdir}: Orbax cannot write checkpoints under a path with [ or ]; choose another")
+    if any(c in str(workdir.resolve() if place.store is None else place) for c in "[]"):
+        raise UserError(f"--workdir={place}: Orbax cannot write checkpoints under a path with [ or ]; choose another")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             raise UserError(f"{folder} is no folder that can be written: move it away, or choose another --workdir")
-        steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
         # None before the first checkpoint: until then another config can spoil nothing.
-        stored = _read_stored_config(file, folder, steps)
+        stored = _read_stored_config(file, place.steps())
         lacked: dict[str, Any] = {}
         if stored is not None:
             values, lacked = upgrade_config(stored, str(file))
@@ -45,7 +47,7 @@ def open_workdir(workdir: Path, config: Config) -> None:
                 # Eight fields fit in a message.
                 more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
                 raise UserError(
-                    f"{workdir} holds a run of another config ({'; '.join(changed[:8])}{more}): "
+                    f"{place} holds a run of another config ({'; '.join(changed[:8])}{more}): "
                     "use another --workdir, or the settings it was started with"
                 )
         text = json.dumps(with_format(to_dict(config), lacked), indent=1)
@@ -55,9 +57,11 @@ def open_workdir(workdir: Path, config: Config) -> None:
             temporary = file.with_suffix(".tmp")
             temporary.write_text(text)
             os.replace(temporary, file)
+        # Before the first step: nobody else begins a run of another config there.
+        place.upload()
     except OSError as e:
         raise UserError(
-            f"--workdir={workdir} cannot be used: {e.strerror or e}; choose a folder you may write to"
+            f"--workdir={place} cannot be used: {e.strerror or e}; choose a folder you may write to"
         ) from None
     except ValueError as e:
         raise UserError(
@@ -65,15 +69,15 @@ def open_workdir(workdir: Path, config: Config) -> None:
         ) from None
 
 
-def with_original_settings(workdir: Path, config: Config) -> Config:
+def with_original_settings(place: Place, config: Config) -> Config:
     """Returns the config with the values that a run in this workdir started with.
 
     A field that is younger than the run keeps the behavior of the run, not the default of the field. The log names it.
     """
-    folder = workdir / CHECKPOINTS_FOLDER
+    place = RunFolder.open(place)
+    workdir = place.folder
     try:
-        steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
-        stored = _read_stored_config(workdir / CONFIG_FILE, folder, steps)
+        stored = _read_stored_config(workdir / CONFIG_FILE, place.steps())
     except (OSError, ValueError):
         # `open_workdir` reports the error.
         return config
@@ -93,8 +97,9 @@ def with_original_settings(workdir: Path, config: Config) -> Config:
     return with_fields(config, kept)
 
 
-def _read_stored_config(file: Path, folder: Path, steps: Sequence[int]) -> Any:
+def _read_stored_config(file: Path, folders: StepFolders) -> Any:
     """Returns the stored config of a run, from its file or its newest readable checkpoint; None without a run."""
+    steps = folders.all_steps()
     if not steps:
         return None
     # A user may have deleted the file, for example because it was damaged.
@@ -103,5 +108,5 @@ def _read_stored_config(file: Path, folder: Path, steps: Sequence[int]) -> Any:
     for step in reversed(steps):
         # A damaged checkpoint: the one before it states the same fixed fields.
         with contextlib.suppress(OSError, ValueError):
-            return json.loads((folder / str(step) / "config" / "metadata").read_text())
+            return json.loads(folders.read_text(step, "config/metadata"))
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -40,6 +41,46 @@ def append_text(path: Path, text: str) -> None:
     # Closed after each write: on a mounted bucket, others see the contents of the last closing.
     with open(path, "a", encoding="utf-8") as file:
         file.write(text)
+
+
+# A file of JSON lines in a bucket is cut into parts of about so many bytes: what is appended costs the upload of one of them.
+PART_BYTES = 4 << 20
+
+
+def part_names(name: str) -> Iterator[str]:
+    """metrics.jsonl, metrics.jsonl.1, metrics.jsonl.2, ... without an end."""
+    yield name
+    for i in itertools.count(1):
+        yield f"{name}.{i}"
+
+
+def split_lines(data: bytes, size: int) -> list[bytes]:
+    """Cuts lines into parts of at most `size` bytes, but for longer lines. A part that is followed by another never changes
+    while lines are appended.
+    """
+    parts = []
+    while len(data) > size:
+        end = data.rfind(b"\n", 0, size) + 1 or data.find(b"\n") + 1 or len(data)
+        parts.append(data[:end])
+        data = data[end:]
+    return [*parts, data]
+
+
+def join_parts(folder: Path) -> None:
+    """Joins the parts of each file of JSON lines in a folder, as a copy of a bucket has them. It may be stopped at any moment."""
+    for first in folder.glob("*.jsonl"):
+        names = itertools.takewhile(lambda name: (folder / name).exists(), part_names(first.name))
+        parts = [folder / name for name in names]
+        if len(parts) < 2:
+            continue
+        begin, rest = first.read_bytes(), b"".join(part.read_bytes() for part in parts[1:])
+        # Otherwise an earlier call was stopped before it had removed the parts.
+        if not begin.endswith(rest):
+            whole = first.with_name(f"{first.name}.tmp")
+            whole.write_bytes(begin + rest)
+            os.replace(whole, first)
+        for part in reversed(parts[1:]):
+            part.unlink()
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -53,6 +53,16 @@ def end_with_parent() -> None:
     threading.Thread(target=wait_for_parent, name="end_with_parent", daemon=True).start()
 
 
+def process_start(number: int) -> str:
+    """When a process of this machine was started, in ticks since the boot; "" where there is none, or it has ended."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    # Z, X: it has ended, and its parent has not asked for it yet.
+    return "" if fields[0] in "ZX" else fields[19]
+
+
 # Of scripts that read data by this package: worker processes import them.
 _MAIN_GUARD = "put what it does under `if __name__ == '__main__':`"
 

@@ -30,8 +30,10 @@ _OPEN_FILES = 128
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
 # Exceptions of client libraries for missing credentials. Retrying does not help.
 _REFUSALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound")
+# How gcsfs begins the message of an OSError for a request that the server refuses (403).
+_FORBIDDEN = "Forbidden: "
 # Seconds. A request that hangs must not use up all of retry_seconds.
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 30}}}
+_CONNECT_SECONDS, _ANSWER_SECONDS = 10, 30
 
 
 def is_local(path: str) -> bool:
@@ -42,6 +44,30 @@ def is_local(path: str) -> bool:
 def local_path(path: str) -> str:
     """A local path without its `file://`, `~` expanded."""
     return os.path.expanduser(path.removeprefix("file://"))
+
+
+def _client_options(scheme: str) -> dict[str, Any]:
+    """Options of the fsspec file system of a scheme."""
+    # Cached listings lack what other processes have written since.
+    if scheme in ("s3", "s3a"):
+        config = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _ANSWER_SECONDS}
+        return {"config_kwargs": config, "use_listings_cache": False}
+    if scheme in ("gs", "gcs"):
+        # gcsfs asks for the kind of a bucket first, by a service that an emulator or a proxy lacks, and waits a minute for it.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        import aiohttp
+
+        timeouts = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_ANSWER_SECONDS)
+        return {"requests_timeout": timeouts, "use_listings_cache": False}
+    return {}
+
+
+def configure_clients(scheme: str) -> None:
+    """Gives the fsspec file systems that libraries open for a scheme the time limits of this module."""
+    from fsspec.config import conf
+
+    for key, value in _client_options(scheme).items():
+        conf.setdefault(scheme, {}).setdefault(key, value)
 
 
 def join_path(folder: str, name: str) -> str:
@@ -69,6 +95,9 @@ class Storage:
     Args:
       retry_seconds: time for which failed requests are repeated before they become an error.
     """
+
+    # Named in messages: the setting that sets the time; empty where none does.
+    retry_setting = "config.data.retry_seconds"
 
     def __init__(self, retry_seconds: float = 300.0):
         self.retry_seconds = retry_seconds
@@ -209,7 +238,7 @@ class Storage:
                 import fsspec
 
                 try:
-                    self._file_systems[scheme] = fsspec.filesystem(scheme, **_OPTIONS.get(scheme, {}))
+                    self._file_systems[scheme] = fsspec.filesystem(scheme, **_client_options(scheme))
                 except ImportError as e:
                     package = _PACKAGES.get(scheme)
                     extra = {"gcsfs": "gcs", "s3fs": "s3"}.get(package or "")
@@ -246,22 +275,23 @@ class Storage:
             try:
                 result = action()
             # These errors are answers of the storage.
-            except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            except (UserError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
                 raise
             # Each client library has its own exceptions for a server that cannot be reached.
             except Exception as e:
                 if is_local(path) and not is_transient(e):
                     raise
                 why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}".rstrip(": ")
-                if isinstance(e, PermissionError) or type(e).__name__ in _REFUSALS:
+                refused = isinstance(e, PermissionError) or str(e).startswith(_FORBIDDEN)
+                if refused or type(e).__name__ in _REFUSALS:
                     raise UserError(f"{path}: not allowed ({why}); check the credentials of this machine") from None
                 now = time.monotonic()
                 first_failure = now if first_failure is None else first_failure
                 if now - first_failure >= self.retry_seconds:
                     raise Unreachable(
                         f"{path}: its storage has not answered for {now - first_failure:.0f} s ({why}); check the "
-                        "network and the credentials, and run the same command again: it resumes the run "
-                        "(config.data.retry_seconds sets the time)"
+                        "network and the credentials, and run the same command again: it resumes the run"
+                        + (f" ({self.retry_setting} sets the time)" if self.retry_setting else "")
                     ) from None
                 pause = _FIRST_PAUSE if pause is None else min(_LONGEST_PAUSE, 2 * pause)
                 # The last attempt comes when the time is up, not a long pause later.

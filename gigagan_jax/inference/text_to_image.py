@@ -13,6 +13,7 @@ import numpy as np
 
 from gigagan_jax.checkpoint.consistency import check_same_frozen
 from gigagan_jax.checkpoint.manager import Checkpoints
+from gigagan_jax.checkpoint.run_folder import Place, RunFolder
 from gigagan_jax.config import Config, MeshConfig, with_fields
 from gigagan_jax.inference.sampler import Sampler
 from gigagan_jax.interop import weights
@@ -42,11 +43,11 @@ class TextToImage:
         return self.sampler.config
 
     @classmethod
-    def from_workdir(cls, workdir: str | Path, *, text_path: str | None = None, device_batch: int = 8) -> "TextToImage":
+    def from_workdir(cls, workdir: Place, *, text_path: str | None = None, device_batch: int = 8) -> "TextToImage":
         """The newest intact checkpoint of a training run, or published weights (interop/weights.py), on all devices here.
 
         Args:
-          workdir: of the run, or a folder with model.safetensors and config.json.
+          workdir: of the run, on a disk, at gs:// or s3://, or a folder with model.safetensors and config.json.
           text_path: folder or hub id of the frozen text encoder, where it moved since training.
           device_batch: images a device makes at once.
 
@@ -59,13 +60,15 @@ class TextToImage:
             sharding.make_mesh(MeshConfig()),
             device_batch=device_batch,
         )
-        folder = Path(workdir)
+        place = RunFolder.open(workdir)
+        place.download_settings()
+        folder = place.folder
         if weights.has_weights(folder):
             sampler = make_sampler(weights.read_config(folder, text_path))
             read = weights.read_weights(folder, sampler.module, sampler.shardings, sampler.abstract_w_avg())
-            check_same_frozen(read.identities, sampler.identities, str(folder))
+            check_same_frozen(read.identities, sampler.identities, str(place))
             return cls(sampler, read.params, read.w_avg, read.step)
-        checkpoints = Checkpoints(folder)
+        checkpoints = Checkpoints(place)
         step = checkpoints.require_valid_step()
         sampler = make_sampler(checkpoints.read_config(step))
         checkpoints.check_frozen(step, sampler.identities)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from gigagan_jax.checkpoint.consistency import check_same_frozen
 from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
+from gigagan_jax.checkpoint.run_folder import Place, RunFolder
 from gigagan_jax.config import Config, MeshConfig, with_fields
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
@@ -74,24 +75,26 @@ class Upscaler:
         self._whole = jax.jit(lambda *args: self._synthesize(*args, rules=whole))
 
     @classmethod
-    def from_workdir(cls, workdir: str | Path, *, text_path: str | None = None, mesh: Any = None) -> "Upscaler":
+    def from_workdir(cls, workdir: Place, *, text_path: str | None = None, mesh: Any = None) -> "Upscaler":
         """The newest intact checkpoint of a training run, or published weights (interop/weights.py).
 
         Args:
-          workdir: of the run, or a folder with model.safetensors and config.json.
+          workdir: of the run, on a disk, at gs:// or s3://, or a folder with model.safetensors and config.json.
           text_path, mesh: as the class takes them.
 
         Raises:
           UserError: no finished checkpoint, a damaged one, or one of a base model.
         """
-        folder = Path(workdir)
+        place = RunFolder.open(workdir)
+        place.download_settings()
+        folder = place.folder
         if weights.has_weights(folder):
             self = cls(weights.read_config(folder, text_path), mesh, text_path=text_path)
             read = weights.read_weights(folder, self.module, self.shardings, self._abstract_w_avg())
-            check_same_frozen(read.identities, self.identities, str(folder))
+            check_same_frozen(read.identities, self.identities, str(place))
             self.params, self.step = read.params, read.step
             return self
-        checkpoints = Checkpoints(folder)
+        checkpoints = Checkpoints(place)
         step = checkpoints.require_valid_step()
         self = cls(checkpoints.read_config(step), mesh, text_path=text_path)
         checkpoints.check_frozen(step, self.identities)
@@ -114,7 +117,7 @@ class Upscaler:
           UserError: there is no such folder and no such model, or its weights are damaged.
         """
         # A run has no weights of its own: its checkpoints are read.
-        is_workdir = (Path(path) / CHECKPOINTS_FOLDER).is_dir()
+        is_workdir = "://" in str(path) or (Path(path) / CHECKPOINTS_FOLDER).is_dir()
         folder = path if is_workdir else hub.find_folder(str(path), hub.Requirement(flag))
         return cls.from_workdir(folder, text_path=text_path, mesh=mesh)
 

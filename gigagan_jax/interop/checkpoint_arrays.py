@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from gigagan_jax.checkpoint.manager import Checkpoints
+from gigagan_jax.checkpoint.run_folder import Place, RunFolder
 from gigagan_jax.config import Config
 from gigagan_jax.config.migrations import FORMAT_KEY
 from gigagan_jax.config.parameter_renames import nest, path_at_format
@@ -69,21 +70,24 @@ def state_networks(config: Config) -> dict[str, Network]:
     return networks | ({"v": build_vision_aided(config)} if config.loss.vision_aided else {})
 
 
-def open_original(workdir: Path, text_path: str | None = None) -> Original:
+def open_original(workdir: Place, text_path: str | None = None) -> Original:
     """The newest intact checkpoint of a run, or published weights (weights.py).
 
     Args:
-      workdir: of the run, or a folder with model.safetensors and config.json.
+      workdir: of the run, on a disk, at gs:// or s3://, or a folder with model.safetensors and config.json.
       text_path: folder or hub id of the frozen text encoder of published weights.
 
     Raises:
       UserError: there is none, or it is damaged.
     """
-    if has_weights(workdir):
-        weights = Weights(workdir)
-        config, (step, frozen) = read_config(workdir, text_path), read_metadata(weights, workdir)
-        return Original(config, step, PublishedArrays(workdir, weights, config), frozen, None)
-    checkpoints = Checkpoints(workdir)
+    place = RunFolder.open(workdir)
+    place.download_settings()
+    folder = place.folder
+    if has_weights(folder):
+        weights = Weights(folder)
+        config, (step, frozen) = read_config(folder, text_path), read_metadata(weights, folder)
+        return Original(config, step, PublishedArrays(folder, weights, config), frozen, None)
+    checkpoints = Checkpoints(place)
     step = checkpoints.require_valid_step()
     config, arrays = checkpoints.read_config(step), CheckpointArrays(checkpoints, step)
     read_counts = lambda: {

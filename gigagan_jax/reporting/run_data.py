@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,14 @@ class RunData:
     """The content of a workdir; a field is empty if its files are missing or unreadable.
 
     Attributes:
+      address: folder of the run, or its address in a bucket.
       all_grids: number of grids in the workdir, of which `grids` is a selection.
       bad: number of unreadable examples by cause.
       checkpoints: (name, bytes, seconds since the epoch) of each.
       now: time of the reading in seconds since the epoch.
     """
 
-    workdir: Path
+    address: str
     config: dict[str, Any]
     metrics: Metrics
     account: Account
@@ -102,23 +104,34 @@ class RunData:
     checkpoints: list[tuple[str, int, float]]
     now: float
 
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self.address.rstrip("/").rpartition("/")[2]
 
-def read_run(workdir: Path) -> RunData:
+
+def read_run(workdir: Path, address: str = "", checkpoints: Sequence[tuple[str, int, float]] | None = None) -> RunData:
     """Reads everything that the report shows.
+
+    Args:
+      workdir: folder with the files of the run.
+      address: of the run, where that is not the folder.
+      checkpoints: of the run, where they are not in the folder.
 
     Raises:
       UserError: the folder is not the workdir of a run.
     """
+    address = address or str(workdir.resolve())
     if not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: there is no such folder")
+        raise UserError(f"--workdir={address}: there is no such folder")
     if not any((workdir / name).exists() for name in (CONFIG_FILE, METRICS_FILE, GOODPUT_FILE, CHECKPOINTS_FOLDER)):
         raise UserError(
-            f"--workdir={workdir} is not the workdir of a training run: it has no {CONFIG_FILE} and no {METRICS_FILE}"
+            f"--workdir={address} is not the workdir of a training run: it has no {CONFIG_FILE} and no {METRICS_FILE}"
         )
     # Every reader returns something empty for a missing file: a run that has just started has few of them.
     grids, count = _read_grids(workdir / SNAPSHOTS_FOLDER)
     return RunData(
-        workdir=workdir,
+        address=address,
         # Without the keys of the file format, which are no settings.
         config={k: v for k, v in _read_json(workdir / CONFIG_FILE).items() if k not in (FORMAT_KEY, WITHOUT_KEY)},
         metrics=read_metrics(workdir / METRICS_FILE),
@@ -127,7 +140,9 @@ def read_run(workdir: Path) -> RunData:
         all_grids=count,
         bad=_count_bad_files(workdir),
         health=_read_json(workdir / HEALTH_REPORT_FILE),
-        checkpoints=_list_checkpoints(workdir / CHECKPOINTS_FOLDER),
+        checkpoints=_list_checkpoints(workdir / CHECKPOINTS_FOLDER)
+        if checkpoints is None
+        else sort_checkpoints(checkpoints),
         now=time.time(),
     )
 
@@ -230,5 +245,9 @@ def _list_checkpoints(folder: Path) -> list[tuple[str, int, float]]:
         with contextlib.suppress(OSError):
             files = [f.stat() for f in entry.rglob("*") if f.is_file()]
             checkpoints.append((entry.name, sum(f.st_size for f in files), entry.stat().st_mtime))
-    # By number: as text "10" would come before "9".
+    return sort_checkpoints(checkpoints)
+
+
+def sort_checkpoints(checkpoints: Iterable[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
+    """By number: as text "10" would come before "9"."""
     return sorted(checkpoints, key=lambda c: (int(re.match(r"\d+", c[0])[0]), c[0]))  # type: ignore[index]

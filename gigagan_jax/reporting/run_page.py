@@ -107,10 +107,10 @@ def render_page(run: RunData) -> str:
     )
     read_at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.now))
     parts.append(
-        f"<footer>{html.escape(str(run.workdir.resolve()))}, read {read_at}. Curves are thinned to {charts.MAX_POINTS:,} points "
+        f"<footer>{html.escape(run.address)}, read {read_at}. Curves are thinned to {charts.MAX_POINTS:,} points "
         "with their extremes; dashed lines are restarts and rollbacks. Point at a curve to read it.</footer>"
     )
-    return render_document(run.workdir.resolve().name, "".join(parts), STYLE, SCRIPT)
+    return render_document(run.name, "".join(parts), STYLE, SCRIPT)
 
 
 # ---------------------------------------------------------------- parts of a section
@@ -224,7 +224,7 @@ def _render_header(run: RunData) -> str:
     text = "; ".join(html.escape(str(t)) for t in line if t)
     note = f"<br>{html.escape(why)}" if why else ""
     return (
-        f'<h1>{html.escape(run.workdir.resolve().name)}<span class="badge {kind}">{badge}</span></h1>'
+        f'<h1>{html.escape(run.name)}<span class="badge {kind}">{badge}</span></h1>'
         f'<p class="under">{text}{note}</p>{render_tiles(shown_tiles)}'
     )
 

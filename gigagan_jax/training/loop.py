@@ -14,7 +14,7 @@ import jax
 
 from gigagan_jax.checkpoint import consistency
 from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
-from gigagan_jax.checkpoint.run_lock import hold_run_lock
+from gigagan_jax.checkpoint.run_folder import Place, RunFolder
 from gigagan_jax.checkpoint.workdir import open_workdir
 from gigagan_jax.config import Config
 from gigagan_jax.core.errors import Unreachable
@@ -58,7 +58,7 @@ class Run:
 
     Args:
       config: of the run.
-      workdir: where everything is written, and what a run goes on from.
+      workdir: folder or address where everything is written, and what a run goes on from.
       hooks: makes the hooks, which may need the run's mesh and frozen networks.
       mesh: devices to train on; None for the config's mesh over all of them.
       began: when this process was started, in seconds since the epoch: time lost before training counts from there.
@@ -71,14 +71,14 @@ class Run:
     def __init__(
         self,
         config: Config,
-        workdir: Path,
+        workdir: Place,
         *,
         hooks: Callable[["Run"], Hooks] = lambda run: Hooks(),
         mesh: Any = None,
         began: float | None = None,
         profile_steps: tuple[int, int] | None = None,
     ):
-        self.config, self.workdir = config, workdir
+        self.config, self.place = config, RunFolder.open(workdir)
         self.began = time.time() if began is None else began
         self.profile_steps = profile_steps
         self.mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
@@ -91,6 +91,11 @@ class Run:
         self.signals = StopSignals()
         # Last: hooks take the mesh and the frozen networks from the run.
         self.hooks = hooks(self)
+
+    @property
+    def workdir(self) -> Path:
+        """The folder of this machine for the small files of the run."""
+        return self.place.folder
 
     @functools.cached_property
     def frozen(self) -> tuple[Params, dict[str, str]]:
@@ -110,13 +115,16 @@ class Run:
         is_main = jax.process_index() == 0
         info = run_info(self.config, self.networks, self.mesh)
         with contextlib.ExitStack() as stack:
+            self.place.check_usable()
             if is_main:
                 # Before anything is written: two runs in one workdir would destroy each other's checkpoints.
-                stack.enter_context(hold_run_lock(self.workdir))
-                open_workdir(self.workdir, self.config)
+                stack.enter_context(self.place.hold_lock())
+                stack.enter_context(self.place.synchronize())
+                open_workdir(self.place, self.config)
             else:
                 with contextlib.suppress(OSError):  # process 0 reports what is wrong with the folder
                     self.workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(self.place.synchronize())
             goodput = stack.enter_context(
                 Goodput(self.workdir, info, enabled=is_main, began=self.began, stops=(Interrupted,))
             )
@@ -151,8 +159,8 @@ class Run:
         with make_pipeline(config, self.workdir, self.rows) as data:
             goodput.record_facts({"data": data.describe_source()})
             # Processes with other settings would compute other programs and wait for each other for ever.
-            consistency.assert_same_on_all_processes(config, data.state()["source"], self.workdir)
-            checkpoints = Checkpoints(self.workdir, config)
+            consistency.assert_same_on_all_processes(config, data.state()["source"], self.place)
+            checkpoints = Checkpoints(self.place, config)
             try:
                 _, identities = self.frozen
                 if data.embeddings is not None:

@@ -1,0 +1,245 @@
+"""The lock of a workdir in a bucket: an object that is created only where none is, and refreshed by its version.
+
+A run that cannot refresh it stops writing before another may take it over: each run trusts its own clock only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from gigagan_jax.checkpoint.object_store import ChangedError, ObjectStore
+from gigagan_jax.core.errors import Unreachable, UserError
+from gigagan_jax.core.processes import process_start
+from gigagan_jax.core.workdir_files import LOCK_FILE
+
+_log = logging.getLogger(__name__)
+
+# Seconds between two refreshes of the lock.
+BEAT_SECONDS = 10.0
+# A lock that was not refreshed for so long is taken over.
+TAKEOVER_SECONDS = 60.0
+# The share of it after which a run that could not refresh its lock stops writing.
+_TRUSTED_SHARE = 0.7
+
+
+class BucketLock:
+    """A lock that this process holds.
+
+    Attributes:
+      run: random name of this run.
+    """
+
+    def __init__(self, store: ObjectStore, beat: float = BEAT_SECONDS, takeover: float = TAKEOVER_SECONDS):
+        self._store, self._beat, self._takeover = store, beat, takeover
+        self._me = _describe_process()
+        self.run: str = self._me["run"]
+        self._count = 0
+        self._version: str | None = None
+        self._refreshed = 0.0
+        self._lost = ""
+        self._finished = threading.Event()
+        # The thread that refreshes, and a write that checks, must not use the same version twice.
+        self._refreshing = threading.Lock()
+
+    def acquire(self) -> None:
+        """Takes the lock.
+
+        Raises:
+          UserError: another run holds it and refreshes it.
+        """
+        watched: str | None = None
+        deadline = 0.0
+        while True:
+            found = self._store.read_versioned(LOCK_FILE)
+            if found is None or _is_free(found[0]):
+                with contextlib.suppress(ChangedError):
+                    self._write(None if found is None else found[1])
+                    return
+                # Somebody else was first.
+                continue
+            holder, version = _parse(found[0]), found[1]
+            if _is_dead(holder, self._me):
+                with contextlib.suppress(ChangedError):
+                    self._write(version)
+                    _log.info("the lock is of process %s of this machine, which has ended", holder.get("process"))
+                    return
+                continue
+            if version != watched:
+                if watched is not None:
+                    raise _occupied(self._store.address, holder)
+                watched, deadline = version, time.monotonic() + self._takeover
+                _log.info(
+                    "a run on %s holds %s: waiting up to %.0f s for a sign of it",
+                    holder.get("host", "another machine"),
+                    self._store.path(LOCK_FILE),
+                    self._takeover,
+                )
+            elif time.monotonic() >= deadline:
+                with contextlib.suppress(ChangedError):
+                    self._write(version)
+                    _log.warning("the run on %s gave no sign for %.0f s: going on", holder.get("host"), self._takeover)
+                    return
+                raise _occupied(self._store.address, holder)
+            time.sleep(min(1.0, self._beat / 4))
+
+    def start(self) -> None:
+        """Begins to refresh the lock in the background."""
+        threading.Thread(target=self._refresh_periodically, daemon=True, name="bucket lock").start()
+
+    def check(self) -> None:
+        """Called before each write of the run.
+
+        Raises:
+          UserError: another run has taken the lock.
+          Unreachable: the lock could not be refreshed for so long that another run may take it.
+        """
+        if self._lost:
+            raise UserError(
+                f"--workdir={self._store.address}: another run has taken its lock ({self._lost}): this one stops here and "
+                "writes nothing more"
+            )
+        age = time.monotonic() - self._refreshed
+        if age > _TRUSTED_SHARE * self._takeover:
+            # A process that was suspended: its lock may still be its own.
+            self._refresh(retry_seconds=0.0)
+            if self._lost or time.monotonic() - self._refreshed > _TRUSTED_SHARE * self._takeover:
+                if self._lost:
+                    return self.check()
+                raise Unreachable(
+                    f"--workdir={self._store.address}: its lock could not be refreshed for {age:.0f} s, and another run may take "
+                    "it: this one stops; the same command goes on"
+                )
+        return None
+
+    def release(self) -> None:
+        """Frees the lock, where it is still this run's."""
+        self._finished.set()
+        with self._refreshing, contextlib.suppress(ChangedError, UserError):
+            if not self._lost:
+                # Not deleted: not every server deletes on a condition.
+                self._store.write_if(LOCK_FILE, _encode(self._me | {"count": self._count, "free": True}), self._version)
+
+    def _refresh_periodically(self) -> None:
+        while not self._finished.wait(self._beat):
+            self._refresh(retry_seconds=self._takeover)
+
+    def _refresh(self, retry_seconds: float) -> None:
+        with self._refreshing:
+            if self._lost or self._finished.is_set():
+                return
+            store = ObjectStore(self._store.address, retry_seconds)
+            self._count += 1
+            try:
+                try:
+                    self._write(self._version, store)
+                except ChangedError:
+                    found = store.read_versioned(LOCK_FILE)
+                    holder = {} if found is None else _parse(found[0])
+                    # An earlier refresh may have happened though no answer came.
+                    if found is None or holder.get("run") != self.run:
+                        self._lost = _name(holder) if found else "its object was deleted"
+                        _log.error("another run has taken the lock %s", self._store.path(LOCK_FILE))
+                    else:
+                        self._write(found[1], store)
+            except (UserError, ChangedError) as e:
+                # `check` ends the run when this lasts.
+                _log.warning("the lock cannot be refreshed: %s", e)
+
+    def _write(self, version: str | None, store: ObjectStore | None = None) -> None:
+        # Counted from before the request: the server may have written at any moment of it.
+        began = time.monotonic()
+        data = _encode(self._me | {"count": self._count})
+        self._version = (store or self._store).write_if(LOCK_FILE, data, version)
+        self._refreshed = began
+
+
+@contextlib.contextmanager
+def hold_bucket_lock(
+    store: ObjectStore, beat: float = BEAT_SECONDS, takeover: float = TAKEOVER_SECONDS
+) -> Iterator[BucketLock]:
+    """Holds the lock of a workdir in a bucket.
+
+    Args:
+      store: of the workdir.
+      beat: seconds between two refreshes.
+      takeover: seconds after which a lock that is not refreshed is taken over.
+
+    Raises:
+      UserError: another run trains there, or the bucket cannot be written.
+      Unreachable: the server does not answer.
+    """
+    lock = BucketLock(store, beat, takeover)
+    lock.acquire()
+    lock.start()
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def read_run(store: ObjectStore) -> str | None:
+    """The random name of the run that holds the lock; None without one."""
+    return (store.read_json(LOCK_FILE) or {}).get("run")
+
+
+def _describe_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "process": pid,
+        "started": process_start(pid),
+        "run": uuid.uuid4().hex,
+    }
+
+
+def _machine() -> str:
+    """One boot of one machine, and one space of process numbers on it: a container has its own."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _is_dead(holder: dict[str, Any], me: dict[str, Any]) -> bool:
+    """Whether the holder is a process of this machine that has ended."""
+    if not me["machine"] or holder.get("machine") != me["machine"]:
+        return False
+    return process_start(int(holder.get("process", 0))) != holder.get("started")
+
+
+def _is_free(data: bytes) -> bool:
+    return bool(_parse(data).get("free"))
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        holder = json.loads(data)
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _encode(holder: dict[str, Any]) -> bytes:
+    return json.dumps(holder).encode()
+
+
+def _name(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('process', '?')} on {holder.get('host', 'a machine that is not told')}"
+
+
+def _occupied(address: str, holder: dict[str, Any]) -> UserError:
+    return UserError(
+        f"--workdir={address}: another run is in it ({_name(holder)}): stop that one first, or choose another folder"
+    )

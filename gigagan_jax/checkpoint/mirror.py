@@ -1,0 +1,171 @@
+"""The small files of a run in a bucket: written to a folder of this machine, and uploaded whole.
+
+An object store has no append. Files of JSON lines are cut into parts, so that what is uploaded again and again stays small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from gigagan_jax.checkpoint.object_store import ObjectStore
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.files import PART_BYTES, join_parts, part_names, split_lines
+from gigagan_jax.core.workdir_files import (
+    CHECKPOINTS_FOLDER,
+    COMPILATION_CACHE_FOLDER,
+    LOCK_FILE,
+    PROFILE_TRIGGER_FILE,
+    PROFILES_FOLDER,
+    SNAPSHOTS_FOLDER,
+    TENSORBOARD_FOLDER,
+)
+
+_log = logging.getLogger(__name__)
+
+# Seconds between two uploads of what has changed.
+UPLOAD_SECONDS = 30.0
+# Folders that a resumed run does not read: they are not downloaded at its start.
+_NOT_READ = (CHECKPOINTS_FOLDER, PROFILES_FOLDER, SNAPSHOTS_FOLDER, TENSORBOARD_FOLDER)
+
+
+class Mirror:
+    """Uploads the files of a folder to a bucket, and downloads them from there.
+
+    Args:
+      store: of the workdir.
+      folder: on this machine.
+      guard: called before each upload; raises where this run may not write any more.
+    """
+
+    def __init__(self, store: ObjectStore, folder: Path, guard: Callable[[], None] = lambda: None):
+        self._store, self._folder = store, folder
+        self.guard = guard
+        # (size, time stamp in ns) of a file, and the digests of its parts, as they were uploaded.
+        self._uploaded: dict[str, tuple[tuple[int, int], list[str]]] = {}
+        self._finished = threading.Event()
+        # The checkpoint's thread uploads too.
+        self._uploading = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def download(self, everything: bool) -> None:
+        """Downloads the small files of the run.
+
+        Args:
+          everything: False for what processes other than 0 need only: their programs and the index of the data.
+        """
+        found = self._store.list_objects()
+        shared = (COMPILATION_CACHE_FOLDER, "gigagan_index")
+        wanted = [
+            name
+            for name in found
+            if (everything or name.split("/", 1)[0] in shared)
+            and name.split("/", 1)[0] not in (*_NOT_READ, LOCK_FILE, PROFILE_TRIGGER_FILE)
+            and not name.startswith(".")
+        ]
+        self._store.download(wanted, self._folder)
+        join_parts(self._folder)
+        for name in wanted:
+            self._remember(name)
+
+    def download_folder(self, name: str) -> None:
+        """Downloads the files of a folder that this machine lacks."""
+        missing = [n for n in self._store.list_objects(name) if not (self._folder / name / n).exists()]
+        self._store.download([f"{name}/{n}" for n in missing], self._folder)
+        for n in missing:
+            self._remember(f"{name}/{n}")
+
+    def start(self) -> None:
+        """Begins to upload in the background what changes."""
+        self._thread = threading.Thread(target=self._upload_periodically, daemon=True, name="mirror")
+        self._thread.start()
+
+    def upload(self) -> None:
+        """Uploads what has changed since the last upload.
+
+        Raises:
+          UserError: this run may not write any more, or this machine may not.
+          Unreachable: the server does not answer.
+        """
+        with self._uploading:
+            changed = [n for n in self._list_files() if self._stamp(n) != self._uploaded.get(n, (None, []))[0]]
+            for name in changed:
+                self.guard()
+                # A file may have been replaced or removed meanwhile: the next upload has it.
+                with contextlib.suppress(FileNotFoundError):
+                    self._upload_file(name)
+
+    def close(self) -> None:
+        """Stops the background uploads and uploads what is left. Raises as `upload`."""
+        self._finished.set()
+        if self._thread is not None:
+            self._thread.join(UPLOAD_SECONDS)
+        self.upload()
+
+    def _upload_periodically(self) -> None:
+        while not self._finished.wait(UPLOAD_SECONDS):
+            try:
+                self.upload()
+                self._look_for_trigger()
+            # The next round, or the next checkpoint, tries again; the checkpoint's failure ends the run.
+            except (UserError, OSError) as e:
+                _log.warning("the logs of this run cannot be uploaded now: %s", e)
+
+    def _look_for_trigger(self) -> None:
+        """An object `profile` requests a trace, as the file does in a local workdir."""
+        data = self._store.info(PROFILE_TRIGGER_FILE)
+        if data is not None:
+            (self._folder / PROFILE_TRIGGER_FILE).touch()
+            # Other processes look as often.
+            self._finished.wait(2 * UPLOAD_SECONDS)
+            self._store.delete([PROFILE_TRIGGER_FILE])
+
+    def _list_files(self) -> list[str]:
+        names = []
+        for path in sorted(self._folder.rglob("*")):
+            name = path.relative_to(self._folder).as_posix()
+            # Hidden files and .tmp are half written.
+            unfinished = name.endswith(".tmp") or any(part.startswith(".") for part in name.split("/"))
+            if not unfinished and name != PROFILE_TRIGGER_FILE and path.is_file():
+                names.append(name)
+        return names
+
+    def _stamp(self, name: str) -> tuple[int, int]:
+        try:
+            status = (self._folder / name).stat()
+        except OSError:
+            return (0, 0)
+        return status.st_size, status.st_mtime_ns
+
+    def _upload_file(self, name: str) -> None:
+        # Before the read: what is appended meanwhile belongs to the next upload.
+        stamp = self._stamp(name)
+        before = self._uploaded.get(name, (None, []))[1]
+        if name.endswith(".jsonl"):
+            parts = split_lines((self._folder / name).read_bytes(), PART_BYTES)
+            digests = [hashlib.sha256(part).hexdigest() for part in parts]
+            for part_name, part, digest, old in zip(
+                part_names(name), parts, digests, before + [""] * len(parts), strict=False
+            ):
+                if digest != old:
+                    self._store.write_bytes(part_name, part)
+            # A rollback takes lines out.
+            surplus = [n for n, _ in zip(part_names(name), before, strict=False)][len(parts) :]
+            self._store.delete(surplus)
+        else:
+            digests = []
+            self._store.upload([name], self._folder)
+        self._uploaded[name] = (stamp, digests)
+
+    def _remember(self, name: str) -> None:
+        path = self._folder / name
+        if not path.exists():
+            return
+        digests = []
+        if name.endswith(".jsonl"):
+            digests = [hashlib.sha256(part).hexdigest() for part in split_lines(path.read_bytes(), PART_BYTES)]
+        self._uploaded[name] = (self._stamp(name), digests)
