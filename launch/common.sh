@@ -3,6 +3,7 @@
 
 dry_run='' # not empty: print, run nothing
 train=()   # what goes to the trainer
+workdir=''  # where the run lives, of these flags
 # Flags of the trainer that are passed on; others come after --.
 trainer_flags=" config workdir heartbeat_seconds join_seconds stall_seconds maintenance_url compilation_cache"
 trainer_flags+=" profile_steps "
@@ -104,9 +105,10 @@ need_name() {
     die "--name=$name: at most 40 lower-case letters, digits and -, a letter first"
 }
 
-# need_training [DISK]: the trainer's flags, as far as several machines ask more of them than one; where their disk is.
+# need_training [DISK] [PROCESSES]: checks the trainer's flags, as far as several machines ask more of them than one; sets
+# workdir. DISK is the folder of a disk that the launcher mounts, PROCESSES how many the run has, where that is known.
 need_training() {
-  local disk=${1:-} word config='' workdir=''
+  local disk=${1:-} processes=${2:-several} word config=''
   for word in ${train[@]+"${train[@]}"}; do
     case $word in
       *$'\n'*) die "a flag of the trainer with a line break in it cannot be passed on" ;;
@@ -116,11 +118,17 @@ need_training() {
   done
   [ -n "$config" ] || die "--config=FILE.py is needed, a path from the repository's root"
   case $workdir in
-    '') die "--workdir=FOLDER is needed: on a disk that all machines have mounted" ;;
-    *://*) die "--workdir=$workdir: only folders on a mounted disk can be used; mount the bucket" ;;
+    '') die "--workdir=gs://BUCKET/DIR is needed, or a folder on a disk that all machines have mounted" ;;
+    gs://?*/?*) ;;
+    s3://?*/?*)
+      [ "$processes" = 1 ] || die "--workdir=$workdir: at s3:// only a run of one process can keep checkpoints;" \
+        "use gs://BUCKET/DIR, or a folder on a disk that all machines have mounted"
+      ;;
+    gs://* | s3://*) die "--workdir=$workdir: name a folder in the bucket too, as in gs://BUCKET/runs/1" ;;
+    *://*) die "--workdir=$workdir: use gs://BUCKET/DIR or a folder on a disk that all machines have mounted" ;;
     "$disk"/*) ;;
     /*) die "--workdir=$workdir: the disk that all machines have is at $disk" ;;
-    *) die "--workdir=$workdir: an absolute path is needed, on a disk that all machines have mounted" ;;
+    *) die "--workdir=$workdir: write gs://BUCKET/DIR, or the whole path on a disk that all machines have mounted" ;;
   esac
 }
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Slices of TPU in any GKE cluster with JobSet: fills in launch/gke.yaml and hands it to kubectl.
-#   launch/gke.sh --name=NAME --image=IMAGE --topology=v5p:4x4x8 [--slices=N] --claim=NAME | --bucket=NAME
-#     --config=FILE.py --workdir=/mnt/gigagan/DIR [--config.key=value ...]
+#   launch/gke.sh --name=NAME --image=IMAGE --topology=v5p:4x4x8 [--slices=N] [--claim=NAME | --bucket=NAME]
+#     --config=FILE.py --workdir=gs://BUCKET/DIR [--config.key=value ...]
 #     [--namespace=default] [--service_account=default] [--chips_per_host=4] [--spot] [--restarts=100]
 #     [--dry-run: prints the manifest, runs nothing]
-# The disk at /mnt/gigagan is a PersistentVolumeClaim (--claim) or a bucket by Cloud Storage FUSE (--bucket).
+# --claim mounts a PersistentVolumeClaim at /mnt/gigagan, --bucket a bucket by Cloud Storage FUSE: for
+# --workdir=/mnt/gigagan/DIR, or for files that are only read. --workdir=gs://... needs neither.
 
 # shellcheck disable=SC2034  # the manifest reads the variables by their names
 set -euo pipefail
@@ -17,7 +18,7 @@ need_name "$name"
 need image
 need_number slices restarts chips_per_host
 read_topology "$topology"
-mount=/mnt/gigagan
+mount=/mnt/gigagan disk=''
 need_training "$mount"
 for flag in image claim bucket namespace service_account; do
   [[ ${!flag} =~ ^[A-Za-z0-9_./:@-]*$ ]] || die "--$flag=${!flag}: letters, digits and _./:@- only"
@@ -30,7 +31,11 @@ case ${claim:+claim}${bucket:+bucket} in
     disk="{bucketName: $bucket, mountOptions: $options}"
     disk="csi: {driver: gcsfuse.csi.storage.gke.io, volumeAttributes: $disk}"
     ;;
-  *) die "--claim=NAME or --bucket=NAME is needed, one of them: where the workdir lies" ;;
+  '')
+    [[ $workdir == gs://* ]] ||
+      die "--workdir=$workdir needs --claim=NAME or --bucket=NAME, the disk at $mount; gs://BUCKET/DIR needs neither"
+    ;;
+  *) die "--claim and --bucket exclude each other: there is one disk at $mount" ;;
 esac
 [ "$chips" -ge "$chips_per_host" ] || chips_per_host=$chips
 [ $((chips % chips_per_host)) = 0 ] || die "--chips_per_host=$chips_per_host does not divide the $chips chips of it"
@@ -57,6 +62,7 @@ manifest() {
   while IFS= read -r line; do
     case $line in
       *"# --spot") [ -n "$spot" ] || continue && line=${line%" # --spot"} ;;
+      *"# a disk") [ -n "$disk" ] || continue && line=${line%" # a disk"} ;;
       *"{{args}}")
         for word in "${train[@]}" --distributed; do
           printf '%s%s\n' "${line%"{{args}}"}" "$(yaml "$word")"

@@ -2,7 +2,8 @@
 # One machine: trains, and starts again after an interruption (exit code 75) until the run is done. SIGTERM or Ctrl-C to
 # this script save and stop.
 #   launch/local.sh [--dry-run] --config=configs/digits.py --workdir=DIR [--config.key=value ...]
-# PYTHON names the interpreter. All flags but a leading --dry-run go to the trainer as they are.
+# DIR is a folder, gs://BUCKET/PATH (the package's extra gcs) or s3://BUCKET/PATH (extra s3). PYTHON names the
+# interpreter. All flags but a leading --dry-run go to the trainer as they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh

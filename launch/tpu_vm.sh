@@ -6,7 +6,7 @@
 #             (in a queue; --direct: at once or not at all) [--service_account=EMAIL] [--network=N] [--subnetwork=N]
 #   wait      until they are there
 #   install   the code of a commit and its dependencies [--commit=REV] [--repo=URL to clone instead of copying]
-#             and a disk at /mnt/gigagan                [--mount=gs://BUCKET | --mount=ADDRESS:/SHARE]
+#             and a disk at /mnt/gigagan if you want it [--mount=gs://BUCKET | --mount=ADDRESS:/SHARE]
 #   start     the training on all machines, as a service that outlives the connection and reboots, starts again
 #             after exit code 75 and after a lost machine, and not after 2 (bad input)
 #   log       follows the first machine's;   status   of the machines and of the training
@@ -14,6 +14,7 @@
 #   run       create, wait, install, start, log
 #   keep      run without log, then looks every minute: makes machines that were taken away anew and goes on,
 #             until the training is done
+# DIR is gs://BUCKET/PATH, which needs no disk, or a folder on one that all machines have mounted.
 # Everywhere: [--project=ID] [--direct] [--dry-run: prints the commands, runs nothing]
 set -euo pipefail
 cd "$(dirname "$0")/.."

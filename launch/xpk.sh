@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Slices of TPU in a GKE cluster that xpk made (xpk cluster create, docs/pods.md).
 #   launch/xpk.sh --name=NAME --cluster=NAME --zone=ZONE --image=IMAGE --topology=v5p:4x4x8 [--slices=N]
-#     --config=FILE.py --workdir=DIR [--config.key=value ...]
+#     --config=FILE.py --workdir=gs://BUCKET/DIR [--config.key=value ...]
 #     [--project=ID] [--restarts=100] [--priority=medium] [--dry-run: prints the command, runs nothing]
-# The workdir is on a storage that the cluster has (xpk storage attach, with auto-mount). The training is started again
-# after every exit code but 2 (bad input).
+# A workdir that is a folder is on a storage that the cluster has (xpk storage attach, with auto-mount). The training is
+# started again after every exit code but 2 (bad input).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh

@@ -14,7 +14,7 @@ import yaml
 from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
 
-from tests.launch.test_launch_commands import GOLDEN, TRAINING
+from tests.launch.test_launch_commands import GOLDEN, IN_BUCKET, TRAINING
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = "1.33"  # of GKE's channels
@@ -83,8 +83,15 @@ def pod(manifest):
     return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
 
 
-@pytest.mark.parametrize("name, slices, hosts, chips", [("gke_bucket", 2, 32, 4), ("gke_claim_spot", 1, 1, 4)])
-def test_the_manifest_is_valid_and_passes_the_flags_as_they_are(name, slices, hosts, chips):
+@pytest.mark.parametrize(
+    "name, slices, hosts, chips, flags, volumes",
+    [
+        ("gke_bucket", 2, 32, 4, TRAINING, {"disk", "shared-memory"}),
+        ("gke_claim_spot", 1, 1, 4, TRAINING, {"disk", "shared-memory"}),
+        ("gke_workdir_in_bucket", 1, 32, 4, IN_BUCKET, {"shared-memory"}),
+    ],
+)
+def test_the_manifest_is_valid_and_passes_the_flags_as_they_are(name, slices, hosts, chips, flags, volumes):
     given = manifest(name)
     check(given)
     part = given["spec"]["replicatedJobs"][0]
@@ -94,8 +101,9 @@ def test_the_manifest_is_valid_and_passes_the_flags_as_they_are(name, slices, ho
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     assert container["command"] == ["python", "-m", "gigagan_jax.train"]
     as_kubernetes_expands = [a.replace("$$(", "$(") for a in container["args"]]
-    assert as_kubernetes_expands == [*TRAINING, "--distributed"]
-    assert {v["name"] for v in pod(given)["volumes"]} == {m["name"] for m in container["volumeMounts"]}
+    assert as_kubernetes_expands == [*flags, "--distributed"]
+    assert {v["name"] for v in pod(given)["volumes"]} == volumes
+    assert {m["name"] for m in container["volumeMounts"]} == volumes
     assert ("cloud.google.com/gke-spot" in pod(given)["nodeSelector"]) == name.endswith("spot")
 
 
@@ -211,3 +219,5 @@ def test_the_images_and_the_machines_install_extras_that_there_are():
     for name, first in (("Dockerfile.tpu", "tpu"), ("Dockerfile.gpu", "cuda"), ("tpu_vm_worker.sh", "tpu")):
         (named,) = re.findall(rf"\[({first}[a-z0-9,]*)\]", (ROOT / "launch" / name).read_text())
         assert set(named.split(",")) <= set(extras)
+        # For data and workdirs in a bucket.
+        assert "gcs" in named.split(",")

@@ -17,12 +17,14 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 AWKWARD = ("--config.data.path=gs://b/{00..10}.tar", """--config.name=it's $(HOME) `x` * "y" \\""", "--config.seed=0")
 TRAINING = ("--config=configs/laion.py", "--workdir=/mnt/gigagan/run 1", *AWKWARD)
+IN_BUCKET = ("--config=configs/laion.py", "--workdir=gs://bucket/run 1", *AWKWARD)
 TPU = ("--name=pod", "--zone=us-east5-a", "--topology=v5p:4x4x8")
 GKE = ("--name=pod", "--image=registry.example/gigagan:1", "--topology=v5p:4x4x8")
 XPK = ("--name=pod", "--cluster=c", "--zone=us-east5-a", "--image=registry.example/gigagan:1")
 DRY_RUNS = {
     "local": ("local.sh", "--dry-run", *TRAINING),
     "tpu_vm_run": ("tpu_vm.sh", "run", "--dry-run", *TPU, "--spot", "--mount=gs://bucket", *TRAINING),
+    "tpu_vm_workdir_in_bucket": ("tpu_vm.sh", "run", "--dry-run", *TPU, *IN_BUCKET),
     "tpu_vm_keep_two_slices": (
         *("tpu_vm.sh", "keep", "--dry-run", "--name=pod", "--zone=us-west4-a", "--topology", "v5e:16x16", "--slices=2"),
         *("--project=p", "--repo=https://example.com/gigagan_jax.git", "--commit=v1", "--mount=10.0.0.2:/share"),
@@ -36,11 +38,13 @@ DRY_RUNS = {
     "tpu_vm_stop": ("tpu_vm.sh", "stop", "--dry-run", "--name=pod", "--zone=us-east5-a"),
     "tpu_vm_delete": ("tpu_vm.sh", "delete", "--dry-run", "--name=pod", "--zone=us-east5-a"),
     "gke_bucket": ("gke.sh", "--dry-run", *GKE, "--slices=2", "--bucket=bucket", "--namespace=gan", *TRAINING),
+    "gke_workdir_in_bucket": ("gke.sh", "--dry-run", *GKE, *IN_BUCKET),
     "gke_claim_spot": (
         *("gke.sh", "--dry-run", "--name=one", "--image=registry.example/gigagan:1", "--topology=v6e:2x2", "--spot"),
         *("--claim=filestore", *TRAINING),
     ),
     "xpk": ("xpk.sh", "--dry-run", *XPK, "--topology=v6e-256", "--slices=2", *TRAINING),
+    "xpk_workdir_in_bucket": ("xpk.sh", "--dry-run", *XPK, "--topology=v6e-256", *IN_BUCKET),
     "slurm": (
         *("slurm.sh", "--dry-run", "--name=gan", "--nodes=4", "--gpus=8", "--cpus=12", "--time=1-00:00:00"),
         *("--partition=h100", "--sbatch=--signal=TERM@600", *TRAINING, "--", "--heartbeat_seconds=60"),
@@ -90,19 +94,52 @@ def trainer(name):
     if name == "slurm":
         (words,) = commands(name)
         return words[words.index("launch/slurm.sbatch") + 1 :]
-    if name == "xpk":
+    if name.startswith("xpk"):
         (words,) = commands(name)
         return shlex.split(words[-1].removeprefix("--command=").replace("$$(", "$("))  # as Kubernetes does
     starts = [w[-1].removeprefix("--command=") for w in commands(name) if "tpu_vm_worker.sh start" in w[-1]]
     return shlex.split(starts[0])
 
 
-@pytest.mark.parametrize("name", ["local", "tpu_vm_run", "tpu_vm_keep_two_slices", "xpk", "slurm"])
-def test_the_flags_reach_the_trainer_as_they_are(name):
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        *((name, TRAINING) for name in ("local", "tpu_vm_run", "tpu_vm_keep_two_slices", "xpk", "slurm")),
+        *((name, IN_BUCKET) for name in ("tpu_vm_workdir_in_bucket", "xpk_workdir_in_bucket")),
+    ],
+)
+def test_the_flags_reach_the_trainer_as_they_are(name, flags):
     words = trainer(name)
-    first = words.index(TRAINING[0])
-    assert tuple(words[first : first + len(TRAINING)]) == TRAINING
-    assert (words[-1] == "--distributed") == (name == "xpk")  # elsewhere what starts it on a machine adds it
+    first = words.index(flags[0])
+    assert tuple(words[first : first + len(flags)]) == flags
+    # Elsewhere what starts it on a machine adds it.
+    assert (words[-1] == "--distributed") == name.startswith("xpk")
+
+
+@pytest.mark.parametrize("name", ["tpu_vm_workdir_in_bucket", "gke_workdir_in_bucket", "xpk_workdir_in_bucket"])
+def test_a_workdir_in_a_bucket_mounts_nothing(name):
+    text = (GOLDEN / f"{name}.txt").read_text()
+    assert "gs://bucket/run 1" in text
+    assert "/mnt/gigagan" not in text
+    assert "gcsfuse.csi" not in text
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/runs/1", "s3://bucket/runs/1"])
+def test_one_process_of_slurm_may_have_its_workdir_in_any_bucket(workdir, bare_path):
+    given = ("slurm.sh", "--dry-run", "--name=gan", "--gpus=1", "--config=c.py", f"--workdir={workdir}")
+    done = launch(*given, path=bare_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"--workdir={workdir}" in done.stdout
+
+
+def test_a_disk_may_be_mounted_beside_a_workdir_in_a_bucket(bare_path):
+    """For files that are only read."""
+    done = launch("gke.sh", "--dry-run", *GKE, *IN_BUCKET, "--bucket=networks", path=bare_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "bucketName: networks" in done.stdout
+    done = launch("tpu_vm.sh", "run", "--dry-run", *TPU, *IN_BUCKET, "--mount=gs://networks", path=bare_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tpu_vm_worker.sh install gs://networks" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -130,14 +167,20 @@ def test_the_flags_reach_the_trainer_as_they_are(name):
         (("tpu_vm.sh", "install", "--dry-run", *TPU, "--mount=bucket"), "write gs://BUCKET"),
         (("tpu_vm.sh", "install", "--dry-run", *TPU, "--commit=nonesuch"), "no such commit"),
         (("tpu_vm.sh", "run", *TPU), "--config=FILE.py is needed"),
-        (("tpu_vm.sh", "run", *TPU, "--config=c.py"), "--workdir=FOLDER is needed"),
-        (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=gs://b/x"), "mount the bucket"),
-        (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=runs"), "an absolute path is needed"),
+        (("tpu_vm.sh", "run", *TPU, "--config=c.py"), "--workdir=gs://BUCKET/DIR is needed"),
+        (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=gs://b"), "name a folder in the bucket too"),
+        (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=gs://b/"), "name a folder in the bucket too"),
+        (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=s3://b/x"), "only a run of one process"),
+        (("slurm.sh", "--name=gan", "--gpus=2", "--config=c.py", "--workdir=s3://b/x"), "only a run of one process"),
+        (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=hdfs://b/x"), "use gs://BUCKET/DIR or a folder"),
+        (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=runs"), "or the whole path"),
         (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=/r", "--mount=gs://b"), "is at /mnt/gigagan"),
         (("tpu_vm.sh", "run", *TPU, "--config=c.py", "--workdir=/r", "--config.x=a\nb"), "a line break"),
         (("gke.sh", "--name=pod", "--topology=v5e:4x4"), "--image=... is needed"),
-        (("gke.sh", *GKE, *TRAINING), "--claim=NAME or --bucket=NAME is needed"),
-        (("gke.sh", *GKE, *TRAINING, "--claim=a", "--bucket=b"), "one of them"),
+        (("gke.sh", *GKE, *TRAINING), "needs --claim=NAME or --bucket=NAME"),
+        (("gke.sh", *GKE, *TRAINING, "--claim=a", "--bucket=b"), "exclude each other"),
+        (("gke.sh", *GKE, *IN_BUCKET, "--claim=a", "--bucket=b"), "exclude each other"),
+        (("gke.sh", *GKE, *IN_BUCKET), "kubectl is not installed"),
         (("gke.sh", *GKE, *TRAINING, "--claim=a: b"), "letters, digits"),
         (("gke.sh", *GKE, *TRAINING, "--claim=a", "--chips_per_host=3"), "does not divide the 128 chips"),
         (("gke.sh", *GKE, *TRAINING, "--claim=a"), "kubectl is not installed"),
