@@ -66,6 +66,8 @@ def verb(argv: Sequence[str]) -> int:
     if args.devices:
         raise UserError("--devices goes with --dry_run")
     place: RunFolder = args.workdir
+    if place.store is not None and jax.process_index() == 0:
+        _log.info("workdir: %s; its small files pass through %s", place, place.folder)
     place.download_settings()
     config = with_original_settings(place, config)
     place.download_programs()

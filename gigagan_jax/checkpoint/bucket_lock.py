@@ -56,11 +56,13 @@ class BucketLock:
         Raises:
           UserError: another run holds it and refreshes it.
         """
+        # Versions are compared and no times: the clocks of two machines may differ.
         watched: str | None = None
         deadline = 0.0
         while True:
             found = self._store.read_versioned(LOCK_FILE)
             if found is None or _is_free(found[0]):
+                # The condition decides between several that see it free.
                 with contextlib.suppress(ChangedError):
                     self._write(None if found is None else found[1])
                     return
@@ -74,6 +76,7 @@ class BucketLock:
                     return
                 continue
             if version != watched:
+                # It was refreshed while this run looked: its holder lives.
                 if watched is not None:
                     raise _occupied(self._store.address, holder)
                 watched, deadline = version, time.monotonic() + self._takeover
@@ -88,11 +91,13 @@ class BucketLock:
                     self._write(version)
                     _log.warning("the run on %s gave no sign for %.0f s: going on", holder.get("host"), self._takeover)
                     return
+                # Another one that waited was faster.
                 raise _occupied(self._store.address, holder)
             time.sleep(min(1.0, self._beat / 4))
 
     def start(self) -> None:
         """Begins to refresh the lock in the background."""
+        # A daemon: a run that fails must not wait for its lock.
         threading.Thread(target=self._refresh_periodically, daemon=True, name="bucket lock").start()
 
     def check(self) -> None:
@@ -123,10 +128,12 @@ class BucketLock:
     def release(self) -> None:
         """Frees the lock, where it is still this run's."""
         self._finished.set()
+        # A server that is away frees it by time.
+        store = ObjectStore(self._store.address, self._beat)
         with self._refreshing, contextlib.suppress(ChangedError, UserError):
             if not self._lost:
                 # Not deleted: not every server deletes on a condition.
-                self._store.write_if(LOCK_FILE, _encode(self._me | {"count": self._count, "free": True}), self._version)
+                store.write_if(LOCK_FILE, _encode(self._me | {"count": self._count, "free": True}), self._version)
 
     def _refresh_periodically(self) -> None:
         while not self._finished.wait(self._beat):
@@ -136,7 +143,9 @@ class BucketLock:
         with self._refreshing:
             if self._lost or self._finished.is_set():
                 return
+            # Not for the usual time: the lock is lost before that.
             store = ObjectStore(self._store.address, retry_seconds)
+            # Each refresh writes something else, by which its answer is known.
             self._count += 1
             try:
                 try:
@@ -195,6 +204,7 @@ def _describe_process() -> dict[str, Any]:
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
+        # A process number is unique on one boot of one machine, and with its start even when numbers are used again.
         "machine": _machine(),
         "process": pid,
         "started": process_start(pid),

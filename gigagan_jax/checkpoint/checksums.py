@@ -94,10 +94,12 @@ class ObjectFiles:
         return self._entry(file).size
 
     def read(self, file: str) -> bytes:
+        # What came after the listing is not part of the checkpoint.
         self._entry(file)
         return self._store.read_bytes(f"{self._folder}/{file}")
 
     def chunks(self, file: str) -> Iterator[bytes]:
+        # Larger than on a disk: each is a request.
         size, chunk = self._entry(file).size, 16 * _CHUNK
         for offset in range(0, size, chunk):
             yield self._store.read(self._store.path(f"{self._folder}/{file}"), offset, min(chunk, size - offset))

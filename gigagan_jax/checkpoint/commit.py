@@ -29,6 +29,7 @@ def atomicity_options(steps: StepFolders) -> Any:
     """
     if isinstance(steps, (LocalSteps, StagedSteps)):
         return ocp.options.AtomicityOptions(mode=_Mode.ATOMIC_RENAME)
+    # Legacy: items of a checkpoint that was copied from a disk have no markers of their own.
     return ocp.options.AtomicityOptions(mode=_Mode.COMMIT_FILE, allow_legacy_atomic_rename=True)
 
 
@@ -64,6 +65,7 @@ class _RenamedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def _marked_path(place: RunFolder, after_commit: Callable[[int], None]) -> type:
+    # Orbax makes the object from a path: what else it needs comes from this closure.
     assert place.store is not None
     store = place.store
 
@@ -79,7 +81,9 @@ def _marked_path(place: RunFolder, after_commit: Callable[[int], None]) -> type:
                 write_checksums(ObjectFiles(store, f"{CHECKPOINTS_FOLDER}/{step}"))
                 place.check_lock()
 
+            # In threads: each of these waits for a server.
             await asyncio.to_thread(prepare)
+            # Writes the marker.
             await super().finalize()
             await asyncio.to_thread(_clean_up, after_commit, step)
             return None
@@ -91,6 +95,7 @@ def _staged_path(place: RunFolder, steps: StagedSteps, after_commit: Callable[[i
     class StagedPath(_RenamedPath):
         async def finalize(self) -> None:
             step = _step_of(self)
+            # Complete on this machine, with its checksums; then there.
             await super().finalize()
             if step is not None:
                 await asyncio.to_thread(place.upload)

@@ -31,6 +31,7 @@ from gigagan_jax.checkpoint.stored_paths import translate_paths
 from gigagan_jax.config import Config, from_dict, parameter_renames, to_dict
 from gigagan_jax.config.migrations import FORMAT_KEY, upgrade_config, with_format
 from gigagan_jax.core.errors import Unreachable, UserError, error_chain, is_transient
+from gigagan_jax.core.processes import leave_threads_behind
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
 from gigagan_jax.parallel import communication
 
@@ -63,6 +64,8 @@ class Checkpoints:
         # The step whose save is in progress.
         self._saving: int | None = None
         self._save_began = 0.0
+        # The newest one that this process knows to be complete in a bucket.
+        self._complete: int | None = None
         # After a failed save Orbax must not be waited for.
         self._failed = False
         self._background_errors = BackgroundErrors()
@@ -105,6 +108,7 @@ class Checkpoints:
 
     def _after_commit(self, step: int) -> None:
         """In a bucket: deletes what the rules of retention do not keep. Process 0, while training continues."""
+        self._complete = step
         for old in self._retention.steps_to_delete([*self._steps.all_steps(), step]):
             self._steps.delete(old)
 
@@ -126,6 +130,7 @@ class Checkpoints:
         valid_step = self._find_latest_valid() if jax.process_index() == 0 else None
         step: int | None = communication.broadcast_from_main(valid_step)
         if step is not None:
+            self._complete = step
             self._verified_steps.add(step)
         return step
 
@@ -260,7 +265,7 @@ class Checkpoints:
             raise self._write_error(self._background_errors.error) from self._background_errors.error
         if self._place.store is None or self._settings is None:
             return
-        self._place.check_lock()
+        self._run_write(self._place.check_lock)
         # A server that takes bytes one by one ends no request.
         if time.monotonic() - self._save_began > self._settings.timeout_seconds:
             raise self._write_error(TimeoutError(f"not done after {self._settings.timeout_seconds} s"))
@@ -280,9 +285,8 @@ class Checkpoints:
     def _run_write(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except UserError:
-            self._failed = True
-            raise
+        except UserError as e:
+            raise self._write_error(e) from None
         except Exception as e:
             # The clients of object stores have errors of their own; on a disk others are errors of this program.
             if self._place.store is None and not isinstance(e, (OSError, ValueError)):
@@ -291,6 +295,9 @@ class Checkpoints:
 
     def _write_error(self, error: BaseException) -> Exception:
         self._failed = True
+        if self._place.store is not None:
+            # Orbax's wait five minutes for each other when one has failed, and Python waits for them.
+            leave_threads_behind("a failed save")
         if isinstance(error, UserError):
             return error
         # A lost process: the state could not be copied, or a collective of the save failed. The disk is not the cause.
@@ -310,6 +317,8 @@ class Checkpoints:
         )
 
     def _last_complete(self) -> int | None:
+        if self._complete is not None:
+            return self._complete
         # The server may be away, which may be why this is asked for.
         with contextlib.suppress(UserError, OSError):
             steps = BucketSteps(ObjectStore(self._place.address, retry_seconds=5.0))
@@ -360,8 +369,12 @@ class Checkpoints:
         """Deletes a checkpoint, such as one that a rollback discards."""
         if self._place.store is None:
             self._manager.delete(step)
-        elif jax.process_index() == 0:
-            self._steps.delete(step)
+        else:
+            if jax.process_index() == 0:
+                self._steps.delete(step)
+            # Orbax caches the list of steps: no process may look before the objects are gone.
+            communication.broadcast_from_main(True)
+            self._manager.reload()
         # The run may write this step again, and must verify it again.
         self._verified_steps.discard(step)
 

@@ -60,6 +60,7 @@ class Mirror:
         """
         found = self._store.list_objects()
         shared = (COMPILATION_CACHE_FOLDER, "gigagan_index")
+        # Hidden objects are probes; the lock and the trigger are no files of the run.
         wanted = [
             name
             for name in found
@@ -68,6 +69,7 @@ class Mirror:
             and not name.startswith(".")
         ]
         self._store.download(wanted, self._folder)
+        # Readers and writers of this machine know one file of lines.
         join_parts(self._folder)
         for name in wanted:
             self._remember(name)
@@ -92,8 +94,10 @@ class Mirror:
           Unreachable: the server does not answer.
         """
         with self._uploading:
+            # Sizes and times of files, and no digests: a round must cost next to nothing where nothing has changed.
             changed = [n for n in self._list_files() if self._stamp(n) != self._uploaded.get(n, (None, []))[0]]
             for name in changed:
+                # Before each and not once: a round may take longer than the lock is trusted.
                 self.guard()
                 # A file may have been replaced or removed meanwhile: the next upload has it.
                 with contextlib.suppress(FileNotFoundError):
@@ -103,6 +107,7 @@ class Mirror:
         """Stops the background uploads and uploads what is left. Raises as `upload`."""
         self._finished.set()
         if self._thread is not None:
+            # It may be uploading; `upload` below waits for it in any case.
             self._thread.join(UPLOAD_SECONDS)
         self.upload()
 
@@ -157,11 +162,13 @@ class Mirror:
             surplus = [n for n, _ in zip(part_names(name), before, strict=False)][len(parts) :]
             self._store.delete(surplus)
         else:
+            # Images, events, settings: written once, or small.
             digests = []
             self._store.upload([name], self._folder)
         self._uploaded[name] = (stamp, digests)
 
     def _remember(self, name: str) -> None:
+        # What was just downloaded is not uploaded again.
         path = self._folder / name
         if not path.exists():
             return

@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,8 +20,8 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.storage import Storage, configure_clients, join_path
 
 T = TypeVar("T")
-# Seconds for which a failed request is repeated.
-RETRY_SECONDS = 300.0
+# Names the seconds for which a failed request is repeated, and their default.
+RETRY_VARIABLE, RETRY_SECONDS = "GIGAGAN_RETRY_SECONDS", 300.0
 # Requests in flight of one listing, upload or deletion.
 _THREADS = 16
 # A server of S3 refuses an object that is uploaded whole and larger; Google's would take it.
@@ -52,18 +53,23 @@ class ObjectStore(Storage):
 
     Args:
       address: gs://BUCKET/PATH or s3://BUCKET/PATH.
-      retry_seconds: time for which failed requests are repeated before they become an error.
+      retry_seconds: time for which failed requests are repeated before they become an error; None for the environment's.
+
+    Raises:
+      UserError: the environment's is no number.
     """
 
-    retry_setting = ""
+    retry_setting = RETRY_VARIABLE
 
-    def __init__(self, address: str, retry_seconds: float = RETRY_SECONDS):
-        super().__init__(retry_seconds)
+    def __init__(self, address: str, retry_seconds: float | None = None):
+        super().__init__(_retry_seconds() if retry_seconds is None else retry_seconds)
         self.address = address.rstrip("/")
+        # Fixed here: rights, conditions and limits depend on it.
         self.scheme = address[: address.index("://")]
         # Orbax and JAX open file systems of their own for such addresses.
         configure_clients(self.scheme)
 
+    # Connections belong to one process.
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"address": self.address, "scheme": self.scheme}
 
@@ -115,6 +121,7 @@ class ObjectStore(Storage):
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | None:
         """(content, version) of one moment; None where there is no such object."""
+        # Content and version come in two answers: a write in between shows in a third.
         while True:
             before = self.info(name)
             if before is None:
@@ -159,6 +166,7 @@ class ObjectStore(Storage):
         """Deletes objects; those that are missing are no error."""
 
         def delete_one(name: str) -> None:
+            # One by one: a request for many answers that it went well where some of them did not.
             try:
                 self._retry(name, lambda system, path: system.rm_file(path))
             except FileNotFoundError:
@@ -170,6 +178,7 @@ class ObjectStore(Storage):
         """Copies all objects of a folder on the server."""
 
         def copy_one(name: str) -> None:
+            # The bytes do not pass through this machine.
             to = self.path(join_path(target, name))
             self._retry(join_path(source, name), lambda system, path: system.cp_file(path, to))
 
@@ -195,12 +204,14 @@ class ObjectStore(Storage):
             if size < 64 << 20:
                 self.write_bytes(name, file.read_bytes())
             else:
+                # In pieces: a request of gigabytes would begin anew at each fault.
                 self._retry(name, lambda system, path: system.put_file(str(file), path))
 
         self._parallel(upload_one, names)
 
     def _parallel(self, act: Callable[[str], None], names: Iterable[str]) -> None:
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            # Consumed: the first error is raised, and the rest of the names is not begun.
             for _ in pool.map(act, names):
                 pass
 
@@ -216,6 +227,7 @@ def check_bucket(store: ObjectStore) -> None:
       UserError: the bucket is missing, or this machine may not do one of them.
       Unreachable: the server does not answer.
     """
+    # Hidden: the mirror passes it over where it could not be deleted.
     probe = f".probe-{time.time_ns()}"
     doing = "list"
     try:
@@ -240,6 +252,14 @@ def check_bucket(store: ObjectStore) -> None:
         ) from None
 
 
+def _retry_seconds() -> float:
+    text = os.environ.get(RETRY_VARIABLE, "")
+    try:
+        return float(text or RETRY_SECONDS)
+    except ValueError:
+        raise UserError(f"{RETRY_VARIABLE}={text} is no number of seconds") from None
+
+
 def _object_info(entry: dict[str, Any]) -> ObjectInfo:
     tag = str(entry.get("ETag", "")).strip('"')
     # Google's is of the content. The tag of S3 is one too, unless the object came in parts or is encrypted by a key service.
@@ -262,6 +282,7 @@ def _write_if(scheme: str, system: Any, path: str, data: bytes, version: str | N
                 raise FileExistsError(path) from None
             raise
         return answer["ETag"].strip('"')
+    # gcsfs has the condition of no object only. The name is in the body: some servers keep conditions of such requests alone.
     boundary = "==gigagan=="
     head = (
         f"--{boundary}\nContent-Type: application/json; charset=UTF-8\n\n{json.dumps({'name': key})}\n"

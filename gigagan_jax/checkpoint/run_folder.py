@@ -20,7 +20,7 @@ from gigagan_jax.checkpoint.bucket_lock import BucketLock, hold_bucket_lock
 from gigagan_jax.checkpoint.mirror import Mirror
 from gigagan_jax.checkpoint.object_store import ObjectStore, check_bucket
 from gigagan_jax.checkpoint.step_folders import BucketSteps, LocalSteps, StagedSteps, StepFolders
-from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.errors import Unreachable, UserError
 from gigagan_jax.core.files import join_parts
 from gigagan_jax.core.processes import process_start
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE, REPORT_FILE, SNAPSHOTS_FOLDER, WEIGHTS_FILE
@@ -76,7 +76,7 @@ class RunFolder:
         """The checkpoints of the run."""
         if self.store is None:
             return LocalSteps(self.folder)
-        # Orbax writes arrays to gs:// itself. It knows no s3://.
+        # Orbax writes arrays to gs:// itself, each process its own. It knows no s3://.
         if self.store.scheme == "gs":
             return BucketSteps(self.store, self.check_lock)
         return StagedSteps(self.store, self.folder, self.check_lock)
@@ -90,6 +90,7 @@ class RunFolder:
                 f"--workdir={self.address}: a run of several processes cannot keep checkpoints at s3://, to which Orbax does not "
                 "write: use gs://, or a folder that all machines have mounted"
             )
+        # The others would ask the same server for the same rights.
         if jax.process_index() == 0:
             check_bucket(self.store)
 
@@ -105,6 +106,7 @@ class RunFolder:
 
     def check_lock(self) -> None:
         """Raises UserError or Unreachable where this run may not write to its bucket any more; returns on a disk."""
+        # Process 0 has the lock; the others write nothing that counts before its marker.
         if self._lock is not None:
             self._lock.check()
 
@@ -114,9 +116,14 @@ class RunFolder:
             return run_lock.read_heartbeat(self.folder).get("run")
         return bucket_lock.read_run(self.store)
 
+    def show(self, file: Path) -> str:
+        """Where users find a file of the run."""
+        return str(file) if self.store is None else self.store.path(file.relative_to(self.folder).as_posix())
+
     def download_settings(self) -> None:
         """Brings the config, and the weights of a published model, to this machine."""
         if self.store is not None:
+            # Published weights may lie in a bucket too.
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 if self.store.info(name) is not None:
                     self.store.download([name], self.folder)
@@ -137,12 +144,20 @@ class RunFolder:
                 join_parts(self.folder)
             yield
             return
+        # Once more, with the lock held: another run may have written since the settings were read.
         self._mirror.download(everything=jax.process_index() == 0)
         self._mirror.start()
         try:
             yield
-        finally:
-            self._mirror.close()
+        except BaseException as error:
+            # The logs of a run that failed must not hide why, nor wait for a server that does not answer.
+            if not isinstance(error, Unreachable):
+                try:
+                    self._mirror.close()
+                except UserError as e:
+                    _log.warning("the last lines of the logs were not uploaded: %s", e)
+            raise
+        self._mirror.close()
 
     def download_programs(self) -> None:
         """Brings the compiled programs of earlier starts to this machine."""
@@ -163,6 +178,7 @@ class RunFolder:
         times: dict[str, float] = {}
         for name, info in self.store.list_objects(CHECKPOINTS_FOLDER).items():
             step = name.split("/", 1)[0]
+            # "12.damaged" too, as on a disk.
             if step[0].isdecimal():
                 sizes[step] = sizes.get(step, 0) + info.size
                 times[step] = max(times.get(step, 0.0), info.time)
@@ -190,6 +206,7 @@ def _make_scratch(address: str) -> Path:
             pid = old.name[len(mark) + 1 :].partition("-")[0]
             if pid.isdecimal() and not process_start(int(pid)):
                 shutil.rmtree(old, ignore_errors=True)
+        # A new one for each process: several of a run may share a machine.
         folder = Path(tempfile.mkdtemp(prefix=f"{mark}-{os.getpid()}-", dir=base))
     except OSError as e:
         raise UserError(

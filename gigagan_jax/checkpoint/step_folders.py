@@ -134,6 +134,7 @@ class BucketSteps:
         return bool(self._store.list_folders(CHECKPOINTS_FOLDER))
 
     def all_steps(self) -> list[int]:
+        # Digits alone: "12.damaged" is none.
         names = [n for n in self._store.list_folders(CHECKPOINTS_FOLDER) if n.isdecimal()]
         return sorted(int(n) for n in names if self._is_complete(n))
 
@@ -147,6 +148,7 @@ class BucketSteps:
         taken = self._store.list_folders(CHECKPOINTS_FOLDER)
         name = next(n for n in _damaged_names(step) if n not in taken)
         self._guard()
+        # No rename: the copy is complete before the first object goes.
         self._store.copy(_name(step), _name(name))
         self.delete(step)
         return self._store.path(_name(name))
@@ -165,6 +167,7 @@ class BucketSteps:
 
     def delete(self, step: int) -> None:
         names = list(self._store.list_objects(_name(step)))
+        # What makes it complete goes first, in this order: stopped in between, it counts as half written.
         for first in (COMMIT_FILE, METADATA_FILE, CHECKSUMS_FILE):
             if first in names:
                 self._guard()
@@ -176,6 +179,7 @@ class BucketSteps:
     def has(self, step: int, name: str) -> bool:
         if self._store.info(_name(step, name)) is not None:
             return True
+        # An item is a folder, which is nothing but the objects in it.
         return bool(self._store.list_objects(_name(step, name)))
 
     def read_text(self, step: int, name: str) -> str:
@@ -212,6 +216,7 @@ class StagedSteps(BucketSteps):
     def fetch(self, step: int) -> None:
         folder = self._scratch / CHECKPOINTS_FOLDER / str(step)
         if not folder.exists():
+            # Before the download: the disk of this machine holds one checkpoint at a time.
             self._remove_others(step)
             self._store.download((_name(step, n) for n in self._store.list_objects(_name(step))), self._scratch)
 
@@ -219,13 +224,20 @@ class StagedSteps(BucketSteps):
         """Uploads a checkpoint that Orbax has written to this machine; the marker comes last."""
         folder = self._scratch / CHECKPOINTS_FOLDER / str(step)
         names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+        # Orbax has written both in the folder; there they make it complete.
         last = [n for n in (METADATA_FILE, COMMIT_FILE) if n in names]
         self._guard()
+        # Arrays, items and checksums first.
         self._store.upload((_name(step, n) for n in names if n not in last), self._scratch)
         for name in last:
+            # The arrays took their time: another run may hold the lock now.
             self._guard()
             self._store.upload([_name(step, name)], self._scratch)
         self._remove_others(step)
+
+    def delete(self, step: int) -> None:
+        super().delete(step)
+        shutil.rmtree(self._scratch / CHECKPOINTS_FOLDER / str(step), ignore_errors=True)
 
     def _remove_others(self, step: int) -> None:
         for old in (self._scratch / CHECKPOINTS_FOLDER).glob("*"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.core.processes import tune_malloc
+from gigagan_jax.core.processes import exit_past_threads, tune_malloc
 from gigagan_jax.parallel import watchdog
 
 # EX_TEMPFAIL: stopped by SIGTERM, with the state saved where there was a step to save. Launchers run the same command again.
@@ -53,6 +53,7 @@ def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
     # After a failure, other processes may be in a collective, and a normal exit would wait for them.
     if code not in (0, RESTART, INTERRUPTED):
         watchdog.exit_without_waiting(code)
+        exit_past_threads(code)
     sys.exit(code)
 
 

@@ -6,6 +6,7 @@ import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,22 @@ def process_start(number: int) -> str:
 
 # Of scripts that read data by this package: worker processes import them.
 _MAIN_GUARD = "put what it does under `if __name__ == '__main__':`"
+
+
+_threads_left: list[str] = []
+
+
+def leave_threads_behind(why: str) -> None:
+    """Lets the verb that ends with an error not wait for threads of a library that wait for something that will not come."""
+    _threads_left.append(why)
+
+
+def exit_past_threads(code: int) -> None:
+    """Ends this process at once where threads were left behind; returns otherwise."""
+    if _threads_left:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def begin_worker() -> None:

@@ -1,11 +1,11 @@
 """Hooks of a training run: grids of fixed prompts and seeds, and the judges of its evaluators."""
 
 import logging
-from pathlib import Path
 
 import jax
 import numpy as np
 
+from gigagan_jax.checkpoint.run_folder import RunFolder
 from gigagan_jax.config import Config
 from gigagan_jax.core.workdir_files import SNAPSHOTS_FOLDER
 from gigagan_jax.evaluation.judges import Judge, make_judge
@@ -19,7 +19,7 @@ from gigagan_jax.training.state import GanState
 _log = logging.getLogger(__name__)
 
 
-def snapshot_hook(config: Config, sampler: Sampler, workdir: Path) -> Hook:
+def snapshot_hook(config: Config, sampler: Sampler, place: RunFolder) -> Hook:
     """Returns a hook that draws grids of fixed prompts (rows) and seeds (columns), one grid for each truncation."""
     s = config.snapshot
 
@@ -35,10 +35,10 @@ def snapshot_hook(config: Config, sampler: Sampler, workdir: Path) -> Hook:
         picture = side_by_side(pictures, titles)
         if jax.process_index() == 0:
             # Zero-padded: the names sort by time.
-            path = workdir / SNAPSHOTS_FOLDER / f"{kimg:010.3f}kimg.png"
+            path = place.folder / SNAPSHOTS_FOLDER / f"{kimg:010.3f}kimg.png"
             save_png(path, picture, {"kimg": f"{kimg:.3f}", "config": config.name})
             logger.log_image("samples", int(state.step), np.asarray(picture.convert("RGB")))
-            _log.info("samples: %s", path)
+            _log.info("samples: %s", place.show(path))
 
     return draw_snapshot
 
@@ -65,4 +65,4 @@ def make_hooks(run: Run) -> Hooks:
     sampler = Sampler(config, run.mesh, frozen=lambda: run.frozen[0])
     # Judges are made at the start: a run of hours must not end with pictures that they lack.
     finish = [judge_hook(make_judge(name, config, run.workdir), sampler) for name in config.evaluators]
-    return Hooks(snapshot_hook(config, sampler, run.workdir), finish)
+    return Hooks(snapshot_hook(config, sampler, run.place), finish)

@@ -69,6 +69,6 @@ def make_snapshot_hook(run: Run) -> Hook:
         path = run.workdir / SNAPSHOTS_FOLDER / f"{kimg:010.3f}kimg.png"
         save_png(path, picture, {"kimg": f"{kimg:.3f}", "config": config.name})
         logger.log_image("samples", int(state.step), np.asarray(picture.convert("RGB")))
-        _log.info("samples: %s", path)
+        _log.info("samples: %s", run.place.show(path))
 
     return draw_snapshot

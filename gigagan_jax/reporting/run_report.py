@@ -72,8 +72,10 @@ def write_report_at_end(
 
     def write() -> None:
         try:
-            _log.info("report: %s", write_report(workdir, **before()))
+            place = before()
+            out = write_report(workdir, **place)
             after()
+            _log.info("report: %s", f"{place['address']}/{out.name}" if place else out)
         # Any error: the training is done, and a report must not turn it into a failure.
         except Exception as e:
             _log.warning("no report was written: %s: %s", type(e).__name__, e)

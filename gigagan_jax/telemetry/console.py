@@ -28,7 +28,13 @@ _NOISY_LIBRARIES = (
     "asyncio",
     "PIL",
     "urllib3",
+    "fsspec",
+    "s3fs",
+    "aiobotocore",
+    "botocore",
 )
+# It logs a traceback for each error that it also raises.
+_SILENT_LIBRARIES = ("gcsfs",)
 
 
 class TrainingProgress:
@@ -173,5 +179,7 @@ def configure_logging(verbose: bool = False, process_index: int = 0) -> None:
     absl.logging.set_verbosity(absl.logging.WARNING)
     for name in _NOISY_LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in _SILENT_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     # NOTSET leaves the level to the root logger.
     logging.getLogger("gigagan_jax").setLevel(logging.DEBUG if verbose else logging.NOTSET)

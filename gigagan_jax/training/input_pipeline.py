@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from gigagan_jax.checkpoint.run_folder import RunFolder
 from gigagan_jax.config import Config, TextConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import QUARANTINE_FILE
@@ -16,6 +17,7 @@ from gigagan_jax.data.sources import filters, make_source
 from gigagan_jax.data.tokenizers import Tokenizer, make_tokenizer
 from gigagan_jax.models.pretrained.frozen import clip_length, needs_own_clip_tokens
 from gigagan_jax.models.pretrained.text_encoder import tokenizer_options
+from gigagan_jax.parallel import communication
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +40,21 @@ def make_data_source(config: Config, workdir: Path | None = None) -> Source:
     if filter_report:
         _log.info("filters:\n%s", filters.format_report(filter_report))
     return source
+
+
+def build_shared_index(config: Config, place: RunFolder) -> None:
+    """Lets process 0 build the index of tars in a bucket, for all: the processes of a run in a bucket share no folder."""
+    data = config.data
+    indexed = data.source in ("auto", "tar") and "://" in " ".join((data.path, *data.mixture))
+    if place.store is None or jax.process_count() == 1 or not indexed:
+        return
+    if jax.process_index() == 0:
+        make_data_source(config, place.folder)
+        place.upload()
+    # The others wait here, as they wait for a lock on a disk.
+    communication.broadcast_from_main(True)
+    if jax.process_index() != 0:
+        place.download_programs()
 
 
 def make_tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:

@@ -29,7 +29,7 @@ from gigagan_jax.telemetry.profiler import Profiler
 from gigagan_jax.training import losses
 from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.health.recovery import HealthGuard
-from gigagan_jax.training.input_pipeline import make_pipeline
+from gigagan_jax.training.input_pipeline import build_shared_index, make_pipeline
 from gigagan_jax.training.state import GanState, Networks
 from gigagan_jax.training.step import TrainStep
 from gigagan_jax.training.throughput import ThroughputMeter, run_info
@@ -156,6 +156,7 @@ class Run:
     def _train_on_data(self, goodput: Goodput, profiler: Profiler) -> GanState:
         config = self.config
         _log.info("data: %s %s", config.data.source, config.data.path)
+        build_shared_index(config, self.place)
         with make_pipeline(config, self.workdir, self.rows) as data:
             goodput.record_facts({"data": data.describe_source()})
             # Processes with other settings would compute other programs and wait for each other for ever.

@@ -1,4 +1,7 @@
-"""A server of Google's Cloud Storage on this machine, with a proxy before it that makes requests fail."""
+"""A server of Google's Cloud Storage on this machine, with a proxy before it that makes requests fail.
+
+It comes with the extra `test`. Objects are files of a folder, so that a bucket can be looked into.
+"""
 
 import contextlib
 import os
@@ -34,11 +37,14 @@ class GoogleServer:
 
     def __init__(self, folder=None, bucket="bucket"):
         self.folder = Path(folder or tempfile.mkdtemp())
-        self.bucket, self.port, self.process, self.proxy = bucket, free_port(), None, None
+        self.bucket, self.port = bucket, free_port()
+        self.process: subprocess.Popen | None = None
+        self.proxy: FaultProxy | None = None
 
-    def start(self):
+    def start(self) -> "GoogleServer":
         (self.folder / self.bucket).mkdir(parents=True, exist_ok=True)
-        command = [PROGRAM, "-scheme", "http", "-backend", "filesystem", "-filesystem-root", self.folder]
+        assert self.process is None
+        command = [str(PROGRAM), "-scheme", "http", "-backend", "filesystem", "-filesystem-root", str(self.folder)]
         command += ["-host", "127.0.0.1", "-port", str(self.port), "-external-url", self.url]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
@@ -64,8 +70,10 @@ class GoogleServer:
         }
 
     def stop(self):
-        self.process.kill()
-        self.process.wait()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
 
     def __enter__(self):
         return self.start()
@@ -88,6 +96,7 @@ class FaultProxy:
         self.target, self.faults, self.counts, self.matches = port, {}, {}, ""
         self.sent_bytes = 0
         self._random, self._lock = random.Random(seed), threading.Lock()
+        self._uploads = {}
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
@@ -122,7 +131,9 @@ class FaultProxy:
             kind = self._choose(line)
             if kind in ("503", "429", "401", "403"):
                 code = {"503": "backendError", "429": "rateLimitExceeded", "401": "authError", "403": "forbidden"}[kind]
-                body = f'{{"error": {{"code": {kind}, "message": "{code}", "errors": [{{"reason": "{code}"}}]}}}}'.encode()
+                body = (
+                    f'{{"error": {{"code": {kind}, "message": "{code}", "errors": [{{"reason": "{code}"}}]}}}}'.encode()
+                )
                 head = f"HTTP/1.1 {kind} x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
                 client.sendall(head.encode() + b"Connection: close\r\n\r\n" + body)
                 return
@@ -136,15 +147,22 @@ class FaultProxy:
                 time.sleep(0.5)
             with self._lock:
                 self.sent_bytes += len(request)
-            with socket.create_connection(("127.0.0.1", self.target)) as server:
-                head, _, body = request.partition(b"\r\n\r\n")
-                lines = [x for x in head.split(b"\r\n") if not x.lower().startswith(b"connection:")]
-                server.sendall(b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body)
-                answer = b""
-                while chunk := server.recv(1 << 20):
-                    answer += chunk
+            answer = self._uploads.get(line) or self._forward(request)
+            # The server forgets an upload in pieces when it is complete; Google's answers a repeated last piece as before.
+            if "upload_id=" in line and answer.split(b" ", 2)[1] == b"200":
+                self._uploads[line] = answer
             if kind != "lost":
                 client.sendall(answer)
+
+    def _forward(self, request):
+        head, _, body = request.partition(b"\r\n\r\n")
+        lines = [x for x in head.split(b"\r\n") if not x.lower().startswith(b"connection:")]
+        with socket.create_connection(("127.0.0.1", self.target)) as server:
+            server.sendall(b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body)
+            answer = b""
+            while chunk := server.recv(1 << 20):
+                answer += chunk
+            return answer
 
 
 def _read_message(client):
