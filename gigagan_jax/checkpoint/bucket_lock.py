@@ -112,6 +112,7 @@ class BucketLock:
                 f"--workdir={self._store.address}: another run has taken its lock ({self._lost}): this one stops here and "
                 "writes nothing more"
             )
+        # No request as a rule: it is called before each upload.
         age = time.monotonic() - self._refreshed
         if age > _TRUSTED_SHARE * self._takeover:
             # A process that was suspended: its lock may still be its own.
@@ -224,6 +225,7 @@ def _machine() -> str:
 
 def _is_dead(holder: dict[str, Any], me: dict[str, Any]) -> bool:
     """Whether the holder is a process of this machine that has ended."""
+    # Without /proc nothing is known of processes: the lock is waited for.
     if not me["machine"] or holder.get("machine") != me["machine"]:
         return False
     return process_start(int(holder.get("process", 0))) != holder.get("started")

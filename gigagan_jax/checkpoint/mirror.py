@@ -76,6 +76,7 @@ class Mirror:
 
     def download_folder(self, name: str) -> None:
         """Downloads the files of a folder that this machine lacks."""
+        # Grids never change: those of this machine are not asked for again.
         missing = [n for n in self._store.list_objects(name) if not (self._folder / name / n).exists()]
         self._store.download([f"{name}/{n}" for n in missing], self._folder)
         for n in missing:
@@ -105,6 +106,7 @@ class Mirror:
 
     def close(self) -> None:
         """Stops the background uploads and uploads what is left. Raises as `upload`."""
+        # No round begins after this.
         self._finished.set()
         if self._thread is not None:
             # It may be uploading; `upload` below waits for it in any case.

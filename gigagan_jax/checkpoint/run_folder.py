@@ -113,6 +113,7 @@ class RunFolder:
     def read_run(self) -> str | None:
         """The random name of the run that holds the lock; None without one."""
         if self.store is None:
+            # The lock of a disk is of the kernel; its heartbeat is the file that others can read.
             return run_lock.read_heartbeat(self.folder).get("run")
         return bucket_lock.read_run(self.store)
 
@@ -147,6 +148,7 @@ class RunFolder:
         # Once more, with the lock held: another run may have written since the settings were read.
         self._mirror.download(everything=jax.process_index() == 0)
         self._mirror.start()
+        # Entered before everything that writes, so that the last lines of all of it are uploaded.
         try:
             yield
         except BaseException as error:

@@ -21,6 +21,7 @@ from gigagan_jax.checkpoint.run_folder import RunFolder
 from gigagan_jax.checkpoint.workdir import open_workdir
 from gigagan_jax.core.errors import Unreachable, UserError
 from gigagan_jax.core.files import join_parts, part_names, read_json_lines, split_lines
+from gigagan_jax.data import storage
 from tests.checkpoint.test_manager import abstract, save, state
 from tests.object_server import Server
 from tests.runs import small
@@ -113,8 +114,10 @@ def test_of_many_that_create_one_object_one_succeeds(address):
     assert [str(i).encode() for i in won] == [ObjectStore(address).read_bytes("lock")]
 
 
-def test_a_lost_answer_to_a_conditional_write_is_no_write_of_somebody_else(google, faults, tmp_path):
+def test_a_lost_answer_to_a_conditional_write_is_no_write_of_somebody_else(google, faults, tmp_path, monkeypatch):
     store = ObjectStore(f"gs://bucket/{tmp_path.name}")
+    without_own_pauses(store, monkeypatch)
+    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.05)
     google.proxy.matches = "ifGenerationMatch"
     faults["lost"] = 0.6
     version = store.write_if("lock", b"0", None)
@@ -126,10 +129,8 @@ def test_a_lost_answer_to_a_conditional_write_is_no_write_of_somebody_else(googl
 
 @pytest.mark.parametrize("kind", ["503", "429", "cut"])
 def test_a_server_that_is_away_is_waited_for_within_a_bound(google, faults, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("gcsfs.core.GCSFileSystem.retries", 1)
     store = ObjectStore(f"gs://bucket/{tmp_path.name}", retry_seconds=0.5)
-    # Without the pauses of the client itself.
-    monkeypatch.setattr(store._file_system(store.address), "_request", once(store._file_system(store.address)))
+    without_own_pauses(store, monkeypatch)
     faults[kind] = 1.0
     with pytest.raises(Unreachable, match=r"has not answered for .*GIGAGAN_RETRY_SECONDS sets the time"):
         store.write_bytes("a", b"1")
@@ -137,8 +138,10 @@ def test_a_server_that_is_away_is_waited_for_within_a_bound(google, faults, tmp_
     store.write_bytes("a", b"1")
 
 
-def once(system):
-    return type(system)._request.__wrapped__.__get__(system)
+def without_own_pauses(store, monkeypatch):
+    """gcsfs repeats a request by itself, for half a minute."""
+    system = store._file_system(store.address)
+    monkeypatch.setattr(system, "_request", type(system)._request.__wrapped__.__get__(system))
 
 
 def test_what_lacks_is_one_line(google, faults, tmp_path):
