@@ -247,9 +247,10 @@ def measure_locks(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for i in range(args.count):
             address, mirror = f"gs://bucket/runs/{i}", server.folder / server.bucket / "runs" / str(i)
             environment = server.environment() | cache
-            first = start(address, folder / f"{i}.a.log", 3 * INTERVAL, environment)
+            # Long enough for both to be there at once.
+            first = start(address, folder / f"{i}.a.log", 10 * INTERVAL, environment)
             time.sleep(rng.uniform(0.0, 1.0))
-            second = start(address, folder / f"{i}.b.log", 3 * INTERVAL, environment)
+            second = start(address, folder / f"{i}.b.log", 10 * INTERVAL, environment)
             codes = first.wait() + second.wait()
             trained += codes.count(0)
             refused += codes.count(UserError.code)

@@ -69,7 +69,11 @@ class BucketLock:
                 # Somebody else was first.
                 continue
             holder, version = _parse(found[0]), found[1]
-            if _is_dead(holder, self._me):
+            known = bool(self._me["machine"]) and holder.get("machine") == self._me["machine"]
+            # A process of this machine: whether it lives is known at once.
+            if known and not _is_dead(holder):
+                raise _occupied(self._store.address, holder)
+            if known:
                 with contextlib.suppress(ChangedError):
                     self._write(version)
                     _log.info("the lock is of process %s of this machine, which has ended", holder.get("process"))
@@ -214,7 +218,7 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """One boot of one machine, and one space of process numbers on it: a container has its own."""
+    """One boot of one machine, and one space of process numbers on it: a container has its own; "" where that is not known."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
@@ -223,11 +227,8 @@ def _machine() -> str:
         return ""
 
 
-def _is_dead(holder: dict[str, Any], me: dict[str, Any]) -> bool:
-    """Whether the holder is a process of this machine that has ended."""
-    # Without /proc nothing is known of processes: the lock is waited for.
-    if not me["machine"] or holder.get("machine") != me["machine"]:
-        return False
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether a process of this machine has ended."""
     return process_start(int(holder.get("process", 0))) != holder.get("started")
 
 

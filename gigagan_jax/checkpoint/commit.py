@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from gigagan_jax.checkpoint.checksums import ObjectFiles, write_checksums
+from gigagan_jax.checkpoint.object_store import ObjectStore
 from gigagan_jax.checkpoint.run_folder import RunFolder
-from gigagan_jax.checkpoint.step_folders import LocalSteps, StagedSteps, StepFolders
+from gigagan_jax.checkpoint.step_folders import BucketSteps, LocalSteps, StagedSteps, StepFolders
 from gigagan_jax.core.errors import Unreachable, UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
 
@@ -113,10 +115,21 @@ def _clean_up(after_commit: Callable[[int], None], step: int) -> None:
         _log.warning("old checkpoints cannot be deleted now: %s", e)
 
 
-def bucket_write_error(location: str, error: BaseException, last: int | None) -> UserError:
-    """The line about a checkpoint that could not be written to a bucket."""
+def bucket_write_error(place: RunFolder, location: str, error: BaseException, known: int | None) -> UserError:
+    """The line about a checkpoint that could not be written to a bucket.
+
+    Args:
+      place: of the run.
+      location: of its checkpoints.
+      error: what Orbax, TensorStore or a client raised.
+      known: step of the newest checkpoint that this process knows to be complete.
+    """
     why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    good = "there is none before it" if last is None else f"the last complete one is of step {last}"
+    if known is None:
+        # The server may be away, which may be why this is asked for.
+        with contextlib.suppress(UserError, OSError):
+            known = max(BucketSteps(ObjectStore(place.address, retry_seconds=5.0)).all_steps(), default=None)
+    good = "there is none before it" if known is None else f"the last complete one is of step {known}"
     kind = UserError if any(mark in why for mark in ("PERMISSION_DENIED", "Forbidden", "403")) else Unreachable
     mend = (
         "check the rights of this machine (docs/pods.md)"

@@ -5,7 +5,6 @@ holds the state, the position in the data, the config, and the identities of the
 verifies the checksums before it resumes from a checkpoint.
 """
 
-import contextlib
 import errno
 import functools
 import logging
@@ -22,11 +21,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from gigagan_jax.checkpoint.checksums import CHECKSUMS_FILE
 from gigagan_jax.checkpoint.commit import atomicity_options, bucket_write_error, path_class
 from gigagan_jax.checkpoint.consistency import check_same_frozen
-from gigagan_jax.checkpoint.object_store import ObjectStore
 from gigagan_jax.checkpoint.orbax_logs import ORBAX_LOGGERS, BackgroundErrors, silence_closed_loop_errors
 from gigagan_jax.checkpoint.retention import Retention
 from gigagan_jax.checkpoint.run_folder import Place, RunFolder
-from gigagan_jax.checkpoint.step_folders import BucketSteps
 from gigagan_jax.checkpoint.stored_paths import translate_paths
 from gigagan_jax.config import Config, from_dict, parameter_renames, to_dict
 from gigagan_jax.config.migrations import FORMAT_KEY, upgrade_config, with_format
@@ -228,6 +225,9 @@ class Checkpoints:
         Raises:
           UserError, Unreachable: this save or the one before it failed.
         """
+        # Orbax would wait for it without a limit.
+        if self._place.store is not None and self._saving is not None:
+            self.wait_until_finished()
         # JSON has no NaN.
         numbers = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
         measured = {"images": int(images), "metrics": numbers}
@@ -309,21 +309,12 @@ class Checkpoints:
                 f"cannot write a checkpoint to {self.location} now: {_first_line(error)}; the same command goes on"
             )
         if self._place.store is not None:
-            return bucket_write_error(self.location, error, self._last_complete())
+            return bucket_write_error(self._place, self.location, error, self._complete)
         # A full disk or an exceeded quota; TensorStore reports both as ValueError.
         return UserError(
             f"cannot write a checkpoint to {self.location}: {_first_line(error)}; free some space or mend the folder, "
             "and run the same command again"
         )
-
-    def _last_complete(self) -> int | None:
-        if self._complete is not None:
-            return self._complete
-        # The server may be away, which may be why this is asked for.
-        with contextlib.suppress(UserError, OSError):
-            steps = BucketSteps(ObjectStore(self._place.address, retry_seconds=5.0))
-            return max(steps.all_steps(), default=None)
-        return None
 
     def close(self) -> None:
         """Waits for the save in progress and closes Orbax's manager. After a failed save it does not wait."""

@@ -281,6 +281,9 @@ class Storage:
             except Exception as e:
                 if is_local(path) and not is_transient(e):
                     raise
+                # This process ends: no further request can succeed.
+                if isinstance(e, RuntimeError) and "shutdown" in str(e):
+                    raise
                 why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}".rstrip(": ")
                 refused = isinstance(e, PermissionError) or str(e).startswith(_FORBIDDEN)
                 if refused or type(e).__name__ in _REFUSALS:

@@ -173,12 +173,15 @@ def test_a_path_is_a_folder(tmp_path, monkeypatch):
     assert RunFolder.open(f"file://{tmp_path}").folder == tmp_path
 
 
-def test_lock(address):
+def test_lock(address, monkeypatch):
     store = ObjectStore(address)
     with hold_bucket_lock(store, beat=0.1, takeover=1.0) as lock:
         assert bucket_lock.read_run(store) == lock.run
-        with pytest.raises(UserError, match="another run is in it"):
-            BucketLock(store, beat=0.1, takeover=1.0).acquire()
+        # On this machine at once; on another one by the next refresh.
+        for machine in (bucket_lock._machine(), "another", ""):
+            monkeypatch.setattr(bucket_lock, "_machine", lambda machine=machine: machine)
+            with pytest.raises(UserError, match="another run is in it"):
+                BucketLock(store, beat=0.1, takeover=1.0).acquire()
         lock.check()
     # Freed: the next one takes it at once.
     began = time.monotonic()
