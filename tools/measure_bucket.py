@@ -302,6 +302,8 @@ def measure_size(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         sent = server.proxy.sent_bytes if server.proxy else 0
         scratch = sum(p.stat().st_size for p in place.folder.rglob("*") if p.is_file())
+        checkpoints.close()
+        checkpoints = Checkpoints(place)
         back = checkpoints.restore_stored(1, with_shardings(jax.eval_shape(lambda: state), dict.fromkeys(state, cut)))
         checkpoints.close()
     return {
