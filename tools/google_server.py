@@ -4,6 +4,7 @@ It comes with the extra `test`. Objects are files of a folder, so that a bucket 
 """
 
 import contextlib
+import multiprocessing
 import os
 import random
 import select
@@ -39,7 +40,7 @@ class GoogleServer:
         self.folder = Path(folder or tempfile.mkdtemp())
         self.bucket, self.port = bucket, free_port()
         self.process: subprocess.Popen | None = None
-        self.proxy: FaultProxy | None = None
+        self.proxy: FaultProxy | CountingProxy | None = None
 
     def start(self) -> "GoogleServer":
         (self.folder / self.bucket).mkdir(parents=True, exist_ok=True)
@@ -192,11 +193,43 @@ def _read_message(client):
     return head + b"\r\n\r\n" + b"".join(parts)
 
 
+class CountingProxy:
+    """A proxy in a process of its own, whose memory is not this one's.
+
+    Attributes:
+      port: where it listens.
+    """
+
+    def __init__(self, target):
+        context = multiprocessing.get_context("spawn")
+        self._port, self._sent = context.Value("i", 0), context.Value("q", 0)
+        self._process = context.Process(target=_count, args=(target, self._port, self._sent), daemon=True)
+        self._process.start()
+        while not self._port.value:
+            time.sleep(0.05)
+        self.port = self._port.value
+
+    @property
+    def sent_bytes(self):
+        """What clients have sent until a tenth of a second ago."""
+        return self._sent.value
+
+
+def _count(target, port, sent):
+    proxy = FaultProxy(target)
+    port.value = proxy.port
+    while True:
+        time.sleep(0.1)
+        sent.value = proxy.sent_bytes
+
+
 @contextlib.contextmanager
-def google_server(folder=None, faults=None):
-    """A server, with a proxy before it where there are faults, for this process too."""
+def google_server(folder=None, faults=None, counting=False):
+    """A server, with a proxy before it where there are faults or bytes to be counted, for this process too."""
     with GoogleServer(folder) as server:
-        if faults is not None:
+        if counting:
+            server.proxy = CountingProxy(server.port)
+        elif faults is not None:
             server.proxy = FaultProxy(server.port)
             server.proxy.faults = dict(faults)
         environment = server.environment()

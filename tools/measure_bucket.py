@@ -291,7 +291,7 @@ def measure_size(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     jax.block_until_ready(state)
     size = sum(x.nbytes for x in state.values())
     config = from_dict(get_config("tiny"))
-    with google_server(folder / "server", {}) as server:
+    with google_server(folder / "server", counting=True) as server:
         place = RunFolder.open("gs://bucket/runs/size")
         checkpoints = Checkpoints(place, config)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -300,6 +300,7 @@ def measure_size(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         checkpoints.wait_until_finished()
         seconds = time.monotonic() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        time.sleep(1.0)  # the count is that of a moment ago
         sent = server.proxy.sent_bytes if server.proxy else 0
         scratch = sum(p.stat().st_size for p in place.folder.rglob("*") if p.is_file())
         checkpoints.close()
