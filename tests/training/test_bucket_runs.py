@@ -68,14 +68,29 @@ def test_a_run_resumes_in_a_bucket(tmp_path, server):
     assert data_a["examples_seen"] == data_b["examples_seen"]
     assert measure_bucket.logged_steps(folder(server, "a")) == measure_bucket.logged_steps(whole)
     names = {p.name for p in folder(server, "a").iterdir()}
-    assert {"config.json", "goodput.jsonl", "metrics.jsonl", "report.html", "run.lock", "snapshots", "tensorboard"} <= names
+    assert {
+        "config.json",
+        "goodput.jsonl",
+        "metrics.jsonl",
+        "report.html",
+        "run.lock",
+        "snapshots",
+        "tensorboard",
+    } <= names
 
 
 @pytest.mark.slow
 def test_the_verbs_read_a_run_in_a_bucket(tmp_path, server):
     assert start(tmp_path, server, steps=4).wait(300) == 0, log(tmp_path / "run")
     out = tmp_path / "seven.png"
-    call(server, "-m", "gigagan_jax.sample", "--workdir=gs://bucket/runs/a", "--prompt=a handwritten seven", f"--out={out}")
+    call(
+        server,
+        "-m",
+        "gigagan_jax.sample",
+        "--workdir=gs://bucket/runs/a",
+        "--prompt=a handwritten seven",
+        f"--out={out}",
+    )
     assert out.exists()
     (folder(server, "a") / "report.html").unlink()
     text = call(server, "tools/report.py", "--workdir=gs://bucket/runs/a")
