@@ -43,6 +43,8 @@ class RunFolder:
     def __init__(self, address: str, folder: Path, store: ObjectStore | None = None):
         self.address, self.folder, self.store = address, folder, store
         self._lock: BucketLock | None = None
+        # The run ended because its server did not answer.
+        self._away = False
         self._mirror = None if store is None else Mirror(store, folder, self.check_lock)
 
     def __str__(self) -> str:
@@ -153,7 +155,8 @@ class RunFolder:
             yield
         except BaseException as error:
             # The logs of a run that failed must not hide why, nor wait for a server that does not answer.
-            if not isinstance(error, Unreachable):
+            self._away = isinstance(error, Unreachable)
+            if not self._away:
                 try:
                     self._mirror.close()
                 except UserError as e:
@@ -175,6 +178,8 @@ class RunFolder:
         """Brings the grids of the run to this machine -> what a report says of a place in a bucket; {} on a disk."""
         if self._mirror is None or self.store is None:
             return {}
+        if self._away:
+            raise Unreachable(f"{self.address} does not answer")
         self._mirror.download_folder(SNAPSHOTS_FOLDER)
         sizes: dict[str, int] = {}
         times: dict[str, float] = {}
