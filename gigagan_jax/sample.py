@@ -5,7 +5,6 @@ A `.png` path gets one grid (rows are prompts, columns seeds). A folder gets one
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
@@ -58,7 +57,7 @@ def make_parser() -> cli.Parser:
         help="level of noise augmentation before it, up to what it was trained for (0)",
     )
     parser.add_argument("--upsampler_text_path", help="as --text_path, for the upsampler")
-    parser.add_argument("--out", type=Path, required=True, help="a .png for a grid, or a folder")
+    parser.add_argument("--out", type=cli.local_folder, required=True, help="a .png for a grid, or a folder")
     return parser
 
 

@@ -39,7 +39,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.Parser(prog="python -m gigagan_jax.upscale", description=__doc__)
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="a file, a folder, or a pattern in quotes")
     parser.add_argument("-i", "--input", action="append", default=[], help="the same; may be given several times")
-    parser.add_argument("-o", "--out", type=Path, help="a file for one input, or a folder (beside the input)")
+    parser.add_argument(
+        "-o", "--out", type=cli.local_folder, help="a file for one input, or a folder (beside the input)"
+    )
     parser.add_argument("-n", "--checkpoint", required=True, help="workdir of a run, model folder, or hub id")
     parser.add_argument("-s", "--scale", type=float, help="1 to 64, also 1.5 (the model's factor)")
     parser.add_argument("-t", "--tile", default="auto", help="input pixels of a tile's side; auto or 0 chooses (auto)")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from gigagan_jax import cli
 from gigagan_jax.checkpoint.manager import Checkpoints
@@ -39,8 +38,10 @@ def verb(argv: Sequence[str]) -> int:
     direction.add_argument("--to", choices=sorted(TENSOR_NAMES))
     direction.add_argument("--from", dest="source", choices=sorted(TENSOR_NAMES))
     parser.add_argument("--workdir", type=workdir_argument, help="--to: of a training run, or published weights")
-    parser.add_argument("--input", type=workdir_argument, help="--from: folder that was converted, or trained in torch")
-    parser.add_argument("--out", type=Path, required=True, help="folder that is made: of the other framework")
+    parser.add_argument("--input", type=cli.local_folder, help="--from: folder that was converted, or trained in torch")
+    parser.add_argument(
+        "--out", type=cli.local_folder, required=True, help="folder that is made: of the other framework"
+    )
     parser.add_argument(
         "--what",
         choices=model_folder.CHOICES,

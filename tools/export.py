@@ -176,7 +176,7 @@ def verb(argv: Sequence[str]) -> int:
         "--workdir", type=workdir_argument, required=True, help="of a training run, or published weights"
     )
     parser.add_argument("--format", choices=sorted(FORMATS), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder that is made")
+    parser.add_argument("--out", type=cli.local_folder, required=True, help="folder that is made")
     parser.add_argument("--weights", choices=("inside", "beside"), help="of the artefact's file (inside up to 1 GB)")
     parser.add_argument(
         "--input_size", metavar="WxH", help="pixels of an upsampler's images as ONNX (those of training)"

@@ -8,7 +8,6 @@ python -m gigagan_jax.upscale photo.jpg --checkpoint=weights/photos
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -41,7 +40,7 @@ def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=workdir_argument, required=True, help="of a training run")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
+    parser.add_argument("--out", type=cli.local_folder, required=True, help="folder for the two files")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16", help="of the tensors (float16)")
     parser.add_argument(
         "--text_path", help="folder or hub id of the frozen text encoder, where it moved since training"

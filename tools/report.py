@@ -7,7 +7,6 @@ The file needs nothing else: it can be sent, or opened where there is no network
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from gigagan_jax import cli
 from gigagan_jax.checkpoint.run_folder import RunFolder, workdir_argument
@@ -18,7 +17,7 @@ def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=workdir_argument, required=True, help="of the training run")
-    parser.add_argument("--out", type=Path, help="file to write; report.html in the workdir by default")
+    parser.add_argument("--out", type=cli.local_folder, help="file to write; report.html in the workdir by default")
     args = parser.parse_args(argv)
     place: RunFolder = args.workdir
     place.download_logs()

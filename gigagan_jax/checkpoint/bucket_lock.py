@@ -18,7 +18,7 @@ from typing import Any
 
 from gigagan_jax.checkpoint.object_store import ChangedError, ObjectStore
 from gigagan_jax.core.errors import Unreachable, UserError
-from gigagan_jax.core.processes import process_start
+from gigagan_jax.core.processes import machine_identity, process_start
 from gigagan_jax.core.workdir_files import LOCK_FILE
 
 _log = logging.getLogger(__name__)
@@ -116,12 +116,15 @@ class BucketLock:
                 f"--workdir={self._store.address}: another run has taken its lock ({self._lost}): this one stops here and "
                 "writes nothing more"
             )
+        # Released: the report is written after the run.
+        if self._finished.is_set():
+            return None
         # No request as a rule: it is called before each upload.
-        age = time.monotonic() - self._refreshed
+        age = _now() - self._refreshed
         if age > _TRUSTED_SHARE * self._takeover:
             # A process that was suspended: its lock may still be its own.
             self._refresh(retry_seconds=0.0)
-            if self._lost or time.monotonic() - self._refreshed > _TRUSTED_SHARE * self._takeover:
+            if self._lost or _now() - self._refreshed > _TRUSTED_SHARE * self._takeover:
                 if self._lost:
                     return self.check()
                 raise Unreachable(
@@ -158,19 +161,19 @@ class BucketLock:
                 except ChangedError:
                     found = store.read_versioned(LOCK_FILE)
                     holder = {} if found is None else _parse(found[0])
-                    # An earlier refresh may have happened though no answer came.
-                    if found is None or holder.get("run") != self.run:
-                        self._lost = _name(holder) if found else "its object was deleted"
-                        _log.error("another run has taken the lock %s", self._store.path(LOCK_FILE))
+                    # An earlier refresh may have happened though no answer came; or somebody has deleted the object.
+                    if found is None or holder.get("run") == self.run:
+                        self._write(None if found is None else found[1], store)
                     else:
-                        self._write(found[1], store)
+                        self._lost = _name(holder)
+                        _log.error("another run has taken the lock %s", self._store.path(LOCK_FILE))
             except (UserError, ChangedError) as e:
                 # `check` ends the run when this lasts.
                 _log.warning("the lock cannot be refreshed: %s", e)
 
     def _write(self, version: str | None, store: ObjectStore | None = None) -> None:
         # Counted from before the request: the server may have written at any moment of it.
-        began = time.monotonic()
+        began = _now()
         data = _encode(self._me | {"count": self._count})
         self._version = (store or self._store).write_if(LOCK_FILE, data, version)
         self._refreshed = began
@@ -210,26 +213,22 @@ def _describe_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         # A process number is unique on one boot of one machine, and with its start even when numbers are used again.
-        "machine": _machine(),
+        "machine": machine_identity(),
         "process": pid,
         "started": process_start(pid),
         "run": uuid.uuid4().hex,
     }
 
 
-def _machine() -> str:
-    """One boot of one machine, and one space of process numbers on it: a container has its own; "" where that is not known."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
+def _now() -> float:
+    """Seconds that also pass while the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
     """Whether a process of this machine has ended."""
-    return process_start(int(holder.get("process", 0))) != holder.get("started")
+    number = holder.get("process")
+    return not isinstance(number, int) or process_start(number) != holder.get("started")
 
 
 def _is_free(data: bytes) -> bool:

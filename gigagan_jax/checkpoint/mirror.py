@@ -5,15 +5,14 @@ An object store has no append. Files of JSON lines are cut into parts, so that w
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gigagan_jax.checkpoint.object_store import ObjectStore
-from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.files import PART_BYTES, join_parts, part_names, split_lines
 from gigagan_jax.core.workdir_files import (
     CHECKPOINTS_FOLDER,
@@ -69,10 +68,20 @@ class Mirror:
             and not name.startswith(".")
         ]
         self._store.download(wanted, self._folder)
+        # The parts as the bucket has them: a copy from a disk has one of any size.
+        stored = {
+            name: [_digest((self._folder / part).read_bytes()) for part in _existing_parts(self._folder, name)]
+            for name in wanted
+            if name.endswith(".jsonl")
+        }
         # Readers and writers of this machine know one file of lines.
         join_parts(self._folder)
         for name in wanted:
-            self._remember(name)
+            self._remember(name, stored.get(name, []))
+        if everything and any(name.startswith(f"{TENSORBOARD_FOLDER}/") for name in found):
+            # Hidden: it says that there are events of an earlier start.
+            (self._folder / TENSORBOARD_FOLDER).mkdir(exist_ok=True)
+            (self._folder / TENSORBOARD_FOLDER / ".elsewhere").touch()
 
     def download_folder(self, name: str) -> None:
         """Downloads the files of a folder that this machine lacks."""
@@ -101,7 +110,7 @@ class Mirror:
                 # Before each and not once: a round may take longer than the lock is trusted.
                 self.guard()
                 # A file may have been replaced or removed meanwhile: the next upload has it.
-                with contextlib.suppress(FileNotFoundError):
+                if (self._folder / name).exists():
                     self._upload_file(name)
 
     def close(self) -> None:
@@ -119,7 +128,7 @@ class Mirror:
                 self.upload()
                 self._look_for_trigger()
             # The next round, or the next checkpoint, tries again; the checkpoint's failure ends the run.
-            except (UserError, OSError) as e:
+            except Exception as e:
                 _log.warning("the logs of this run cannot be uploaded now: %s", e)
 
     def _look_for_trigger(self) -> None:
@@ -154,7 +163,7 @@ class Mirror:
         before = self._uploaded.get(name, (None, []))[1]
         if name.endswith(".jsonl"):
             parts = split_lines((self._folder / name).read_bytes(), PART_BYTES)
-            digests = [hashlib.sha256(part).hexdigest() for part in parts]
+            digests = [_digest(part) for part in parts]
             for part_name, part, digest, old in zip(
                 part_names(name), parts, digests, before + [""] * len(parts), strict=False
             ):
@@ -169,12 +178,21 @@ class Mirror:
             self._store.upload([name], self._folder)
         self._uploaded[name] = (stamp, digests)
 
-    def _remember(self, name: str) -> None:
+    def _remember(self, name: str, parts: Sequence[str] = ()) -> None:
         # What was just downloaded is not uploaded again.
         path = self._folder / name
         if not path.exists():
             return
-        digests = []
-        if name.endswith(".jsonl"):
-            digests = [hashlib.sha256(part).hexdigest() for part in split_lines(path.read_bytes(), PART_BYTES)]
-        self._uploaded[name] = (self._stamp(name), digests)
+        stamp = self._stamp(name)
+        if name.endswith(".jsonl") and [_digest(p) for p in split_lines(path.read_bytes(), PART_BYTES)] != list(parts):
+            # Cut in another way: the next upload writes it anew.
+            stamp = (-1, -1)
+        self._uploaded[name] = (stamp, list(parts))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _existing_parts(folder: Path, name: str) -> list[str]:
+    return list(itertools.takewhile(lambda part: (folder / part).exists(), part_names(name)))

@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -24,8 +25,6 @@ T = TypeVar("T")
 RETRY_VARIABLE, RETRY_SECONDS = "GIGAGAN_RETRY_SECONDS", 300.0
 # Requests in flight of one listing, upload or deletion.
 _THREADS = 16
-# A server of S3 refuses an object that is uploaded whole and larger; Google's would take it.
-_MAX_WHOLE_BYTES = 5 << 30
 
 
 class ChangedError(Exception):
@@ -94,7 +93,14 @@ class ObjectStore(Storage):
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Writes an object whole. Raises UserError or Unreachable as `Storage.read`."""
-        self._retry(name, lambda system, path: system.pipe_file(path, data))
+        try:
+            self._retry(name, lambda system, path: system.pipe_file(path, data))
+        except FileNotFoundError:
+            raise self._no_bucket() from None
+
+    def _no_bucket(self) -> UserError:
+        bucket = "/".join(self.address.split("/")[:3])
+        return UserError(f"--workdir={self.address}: there is no bucket {bucket}: create it, or mend the name")
 
     def write_if(self, name: str, data: bytes, version: str | None) -> str:
         """Writes an object if it is at a version.
@@ -137,21 +143,25 @@ class ObjectStore(Storage):
     def info(self, name: str) -> ObjectInfo | None:
         """None where there is no such object."""
         try:
-            return _object_info(self._retry(name, lambda system, path: system.info(path)))
+            entry = self._retry(name, lambda system, path: system.info(path))
         except FileNotFoundError:
             return None
+        # Clients invent folders where names have a slash.
+        return None if entry.get("type") == "directory" else _object_info(entry)
 
     def list_objects(self, folder: str = "") -> dict[str, ObjectInfo]:
-        """All objects under a folder, by names relative to it. Raises FileNotFoundError for a bucket that is missing."""
+        """All objects under a folder, by names relative to it. Raises UserError for a bucket that is missing."""
         inside = self.path(folder) if folder else self.address
         # With the slash: "checkpoints/1" is not the folder of "checkpoints/12/state".
         prefix = inside[inside.index("://") + 3 :].rstrip("/") + "/"
-        found = self._retry(folder, lambda system, path: system.find(prefix, detail=True))
-        return {
-            name[len(prefix) :]: _object_info(entry)
-            for name, entry in found.items()
-            if name.startswith(prefix) and not name.endswith("/")
-        }
+        try:
+            found = self._retry(folder, lambda system, path: system.find(prefix, detail=True))
+        except FileNotFoundError:
+            raise self._no_bucket() from None
+        names = {name[len(prefix) :]: entry for name, entry in found.items() if name.startswith(prefix)}
+        # A name such as "/etc/passwd" or "../x" would leave the folder that it is downloaded to; "a/" is a folder's mark.
+        stays_inside = lambda name: not {"", ".", ".."} & set(name.split("/"))
+        return {name: _object_info(entry) for name, entry in names.items() if stays_inside(name)}
 
     def list_folders(self, folder: str) -> list[str]:
         """Names of the folders in a folder."""
@@ -189,7 +199,10 @@ class ObjectStore(Storage):
 
         def download_one(name: str) -> None:
             target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise UserError(f"{self.path(name)} cannot be kept on this machine: {e.strerror or e}") from None
             self._retry(name, lambda system, path: system.get_file(path, str(target)))
 
         self._parallel(download_one, names)
@@ -238,11 +251,6 @@ def check_bucket(store: ObjectStore) -> None:
         store.read_bytes(probe)
         doing = "delete"
         store.delete([probe])
-    except FileNotFoundError:
-        bucket = "/".join(store.address.split("/")[:3])
-        raise UserError(
-            f"--workdir={store.address}: there is no bucket {bucket}: create it, or mend the name"
-        ) from None
     except UserError as e:
         if e.code != UserError.code or "not allowed" not in str(e):
             raise
@@ -255,9 +263,12 @@ def check_bucket(store: ObjectStore) -> None:
 def _retry_seconds() -> float:
     text = os.environ.get(RETRY_VARIABLE, "")
     try:
-        return float(text or RETRY_SECONDS)
+        seconds = float(text or RETRY_SECONDS)
     except ValueError:
-        raise UserError(f"{RETRY_VARIABLE}={text} is no number of seconds") from None
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"{RETRY_VARIABLE}={text} is no number of seconds")
+    return seconds
 
 
 def _object_info(entry: dict[str, Any]) -> ObjectInfo:

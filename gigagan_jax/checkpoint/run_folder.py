@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import logging
@@ -22,7 +21,7 @@ from gigagan_jax.checkpoint.object_store import ObjectStore, check_bucket
 from gigagan_jax.checkpoint.step_folders import BucketSteps, LocalSteps, StagedSteps, StepFolders
 from gigagan_jax.core.errors import Unreachable, UserError
 from gigagan_jax.core.files import join_parts
-from gigagan_jax.core.processes import process_start
+from gigagan_jax.core.processes import at_any_exit, machine_identity, process_start
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE, REPORT_FILE, SNAPSHOTS_FOLDER, WEIGHTS_FILE
 from gigagan_jax.data.storage import is_local, local_path
 
@@ -68,7 +67,13 @@ class RunFolder:
         scheme, _, rest = text.partition("://")
         if scheme not in _SCHEMES:
             raise UserError(f"{text}: a run lives in a folder, at gs://BUCKET/PATH or at s3://BUCKET/PATH")
-        bucket, _, path = rest.strip("/").partition("/")
+        bucket, _, path = rest.rstrip("/").partition("/")
+        # Orbax, TensorStore and the clients of buckets would take these for other places.
+        odd = {"", ".", ".."} & set(path.split("/")) if path else set()
+        if odd or any(c in "?#[]*" or not c.isprintable() for c in rest):
+            raise UserError(
+                f"{text!r}: an address has no empty name, no . or .. between slashes, and none of ? # [ ] *"
+            )
         if not bucket or not path:
             raise UserError(f"{text}: name a folder in the bucket too, as in {scheme}://{bucket or 'BUCKET'}/runs/one")
         address = f"{scheme}://{bucket}/{path}"
@@ -159,7 +164,7 @@ class RunFolder:
             if not self._away:
                 try:
                     self._mirror.close()
-                except UserError as e:
+                except (UserError, OSError) as e:
                     _log.warning("the last lines of the logs were not uploaded: %s", e)
             raise
         self._mirror.close()
@@ -194,6 +199,7 @@ class RunFolder:
     def upload_report(self) -> None:
         """Uploads the report."""
         if self.store is not None:
+            self.check_lock()
             self.store.upload([REPORT_FILE], self.folder)
 
 
@@ -205,21 +211,23 @@ def workdir_argument(text: str) -> RunFolder:
 def _make_scratch(address: str) -> Path:
     """An empty folder of this process, removed when it ends."""
     base = Path(os.environ.get("GIGAGAN_SCRATCH") or tempfile.gettempdir())
-    mark = f"gigagan_jax-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
+    machine = machine_identity()
+    mark = f"gigagan_jax-{hashlib.sha256(f'{address} {machine}'.encode()).hexdigest()[:16]}"
     try:
         base.mkdir(parents=True, exist_ok=True)
         for old in base.glob(f"{mark}-*"):
-            # Of a process that was killed.
-            pid = old.name[len(mark) + 1 :].partition("-")[0]
-            if pid.isdecimal() and not process_start(int(pid)):
+            # Of a process that was killed. Those of other machines and containers may live: a folder can be shared.
+            pid, start = old.name[len(mark) + 1 :].split("-")[:2]
+            if machine and pid.isdecimal() and process_start(int(pid)) != start:
                 shutil.rmtree(old, ignore_errors=True)
         # A new one for each process: several of a run may share a machine.
-        folder = Path(tempfile.mkdtemp(prefix=f"{mark}-{os.getpid()}-", dir=base))
+        me = f"{mark}-{os.getpid()}-{process_start(os.getpid())}-"
+        folder = Path(tempfile.mkdtemp(prefix=me, dir=base))
     except OSError as e:
         raise UserError(
             f"{base} cannot be written ({e.strerror or e}): name another folder by GIGAGAN_SCRATCH"
         ) from None
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    at_any_exit(lambda: shutil.rmtree(folder, ignore_errors=True))
     return folder
 
 

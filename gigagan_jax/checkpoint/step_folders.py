@@ -79,7 +79,7 @@ class LocalSteps:
     def all_steps(self) -> list[int]:
         if not self._folder.is_dir():
             return []
-        return sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdecimal() and p.is_dir())
+        return sorted(int(p.name) for p in self._folder.iterdir() if _is_step(p.name) and p.is_dir())
 
     def verify(self, step: int) -> str | None:
         return verify_checksums(self._folder / str(step))
@@ -135,7 +135,7 @@ class BucketSteps:
 
     def all_steps(self) -> list[int]:
         # Digits alone: "12.damaged" is none.
-        names = [n for n in self._store.list_folders(CHECKPOINTS_FOLDER) if n.isdecimal()]
+        names = [n for n in self._store.list_folders(CHECKPOINTS_FOLDER) if _is_step(n)]
         return sorted(int(n) for n in names if self._is_complete(n))
 
     def verify(self, step: int) -> str | None:
@@ -155,7 +155,7 @@ class BucketSteps:
 
     def remove_unfinished(self) -> None:
         for name in self._store.list_folders(CHECKPOINTS_FOLDER):
-            if name.isdecimal() and not self._is_complete(name):
+            if _is_step(name) and not self._is_complete(name):
                 _log.warning("removing the unfinished checkpoint %s of a run that was stopped while saving", name)
                 self.delete(int(name))
 
@@ -218,7 +218,12 @@ class StagedSteps(BucketSteps):
         if not folder.exists():
             # Before the download: the disk of this machine holds one checkpoint at a time.
             self._remove_others(step)
-            self._store.download((_name(step, n) for n in self._store.list_objects(_name(step))), self._scratch)
+            try:
+                self._store.download((_name(step, n) for n in self._store.list_objects(_name(step))), self._scratch)
+            except BaseException:
+                # Half of it would be taken for the whole.
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
 
     def publish(self, step: int) -> None:
         """Uploads a checkpoint that Orbax has written to this machine; the marker comes last."""
@@ -243,6 +248,11 @@ class StagedSteps(BucketSteps):
         for old in (self._scratch / CHECKPOINTS_FOLDER).glob("*"):
             if old.name != str(step):
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_step(name: str) -> bool:
+    """Whether a folder is a checkpoint's: "0012" is not that of step 12."""
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
 def _name(step: int | str, *inside: str) -> str:

@@ -65,7 +65,7 @@ def open_workdir(place: Place, config: Config) -> None:
         ) from None
     except ValueError as e:
         raise UserError(
-            f"{file} is not readable JSON ({e}); remove it: the checkpoints hold the settings too"
+            f"{place.show(file)} is not readable JSON ({e}); remove it: the checkpoints hold the settings too"
         ) from None
 
 

@@ -73,9 +73,9 @@ def end_by_sigterm() -> Iterator[None]:
 
 
 def local_folder(text: str) -> Path:
-    """Type for argparse: a folder on a disk of this machine."""
+    """Type for argparse: a folder or file on a disk of this machine."""
     if "://" in text:
-        raise UserError(f"{text}: only folders on a mounted disk can be used; mount the bucket")
+        raise UserError(f"{text}: only a place on a disk can be used here; name one, and copy what is there")
     return Path(text)
 
 

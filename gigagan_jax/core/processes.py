@@ -1,5 +1,6 @@
 """Worker processes on this machine: memory settings, their end, parallel maps, and file locks."""
 
+import atexit
 import concurrent.futures
 import contextlib
 import ctypes
@@ -10,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.progress import ProgressBar
@@ -68,7 +69,33 @@ def process_start(number: int) -> str:
 _MAIN_GUARD = "put what it does under `if __name__ == '__main__':`"
 
 
+def machine_identity() -> str:
+    """One boot of one machine, and one space of process numbers on it: a container has its own; "" where that is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 _threads_left: list[str] = []
+_at_exit: list[Callable[[], object]] = []
+
+
+def at_any_exit(act: Callable[[], object]) -> None:
+    """Calls `act` when this process ends, also where it ends without Python's own end."""
+    atexit.register(act)
+    _at_exit.append(act)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends this process without waiting for its threads."""
+    for act in _at_exit:
+        with contextlib.suppress(Exception):
+            act()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def leave_threads_behind(why: str) -> None:
@@ -79,9 +106,7 @@ def leave_threads_behind(why: str) -> None:
 def exit_past_threads(code: int) -> None:
     """Ends this process at once where threads were left behind; returns otherwise."""
     if _threads_left:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_at_once(code)
 
 
 def begin_worker() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from gigagan_jax.core.errors import error_chain
+from gigagan_jax.core.processes import end_at_once
 from gigagan_jax.parallel.communication import shared_store
 
 # Keys in the store that the processes of a run share.
@@ -110,10 +111,8 @@ def end_all_processes(error: Exception) -> None:
 def exit_without_waiting(code: int) -> None:
     """Ends this process without waiting for the others; returns for a single process."""
     if shared_store() is not None and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
         # sys.exit would run JAX's shutdown barrier, which waits for the other processes.
-        os._exit(code)
+        end_at_once(code)
 
 
 class Watchdog:

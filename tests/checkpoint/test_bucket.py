@@ -1,60 +1,26 @@
 """Workdirs in a bucket: the objects, the lock, the checkpoints, the small files; against servers of gs:// and s3://."""
 
-import itertools
 import json
-import os
 import threading
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from gigagan_jax.checkpoint import bucket_lock, mirror, object_store
+from gigagan_jax.checkpoint import bucket_lock, object_store
 from gigagan_jax.checkpoint.bucket_lock import BucketLock, hold_bucket_lock
 from gigagan_jax.checkpoint.checksums import CHECKSUMS_FILE
 from gigagan_jax.checkpoint.manager import Checkpoints
-from gigagan_jax.checkpoint.mirror import Mirror
 from gigagan_jax.checkpoint.object_store import ChangedError, ObjectStore, check_bucket
 from gigagan_jax.checkpoint.run_folder import RunFolder
 from gigagan_jax.checkpoint.workdir import open_workdir
 from gigagan_jax.core.errors import Unreachable, UserError
-from gigagan_jax.core.files import join_parts, part_names, read_json_lines, split_lines
 from gigagan_jax.data import storage
 from tests.checkpoint.test_manager import abstract, save, state
-from tests.object_server import Server
 from tests.runs import small
-from tools.google_server import google_server
 
 MARKER = "commit_success.txt"
-
-
-@pytest.fixture(scope="module")
-def google():
-    with google_server(faults={}) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def amazon(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("empty")):
-        yield
-
-
-@pytest.fixture(params=["gs", "s3"])
-def address(request, tmp_path):
-    """An address that no other test uses."""
-    request.getfixturevalue({"gs": "google", "s3": "amazon"}[request.param])
-    return f"{request.param}://bucket/{tmp_path.name}"
-
-
-@pytest.fixture
-def faults(google):
-    """Sets the faults of the proxy."""
-    yield google.proxy.faults
-    google.proxy.faults.clear()
-    google.proxy.matches = ""
 
 
 def test_objects(address, tmp_path):
@@ -160,6 +126,12 @@ def test_what_lacks_is_one_line(google, faults, tmp_path):
         ("gs://bucket", "name a folder in the bucket too"),
         ("gs:///a", "name a folder in the bucket too"),
         ("az://bucket/a", "a run lives in a folder, at gs://BUCKET/PATH or at s3://BUCKET/PATH"),
+        ("gs://bucket/a/../b", "an address has no empty name"),
+        ("gs://bucket//a", "an address has no empty name"),
+        ("gs://bucket/.", "an address has no empty name"),
+        ("gs://bucket/a?b#c", "and none of"),
+        ("gs://bucket/[x]", "and none of"),
+        ("gs://bucket/a\nb", "and none of"),
     ],
 )
 def test_addresses_that_are_none(text, message):
@@ -178,8 +150,8 @@ def test_lock(address, monkeypatch):
     with hold_bucket_lock(store, beat=0.1, takeover=1.0) as lock:
         assert bucket_lock.read_run(store) == lock.run
         # On this machine at once; on another one by the next refresh.
-        for machine in (bucket_lock._machine(), "another", ""):
-            monkeypatch.setattr(bucket_lock, "_machine", lambda machine=machine: machine)
+        for machine in (bucket_lock.machine_identity(), "another", ""):
+            monkeypatch.setattr(bucket_lock, "machine_identity", lambda machine=machine: machine)
             with pytest.raises(UserError, match="another run is in it"):
                 BucketLock(store, beat=0.1, takeover=1.0).acquire()
         lock.check()
@@ -194,7 +166,7 @@ def test_a_lock_without_a_sign_is_taken_over_and_its_run_stops(google, tmp_path,
     first = BucketLock(store, beat=0.1, takeover=0.6)
     first.acquire()
     # Of another machine: whether its process lives is not known here.
-    monkeypatch.setattr(bucket_lock, "_machine", lambda: "another")
+    monkeypatch.setattr(bucket_lock, "machine_identity", lambda: "another")
     second = BucketLock(store, beat=0.1, takeover=0.6)
     began = time.monotonic()
     second.acquire()
@@ -337,78 +309,30 @@ def test_a_lock_that_was_taken_leaves_the_checkpoint_unfinished(google, tmp_path
     checkpoints.close()
 
 
-def test_small_files(address, tmp_path, monkeypatch):
-    monkeypatch.setattr(mirror, "PART_BYTES", 120)
-    store = ObjectStore(address)
-    here = Mirror(store, tmp_path / "here")
-    (tmp_path / "here/snapshots").mkdir(parents=True)
-    log = tmp_path / "here/metrics.jsonl"
-    lines = [json.dumps({"step": i, "x": "y" * 30}) + "\n" for i in range(10)]
-    log.write_text("".join(lines))
-    (tmp_path / "here/snapshots/a.png").write_bytes(b"image")
-    (tmp_path / "here/half.tmp").write_bytes(b"")
-    (tmp_path / "here/.hidden").write_bytes(b"")
-    here.upload()
-    parts = list(itertools.islice(part_names("metrics.jsonl"), 5))
-    assert sorted(store.list_objects()) == [*parts, "snapshots/a.png"]
-    # What is appended costs the last part, and what did not change nothing.
-    before = {n: info.version for n, info in store.list_objects().items()}
-    with log.open("a") as file:
-        file.write('{"step": 10}\n')
-    here.upload()
-    after = {n: info.version for n, info in store.list_objects().items()}
-    assert [n for n in after if after[n] != before.get(n)] == ["metrics.jsonl.4"]
-    # Another machine has the whole file, and a rollback takes parts away.
-    there = Mirror(store, tmp_path / "there")
-    there.download(everything=True)
-    assert (tmp_path / "there/metrics.jsonl").read_text() == log.read_text()
-    assert [p.name for p in (tmp_path / "there").iterdir()] == ["metrics.jsonl"]
-    (tmp_path / "there/metrics.jsonl").write_text("".join(lines[:3]))
-    there.upload()
-    assert [n for n in sorted(store.list_objects()) if "jsonl" in n] == ["metrics.jsonl", "metrics.jsonl.1"]
-    # A copy on a disk reads as one file.
-    copy = tmp_path / "copy"
-    store.download(store.list_objects(), copy)
-    join_parts(copy)
-    assert [line["step"] for line in read_json_lines(copy / "metrics.jsonl")] == [0, 1, 2]
-    assert not (copy / "metrics.jsonl.1").exists()
-
-
-def test_parts():
-    lines = [b"%d\n" % i for i in range(100)]
-    parts = split_lines(b"".join(lines), 50)
-    assert b"".join(parts) == b"".join(lines)
-    assert all(len(p) <= 50 and p.endswith(b"\n") for p in parts)
-    # Only the last part changes while lines are appended.
-    longer = split_lines(b"".join(lines) + b"more\n", 50)
-    assert longer[: len(parts) - 1] == parts[:-1]
-    assert split_lines(b"x" * 200 + b"\ny", 50) == [b"x" * 200 + b"\n", b"y"]
-    assert split_lines(b"", 50) == [b""]
-
-
-def test_joining_parts_may_stop_in_the_middle(tmp_path):
-    for name, text in (("a.jsonl", "1\n"), ("a.jsonl.1", "2\n"), ("a.jsonl.2", "3\n"), ("b.jsonl", "4\n")):
-        (tmp_path / name).write_text(text)
-    join_parts(tmp_path)
-    assert (tmp_path / "a.jsonl").read_text() == "1\n2\n3\n"
-    # The parts were not yet removed.
-    (tmp_path / "a.jsonl.1").write_text("2\n")
-    (tmp_path / "a.jsonl.2").write_text("3\n")
-    join_parts(tmp_path)
-    assert (tmp_path / "a.jsonl").read_text() == "1\n2\n3\n"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
-
-
-def test_scratch_folders_of_killed_processes_go(google, tmp_path, monkeypatch):
-    monkeypatch.setenv("GIGAGAN_SCRATCH", str(tmp_path))
-    place = RunFolder.open("gs://bucket/scratch")
-    stale = Path(str(place.folder).replace(f"-{os.getpid()}-", "-999999999-"))
-    stale.mkdir()
-    other = RunFolder.open("gs://bucket/scratch")
-    assert sorted(tmp_path.iterdir()) == sorted([place.folder, other.folder])
-
-
 def test_the_environments_time_for_retries(monkeypatch):
-    monkeypatch.setenv(object_store.RETRY_VARIABLE, "soon")
-    with pytest.raises(UserError, match="GIGAGAN_RETRY_SECONDS=soon is no number"):
-        ObjectStore("gs://bucket/a")
+    for text in ("soon", "nan", "-5", "inf"):
+        monkeypatch.setenv(object_store.RETRY_VARIABLE, text)
+        with pytest.raises(UserError, match=f"GIGAGAN_RETRY_SECONDS={text} is no number"):
+            ObjectStore("gs://bucket/a")
+
+
+def test_a_folder_with_leading_zeros_is_no_checkpoint(address):
+    place = RunFolder.open(address)
+    config, checkpoints = write_checkpoints(place, 2, 4)
+    checkpoints.close()
+    place.store.write_bytes("checkpoints/0004/junk", b"1")
+    again = Checkpoints(RunFolder.open(address), config)
+    assert again.all_steps() == [2, 4]
+    assert again.restore_latest_valid(abstract())[0] == 4
+    again.close()
+    assert place.store.list_folders("checkpoints") == ["0004", "2", "4"]
+
+
+def test_a_lock_that_somebody_deleted_is_written_again(google, tmp_path):
+    store = ObjectStore(f"gs://bucket/{tmp_path.name}")
+    lock = BucketLock(store, beat=0.1, takeover=5.0)
+    lock.acquire()
+    store.delete(["run.lock"])
+    lock._refresh(1.0)
+    lock.check()
+    assert bucket_lock.read_run(store) == lock.run

@@ -107,7 +107,10 @@ def test_weights_and_exports_of_a_run_in_a_bucket(tmp_path, server):
     assert start(tmp_path, server, steps=4).wait(300) == 0, log(tmp_path / "run")
     workdir = "--workdir=gs://bucket/runs/a"
     call(server, "tools/export_weights.py", workdir, f"--out={tmp_path / 'weights'}")
-    call(server, "tools/convert_checkpoint.py", "--to=pytorch", workdir, f"--out={tmp_path / 'torch'}")
+    torch, back = tmp_path / "torch", tmp_path / "back"
+    call(server, "tools/convert_checkpoint.py", "--to=pytorch", workdir, f"--out={torch}", "--what=optimizer")
+    call(server, "tools/convert_checkpoint.py", "--from=pytorch", f"--input={torch}", f"--out={back}")
+    assert (back / "checkpoints/4").is_dir()
     assert (tmp_path / "weights/model.safetensors").exists()
     # Published weights in a bucket are sampled from too.
     store = ObjectStore("gs://bucket/runs/weights")
