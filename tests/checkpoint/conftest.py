@@ -1,5 +1,6 @@
 """Object servers for the tests of workdirs in a bucket."""
 
+import fsspec
 import pytest
 
 from gigagan_jax.core import processes
@@ -13,10 +14,14 @@ def google():
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def amazon(tmp_path_factory):
+    forget = lambda: fsspec.get_filesystem_class("s3").clear_instance_cache()
     with Server(tmp_path_factory.mktemp("empty")):
+        # fsspec keeps file systems, with the address of the server that they were made with.
+        forget()
         yield
+    forget()
 
 
 @pytest.fixture(params=["gs", "s3"])
