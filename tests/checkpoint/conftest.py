@@ -1,21 +1,24 @@
 """Object servers for the tests of workdirs in a bucket."""
 
-import fsspec
 import pytest
 
 from gigagan_jax.core import processes
 from tests.object_server import Server
-from tools.google_server import google_server
 
 
 @pytest.fixture(scope="session")
 def google():
+    # Imported here: the tests of the newest Python have no object servers.
+    from tools.google_server import google_server
+
     with google_server(faults={}) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def amazon(tmp_path_factory):
+    import fsspec
+
     forget = lambda: fsspec.get_filesystem_class("s3").clear_instance_cache()
     with Server(tmp_path_factory.mktemp("empty")):
         # fsspec keeps file systems, with the address of the server that they were made with.
