@@ -120,9 +120,9 @@ def test_weights_and_exports_of_a_run_in_a_bucket(tmp_path, server):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "kills", "faults"), [(1, 4, 0.0), (1, 4, 0.1), (2, 4, 0.0)])
+@pytest.mark.parametrize(("processes", "kills", "faults"), [(1, 4, 0.0), (1, 2, 0.05), (2, 2, 0.0)])
 def test_killed_at_random_times_is_bit_exact(tmp_path, processes, kills, faults):
-    """Two SIGKILL and two SIGTERM, half of them inside a save."""
+    """SIGKILL and SIGTERM in turn; the first two inside a save."""
     steps = measure_bucket.INTERVAL * (kills + 2)
     whole, mine = tmp_path / "whole", tmp_path / "whole.log"
     assert not any(measure_bucket.start(whole, mine, steps, QUICK, processes).wait()), mine.read_text()
