@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gigagan_jax.checkpoint.object_store import ChangedError, ObjectStore
+from gigagan_jax.checkpoint.run_lock import describe_holder, occupied_error, parse_holder
 from gigagan_jax.core.errors import Unreachable, UserError
 from gigagan_jax.core.processes import machine_identity, process_start
 from gigagan_jax.core.workdir_files import LOCK_FILE
@@ -61,28 +62,22 @@ class BucketLock:
         deadline = 0.0
         while True:
             found = self._store.read_versioned(LOCK_FILE)
-            if found is None or _is_free(found[0]):
+            holder, version = (parse_holder(found[0]), found[1]) if found else ({}, None)
+            # A process of this machine: whether it lives is known at once.
+            known = bool(self._me["machine"]) and holder.get("machine") == self._me["machine"]
+            if version is None or holder.get("free") or (known and _is_dead(holder)):
                 # The condition decides between several that see it free.
                 with contextlib.suppress(ChangedError):
-                    self._write(None if found is None else found[1])
+                    self._write(version)
                     return
                 # Somebody else was first.
                 continue
-            holder, version = _parse(found[0]), found[1]
-            known = bool(self._me["machine"]) and holder.get("machine") == self._me["machine"]
-            # A process of this machine: whether it lives is known at once.
-            if known and not _is_dead(holder):
-                raise _occupied(self._store.address, holder)
             if known:
-                with contextlib.suppress(ChangedError):
-                    self._write(version)
-                    _log.info("the lock is of process %s of this machine, which has ended", holder.get("process"))
-                    return
-                continue
+                raise occupied_error(self._store.address, holder)
             if version != watched:
                 # It was refreshed while this run looked: its holder lives.
                 if watched is not None:
-                    raise _occupied(self._store.address, holder)
+                    raise occupied_error(self._store.address, holder)
                 watched, deadline = version, time.monotonic() + self._takeover
                 _log.info(
                     "a run on %s holds %s: waiting up to %.0f s for a sign of it",
@@ -96,7 +91,7 @@ class BucketLock:
                     _log.warning("the run on %s gave no sign for %.0f s: going on", holder.get("host"), self._takeover)
                     return
                 # Another one that waited was faster.
-                raise _occupied(self._store.address, holder)
+                raise occupied_error(self._store.address, holder)
             time.sleep(min(1.0, self._beat / 4))
 
     def start(self) -> None:
@@ -111,27 +106,24 @@ class BucketLock:
           UserError: another run has taken the lock.
           Unreachable: the lock could not be refreshed for so long that another run may take it.
         """
+        # Released: the report is written after the run. Otherwise no request as a rule: it is called before each upload.
+        if not self._lost and not self._finished.is_set() and not self._is_trusted():
+            # A process that was suspended: its lock may still be its own.
+            self._refresh(retry_seconds=0.0)
         if self._lost:
             raise UserError(
                 f"--workdir={self._store.address}: another run has taken its lock ({self._lost}): this one stops here and "
                 "writes nothing more"
             )
-        # Released: the report is written after the run.
-        if self._finished.is_set():
-            return None
-        # No request as a rule: it is called before each upload.
-        age = _now() - self._refreshed
-        if age > _TRUSTED_SHARE * self._takeover:
-            # A process that was suspended: its lock may still be its own.
-            self._refresh(retry_seconds=0.0)
-            if self._lost or _now() - self._refreshed > _TRUSTED_SHARE * self._takeover:
-                if self._lost:
-                    return self.check()
-                raise Unreachable(
-                    f"--workdir={self._store.address}: its lock could not be refreshed for {age:.0f} s, and another run may take "
-                    "it: this one stops; the same command goes on"
-                )
-        return None
+        if not self._finished.is_set() and not self._is_trusted():
+            raise Unreachable(
+                f"--workdir={self._store.address}: its lock could not be refreshed for {_now() - self._refreshed:.0f} s, and "
+                "another run may take it: this one stops; the same command goes on"
+            )
+
+    def _is_trusted(self) -> bool:
+        """Whether the last refresh is so recent that nobody may have taken the lock."""
+        return _now() - self._refreshed <= _TRUSTED_SHARE * self._takeover
 
     def release(self) -> None:
         """Frees the lock, where it is still this run's."""
@@ -160,12 +152,12 @@ class BucketLock:
                     self._write(self._version, store)
                 except ChangedError:
                     found = store.read_versioned(LOCK_FILE)
-                    holder = {} if found is None else _parse(found[0])
+                    holder = {} if found is None else parse_holder(found[0])
                     # An earlier refresh may have happened though no answer came; or somebody has deleted the object.
                     if found is None or holder.get("run") == self.run:
                         self._write(None if found is None else found[1], store)
                     else:
-                        self._lost = _name(holder)
+                        self._lost = describe_holder(holder)
                         _log.error("another run has taken the lock %s", self._store.path(LOCK_FILE))
             except (UserError, ChangedError) as e:
                 # `check` ends the run when this lasts.
@@ -205,7 +197,10 @@ def hold_bucket_lock(
 
 def read_run(store: ObjectStore) -> str | None:
     """The random name of the run that holds the lock; None without one."""
-    return (store.read_json(LOCK_FILE) or {}).get("run")
+    try:
+        return parse_holder(store.read_bytes(LOCK_FILE)).get("run")
+    except FileNotFoundError:
+        return None
 
 
 def _describe_process() -> dict[str, Any]:
@@ -231,27 +226,5 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     return not isinstance(number, int) or process_start(number) != holder.get("started")
 
 
-def _is_free(data: bytes) -> bool:
-    return bool(_parse(data).get("free"))
-
-
-def _parse(data: bytes) -> dict[str, Any]:
-    try:
-        holder = json.loads(data)
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
 def _encode(holder: dict[str, Any]) -> bytes:
     return json.dumps(holder).encode()
-
-
-def _name(holder: dict[str, Any]) -> str:
-    return f"process {holder.get('process', '?')} on {holder.get('host', 'a machine that is not told')}"
-
-
-def _occupied(address: str, holder: dict[str, Any]) -> UserError:
-    return UserError(
-        f"--workdir={address}: another run is in it ({_name(holder)}): stop that one first, or choose another folder"
-    )

@@ -297,7 +297,7 @@ class Checkpoints:
         self._failed = True
         if self._place.store is not None:
             # Orbax's wait five minutes for each other when one has failed, and Python waits for them.
-            leave_threads_behind("a failed save")
+            leave_threads_behind()
         if isinstance(error, UserError):
             return error
         # A lost process: the state could not be copied, or a collective of the save failed. The disk is not the cause.

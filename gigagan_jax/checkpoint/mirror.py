@@ -79,8 +79,8 @@ class Mirror:
         for name in wanted:
             self._remember(name, stored.get(name, []))
         if everything and any(name.startswith(f"{TENSORBOARD_FOLDER}/") for name in found):
-            # Hidden: it says that there are events of an earlier start.
-            (self._folder / TENSORBOARD_FOLDER).mkdir(exist_ok=True)
+            # Hidden: it tells the logger of metrics that there are events of an earlier start, and is not uploaded.
+            (self._folder / TENSORBOARD_FOLDER).mkdir(parents=True, exist_ok=True)
             (self._folder / TENSORBOARD_FOLDER / ".elsewhere").touch()
 
     def download_folder(self, name: str) -> None:

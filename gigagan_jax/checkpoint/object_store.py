@@ -59,6 +59,8 @@ class ObjectStore(Storage):
     """
 
     retry_setting = RETRY_VARIABLE
+    # Other processes write what this one looks for.
+    caches_listings = False
 
     def __init__(self, address: str, retry_seconds: float | None = None):
         super().__init__(_retry_seconds() if retry_seconds is None else retry_seconds)
@@ -68,14 +70,6 @@ class ObjectStore(Storage):
         # Orbax and JAX open file systems of their own for such addresses.
         configure_clients(self.scheme)
 
-    # Connections belong to one process.
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"address": self.address, "scheme": self.scheme}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.address, self.scheme = state["address"], state["scheme"]
-
     def path(self, name: str) -> str:
         """The address of an object."""
         return join_path(self.address, name)
@@ -83,13 +77,6 @@ class ObjectStore(Storage):
     def read_bytes(self, name: str) -> bytes:
         """Raises FileNotFoundError, and as `Storage.read`."""
         return self.read(self.path(name))
-
-    def read_json(self, name: str) -> Any:
-        """The object as JSON; None where it is missing or damaged."""
-        try:
-            return json.loads(self.read_bytes(name))
-        except (FileNotFoundError, ValueError):
-            return None
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Writes an object whole. Raises UserError or Unreachable as `Storage.read`."""

@@ -97,8 +97,14 @@ def _boot_id() -> str:
         return socket.gethostname()
 
 
-def _occupied_error(workdir: Path, holder: dict[str, Any], kind: type[UserError] = UserError) -> UserError:
-    who = f"process {holder.get('process', '?')} on {holder.get('host', 'a machine that is not told')}"
+def describe_holder(holder: dict[str, Any]) -> str:
+    """Names the process that holds a lock."""
+    return f"process {holder.get('process', '?')} on {holder.get('host', 'a machine that is not told')}"
+
+
+def occupied_error(workdir: Path | str, holder: dict[str, Any], kind: type[UserError] = UserError) -> UserError:
+    """The line about a workdir that another run holds."""
+    who = describe_holder(holder)
     return kind(f"--workdir={workdir}: another run is in it ({who}): stop that one first, or choose another folder")
 
 
@@ -114,12 +120,12 @@ def _acquire_lock(handle: int, workdir: Path, me: dict[str, Any], patience: floa
             if e.errno not in (errno.EACCES, errno.EAGAIN):
                 _log.warning("%s cannot be locked (%s): the heartbeat file is the only guard", workdir, e.strerror)
                 return False
-        holder = _parse_holder(os.pread(handle, 1000, 0))
+        holder = parse_holder(os.pread(handle, 1000, 0))
         # The kernel of this machine releases locks at once: its holder is alive.
         if holder.get("boot") == me["boot"]:
-            raise _occupied_error(workdir, holder)
+            raise occupied_error(workdir, holder)
         if time.monotonic() > deadline:
-            raise _occupied_error(workdir, holder, Unreachable)
+            raise occupied_error(workdir, holder, Unreachable)
         if not announced:
             _log.info(
                 "waiting up to %.0f s for the run in %s on %s", patience, workdir, holder.get("host", "another machine")
@@ -158,7 +164,7 @@ def _check_heartbeat(workdir: Path, holder: dict[str, Any], beat: float) -> None
         if not current:
             return
         if current != before:
-            raise _occupied_error(workdir, current)
+            raise occupied_error(workdir, current)
 
 
 def _write_heartbeats(workdir: Path, me: dict[str, Any], beat: float, finished: threading.Event) -> None:
@@ -180,12 +186,13 @@ def _write_heartbeat(workdir: Path, me: dict[str, Any], count: int) -> None:
 def read_heartbeat(workdir: Path) -> dict[str, Any]:
     """Returns host, boot, process, run and count of the process in a workdir; {} without one."""
     try:
-        return _parse_holder((workdir / HEARTBEAT_FILE).read_bytes())
+        return parse_holder((workdir / HEARTBEAT_FILE).read_bytes())
     except OSError:
         return {}
 
 
-def _parse_holder(text: bytes) -> dict[str, Any]:
+def parse_holder(text: bytes) -> dict[str, Any]:
+    """What a lock says of its holder; {} where it is damaged."""
     # The file is empty between the truncation and the write of its holder.
     try:
         holder = json.loads(text)

@@ -78,7 +78,7 @@ def machine_identity() -> str:
         return ""
 
 
-_threads_left: list[str] = []
+_threads_left = threading.Event()
 _at_exit: list[Callable[[], object]] = []
 
 
@@ -98,14 +98,14 @@ def end_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def leave_threads_behind(why: str) -> None:
+def leave_threads_behind() -> None:
     """Lets the verb that ends with an error not wait for threads of a library that wait for something that will not come."""
-    _threads_left.append(why)
+    _threads_left.set()
 
 
 def exit_past_threads(code: int) -> None:
     """Ends this process at once where threads were left behind; returns otherwise."""
-    if _threads_left:
+    if _threads_left.is_set():
         end_at_once(code)
 
 

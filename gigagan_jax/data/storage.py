@@ -47,26 +47,25 @@ def local_path(path: str) -> str:
 
 
 def _client_options(scheme: str) -> dict[str, Any]:
-    """Options of the fsspec file system of a scheme."""
-    # Cached listings lack what other processes have written since.
+    """Time limits of the fsspec file system of a scheme."""
     if scheme in ("s3", "s3a"):
         config = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _ANSWER_SECONDS}
-        return {"config_kwargs": config, "use_listings_cache": False}
+        return {"config_kwargs": config}
     if scheme in ("gs", "gcs"):
         # gcsfs asks for the kind of a bucket first, by a service that an emulator or a proxy lacks, and waits a minute for it.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         import aiohttp
 
         timeouts = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_ANSWER_SECONDS)
-        return {"requests_timeout": timeouts, "use_listings_cache": False}
+        return {"requests_timeout": timeouts}
     return {}
 
 
 def configure_clients(scheme: str) -> None:
-    """Gives the fsspec file systems that libraries open for a scheme the time limits of this module."""
+    """Gives the fsspec file systems that libraries open for a scheme the time limits of this module, and no cached listings."""
     from fsspec.config import conf
 
-    for key, value in _client_options(scheme).items():
+    for key, value in (_client_options(scheme) | {"use_listings_cache": False}).items():
         conf.setdefault(scheme, {}).setdefault(key, value)
 
 
@@ -98,6 +97,8 @@ class Storage:
 
     # Named in messages: the setting that sets the time; empty where none does.
     retry_setting = "config.data.retry_seconds"
+    # A listing of thousands of tars answers for each of them.
+    caches_listings = True
 
     def __init__(self, retry_seconds: float = 300.0):
         self.retry_seconds = retry_seconds
@@ -238,7 +239,11 @@ class Storage:
                 import fsspec
 
                 try:
-                    self._file_systems[scheme] = fsspec.filesystem(scheme, **_client_options(scheme))
+                    options = _client_options(scheme)
+                    if options:
+                        # Stated: `configure_clients` may have set another default.
+                        options["use_listings_cache"] = self.caches_listings
+                    self._file_systems[scheme] = fsspec.filesystem(scheme, **options)
                 except ImportError as e:
                     package = _PACKAGES.get(scheme)
                     extra = {"gcsfs": "gcs", "s3fs": "s3"}.get(package or "")

@@ -92,8 +92,7 @@ class MetricLogger:
             self._path = workdir / METRICS_FILE
             _drop_later_lines(self._path, last_step)
             events = workdir / TENSORBOARD_FOLDER
-            # The events of a run in a bucket are not on this machine.
-            resumed = bool(resume_step) or (events.is_dir() and any(events.iterdir()))
+            resumed = events.is_dir() and any(events.iterdir())
             events.mkdir(exist_ok=True)
             # Fails now, and not after the first steps, if the file cannot be written.
             append_text(self._path, "")

@@ -13,6 +13,8 @@ from gigagan_jax.checkpoint.object_store import ObjectStore
 from gigagan_jax.checkpoint.run_folder import RunFolder
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.files import join_parts, part_names, read_json_lines, split_lines
+from gigagan_jax.telemetry.metrics import MetricLogger
+from tests.telemetry.test_metrics import read_events
 
 
 def test_small_files(address, tmp_path, monkeypatch):
@@ -50,6 +52,18 @@ def test_small_files(address, tmp_path, monkeypatch):
     join_parts(copy)
     assert [line["step"] for line in read_json_lines(copy / "metrics.jsonl")] == [0, 1, 2]
     assert not (copy / "metrics.jsonl.1").exists()
+
+
+def test_a_start_without_a_checkpoint_knows_of_events_before_it(google, tmp_path):
+    store = ObjectStore(f"gs://bucket/{tmp_path.name}")
+    store.write_bytes("tensorboard/events.1", b"1")
+    here = Mirror(store, tmp_path / "here")
+    here.download(everything=True)
+    MetricLogger(tmp_path / "here").close()
+    here.upload()
+    # The purge of TensorBoard, which drops the steps of the start before.
+    assert [e.step for e in read_events(tmp_path / "here") if e.HasField("session_log")] == [0]
+    assert sorted(p.count("/") for p in store.list_objects("tensorboard")) == [0, 0]
 
 
 def test_parts():
