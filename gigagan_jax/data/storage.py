@@ -54,8 +54,11 @@ def _client_options(scheme: str) -> dict[str, Any]:
     if scheme in ("gs", "gcs"):
         # gcsfs asks for the kind of a bucket first, by a service that an emulator or a proxy lacks, and waits a minute for it.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        import aiohttp
-
+        try:
+            import aiohttp
+        except ImportError:
+            # gcsfs needs it, and is missing too: opening the file system says so.
+            return {}
         timeouts = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_ANSWER_SECONDS)
         return {"requests_timeout": timeouts}
     return {}

@@ -188,7 +188,8 @@ def test_compressed_tars_are_refused(tmp_path, kind):
 )
 def test_bad_paths(tars, tmp_path, monkeypatch, path, message):
     if path.startswith("gs://"):
-        # As where it is not installed.
+        # As where it is not installed, nor what it needs.
+        monkeypatch.setitem(sys.modules, "aiohttp", None)
         monkeypatch.setattr("fsspec.filesystem", lambda *args, **kwargs: (_ for _ in ()).throw(ImportError("gcsfs")))
     where = path if "://" in path else str(tars / path)
     with pytest.raises(UserError, match=message):
