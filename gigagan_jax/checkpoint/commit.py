@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from gigagan_jax.checkpoint.checksums import ObjectFiles, write_checksums
-from gigagan_jax.checkpoint.object_store import ObjectStore
 from gigagan_jax.checkpoint.run_folder import RunFolder
-from gigagan_jax.checkpoint.step_folders import BucketSteps, LocalSteps, StagedSteps, StepFolders
-from gigagan_jax.core.errors import Unreachable, UserError
+from gigagan_jax.checkpoint.step_folders import LocalSteps, StagedSteps, StepFolders
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
 
 _log = logging.getLogger(__name__)
@@ -113,27 +111,3 @@ def _clean_up(after_commit: Callable[[int], None], step: int) -> None:
     # Old checkpoints cost space only: the next save deletes them.
     except UserError as e:
         _log.warning("old checkpoints cannot be deleted now: %s", e)
-
-
-def bucket_write_error(place: RunFolder, location: str, error: BaseException, known: int | None) -> UserError:
-    """The line about a checkpoint that could not be written to a bucket.
-
-    Args:
-      place: of the run.
-      location: of its checkpoints.
-      error: what Orbax, TensorStore or a client raised.
-      known: step of the newest checkpoint that this process knows to be complete.
-    """
-    why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    if known is None:
-        # The server may be away, which may be why this is asked for.
-        with contextlib.suppress(UserError, OSError):
-            known = max(BucketSteps(ObjectStore(place.address, retry_seconds=5.0)).all_steps(), default=None)
-    good = "there is none before it" if known is None else f"the last complete one is of step {known}"
-    kind = UserError if any(mark in why for mark in ("PERMISSION_DENIED", "Forbidden", "403")) else Unreachable
-    mend = (
-        "check the rights of this machine (docs/pods.md)"
-        if kind is UserError
-        else "check the network and the credentials"
-    )
-    return kind(f"cannot write a checkpoint to {location}: {why}; {good}; {mend}, and run the same command again")

@@ -5,7 +5,6 @@ holds the state, the position in the data, the config, and the identities of the
 verifies the checksums before it resumes from a checkpoint.
 """
 
-import errno
 import functools
 import logging
 import math
@@ -19,15 +18,16 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gigagan_jax.checkpoint.checksums import CHECKSUMS_FILE
-from gigagan_jax.checkpoint.commit import atomicity_options, bucket_write_error, path_class
+from gigagan_jax.checkpoint.commit import atomicity_options, path_class
 from gigagan_jax.checkpoint.consistency import check_same_frozen
 from gigagan_jax.checkpoint.orbax_logs import ORBAX_LOGGERS, BackgroundErrors, silence_closed_loop_errors
 from gigagan_jax.checkpoint.retention import Retention
 from gigagan_jax.checkpoint.run_folder import Place, RunFolder
 from gigagan_jax.checkpoint.stored_paths import translate_paths
+from gigagan_jax.checkpoint.write_errors import write_error
 from gigagan_jax.config import Config, from_dict, parameter_renames, to_dict
 from gigagan_jax.config.migrations import FORMAT_KEY, upgrade_config, with_format
-from gigagan_jax.core.errors import Unreachable, UserError, error_chain, is_transient
+from gigagan_jax.core.errors import Unreachable, UserError, first_line, is_transient
 from gigagan_jax.core.processes import leave_threads_behind
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
 from gigagan_jax.parallel import communication
@@ -136,6 +136,22 @@ class Checkpoints:
         step = self.latest_valid_step()
         if step is None:
             raise UserError(f"{self._place.address} has no finished checkpoint yet: wait for the run's first one")
+        return step
+
+    def require_step(self, step: int) -> int:
+        """Verifies the checkpoint of a given step and returns the step.
+
+        Raises:
+          UserError: there is no such checkpoint (the message lists those that there are), or it is damaged.
+        """
+        there = self.all_steps()
+        if step not in there:
+            known = ", ".join(map(str, there)) or "none yet"
+            raise UserError(f"{self._place.address} has no checkpoint of step {step}; there are: {known}")
+        damage = None if step in self._verified_steps else self._steps.verify(step)
+        if damage is not None:
+            raise self._read_error(step, f"damaged: {damage}")
+        self._verified_steps.add(step)
         return step
 
     def _find_latest_valid(self) -> int | None:
@@ -298,23 +314,7 @@ class Checkpoints:
         if self._place.store is not None:
             # Orbax's wait five minutes for each other when one has failed, and Python waits for them.
             leave_threads_behind()
-        if isinstance(error, UserError):
-            return error
-        # A lost process: the state could not be copied, or a collective of the save failed. The disk is not the cause.
-        if any(isinstance(e, jax.errors.JaxRuntimeError) or "Gloo" in str(e) for e in error_chain(error)):
-            return jax.errors.JaxRuntimeError(_first_line(error))
-        # ENOTEMPTY: another machine reads the old checkpoint that is being deleted, or its entries reappear meanwhile.
-        if isinstance(error, TimeoutError) or is_transient(error) or getattr(error, "errno", None) == errno.ENOTEMPTY:
-            return Unreachable(
-                f"cannot write a checkpoint to {self.location} now: {_first_line(error)}; the same command goes on"
-            )
-        if self._place.store is not None:
-            return bucket_write_error(self._place, self.location, error, self._complete)
-        # A full disk or an exceeded quota; TensorStore reports both as ValueError.
-        return UserError(
-            f"cannot write a checkpoint to {self.location}: {_first_line(error)}; free some space or mend the folder, "
-            "and run the same command again"
-        )
+        return write_error(self._place, self.location, error, self._complete)
 
     def close(self) -> None:
         """Waits for the save in progress and closes Orbax's manager. After a failed save it does not wait."""
@@ -420,14 +420,10 @@ class Checkpoints:
         except Exception as e:
             if is_transient(e):
                 raise Unreachable(
-                    f"checkpoint {self._where(step)} cannot be read now ({_first_line(e)}): its file system is away"
+                    f"checkpoint {self._where(step)} cannot be read now ({first_line(e)}): its file system is away"
                 ) from e
             # Orbax and TensorStore raise any type of error on damage; the first line names its cause.
-            raise self._read_error(step, f"{type(e).__name__}: {_first_line(e)[:300]}") from e
-
-
-def _first_line(e: BaseException) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise self._read_error(step, f"{type(e).__name__}: {first_line(e)[:300]}") from e
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

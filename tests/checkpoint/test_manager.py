@@ -325,3 +325,12 @@ def test_a_signal_while_a_checkpoint_is_read_says_nothing_of_the_checkpoint(thre
     with pytest.raises(Interrupted), StopSignals():
         checkpoints.restore(6, abstract())
     checkpoints.close()
+
+
+def test_a_given_step_is_verified(three, refused):
+    checkpoints = Checkpoints(three)
+    assert checkpoints.require_step(4) == 4
+    refused(lambda: checkpoints.require_step(5), f"{three} has no checkpoint of step 5; there are: 2, 4, 6")
+    flip(largest(three / "checkpoints" / "6"))
+    refused(lambda: checkpoints.require_step(6), "checkpoints/6 cannot be read (damaged: ", "go on from step 4")
+    checkpoints.close()
