@@ -51,7 +51,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--text_path", help="folder or hub id of the frozen text encoder, where it moved since training"
     )
     parser.add_argument("--prompt", default="", help="what the image shows, for a text-conditional model")
-    parser.add_argument("--class", dest="label", type=int, help="class number, for a class-conditional model")
+    parser.add_argument("--class", dest="label", help="name or number of the class, for a class-conditional model")
     parser.add_argument("--seed", type=int, default=0, help="of the latent code and of the noise (0)")
     parser.add_argument("--noise", type=float, default=0.0, help="noise that hides artefacts of the input, 0 to 1 (0)")
     parser.add_argument("--wrap", action="store_true", help="the image is a texture that repeats")

@@ -55,7 +55,7 @@ def synthetic_batch(config: Config, shardings: dict[str, Any]) -> dict[str, jax.
             sizes = read_architecture("clip", config.clip_path, REQUIREMENTS["clip_text"]).text
             value = draw_tokens(rng, spec.shape, sizes.vocab_size, sizes.eos_token_id)
         elif name == "label" and config.condition == "class":
-            value = rng.integers(0, config.num_classes, spec.shape, np.int32)
+            value = rng.integers(0, config.class_count, spec.shape, np.int32)
         elif name == "label":
             value = np.full(spec.shape, UNKNOWN, np.int32)
         else:  # stored embeddings: features and clip_text

@@ -1,5 +1,6 @@
 """Settings of a run: frozen dataclasses, read from ml_collections ConfigDicts; `default()` gives all of them to a config file."""
 
+from gigagan_jax.config.classes import class_label, class_labels, describe_classes, first_difference, needs_prompts
 from gigagan_jax.config.comparison import (
     FREE_FIELDS,
     OWN_FIELDS,
@@ -58,12 +59,17 @@ __all__ = [
     "TransformerConfig",
     "UpsamplerConfig",
     "VisionAidedConfig",
+    "class_label",
+    "class_labels",
     "config_digest",
     "default",
+    "describe_classes",
+    "first_difference",
     "fixed_differences",
     "flatten_fields",
     "from_dict",
     "is_fixed",
+    "needs_prompts",
     "to_dict",
     "with_fields",
 ]

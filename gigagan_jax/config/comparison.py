@@ -34,6 +34,8 @@ FREE_FIELDS = (
     "micro_batches",
     "remat",
     "evaluators",
+    # Compared by training/data_classes.py, which names the first difference; earlier runs have none.
+    "class_names",
     "mesh",
     "rules",
     "data.retry_seconds",

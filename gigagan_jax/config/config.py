@@ -24,6 +24,9 @@ from gigagan_jax.config.run import (
     SnapshotConfig,
 )
 
+# Where the data is not looked at, as in a dry run: ImageNet's.
+ASSUMED_CLASSES = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -39,7 +42,8 @@ class Config:
     snapshot_kimg: float = 5000.0  # thousands of images between sample grids
     log_kimg: float = 50.0  # thousands of images between lines of metrics
     condition: str = "text"  # "text", "class" or "none"
-    num_classes: int = 0  # for condition="class"
+    num_classes: int = 0  # for condition="class"; 0: as many as the data have
+    class_names: tuple[str, ...] = ()  # by label; the data gives them
     dtype: str = "bfloat16"  # of the computation; parameters, logits, losses and penalties are float32
     remat: bool = True  # recompute each block in the backward pass
     evaluators: tuple[str, ...] = ()  # run at the end of training: "digits", "shapes", "emoji"
@@ -84,6 +88,16 @@ class Config:
         """Sides of the images that G gives, low to high."""
         above = self.upsampler.input_resolution if self.upsampler.image_skip else 0
         return tuple(r for r in self.generator_resolutions if r > above)
+
+    @property
+    def class_count(self) -> int:
+        """Rows of the class embedding; 0 without classes. A number that the data has yet to give is assumed."""
+        return (self.num_classes or ASSUMED_CLASSES) if self.condition == "class" else 0
+
+    @property
+    def used_text(self) -> TextConfig:
+        """The text encoder whose tokens are made: without captions one that needs no files, for rows of null captions."""
+        return self.text if self.condition == "text" else TextConfig(encoder="bytes", length=self.text.length)
 
     @property
     def clip_path(self) -> str:

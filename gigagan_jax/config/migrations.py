@@ -12,7 +12,7 @@ from typing import Any
 from gigagan_jax.config.comparison import flatten_fields
 from gigagan_jax.core.errors import UserError
 
-FORMAT = 6
+FORMAT = 7
 FORMAT_KEY = "format"
 # Names of fields that are newer than the run. From its first restart on, config.json has them with the values of ADDED.
 WITHOUT_KEY = "begun_without"
@@ -148,6 +148,8 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (6, "perceptual.path", ""),
     (6, "loss.pixel", 0.0),
     (6, "loss.perceptual", 0.0),
+    (7, "class_names", ()),
+    (7, "snapshot.preferred_classes", ()),
 )
 # (format that replaced the field, its name, its successor, values of the successor by those of the field)
 REPLACED: tuple[tuple[int, str, str, dict[Any, Any]], ...] = (

@@ -60,12 +60,14 @@ class CheckpointConfig:
 class SnapshotConfig:
     """The grid of fixed prompts and seeds that is drawn during training."""
 
-    prompts: tuple[str, ...] = (  # one row each; class numbers for a class-conditional model
+    # one row each; names or numbers of classes for a class-conditional model, for which none are the first of the data
+    prompts: tuple[str, ...] = (
         "a photo of a cat",
         "a red house by the sea",
         "an oil painting of a ship",
         "a bowl of fruit",
     )
+    preferred_classes: tuple[str, ...] = ()  # drawn without `prompts`, where the data has them all; else as many others
     seeds: int = 8  # columns: seeds 0, 1, ...
     truncations: tuple[float, ...] = (1.0, 0.7)  # towards the mean of the prompt; one grid each
 

@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any
 
+from gigagan_jax.config.classes import check_classes, class_labels
 from gigagan_jax.config.data import SOURCE_KINDS
 from gigagan_jax.core.errors import UserError
 
@@ -228,7 +229,7 @@ def validate(config: Any) -> None:
     _check_drawn_captions(config)
     _check_frozen(config)
     _check_vision_aided(config)
-    _check_condition(config)
+    check_classes(config)
     _check_snapshot(config)
     _check_discriminator(config)
 
@@ -406,20 +407,15 @@ def _check_drawn_captions(config: Any) -> None:
         )
 
 
-def _check_condition(config: Any) -> None:
-    # With one class there is nothing to condition on.
-    if config.condition == "class" and config.num_classes < 2:
-        raise UserError(f"config.num_classes={config.num_classes}: condition='class' needs at least 2")
-
-
 def _check_snapshot(config: Any) -> None:
     s = config.snapshot
-    if not s.prompts or not s.truncations or any(not 0 <= psi <= 1 for psi in s.truncations):
+    # Classes are chosen when the data is known (training/data_classes.py).
+    if not (s.prompts or config.condition == "class") or not s.truncations:
         raise UserError("config.snapshot: needs at least one prompt, and at least one truncation of 0 to 1")
-    if config.condition == "class" and any(
-        not p.strip().isdecimal() or int(p) >= config.num_classes for p in s.prompts
-    ):
-        raise UserError(f"config.snapshot.prompts={s.prompts}: must be class numbers, 0 to {config.num_classes - 1}")
+    if any(not 0 <= psi <= 1 for psi in s.truncations):
+        raise UserError(f"config.snapshot.truncations={s.truncations}: each must be 0 to 1")
+    if config.condition == "class" and config.class_names:
+        class_labels(config, s.prompts)
 
 
 def _check_discriminator(config: Any) -> None:

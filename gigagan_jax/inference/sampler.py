@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gigagan_jax.checkpoint.manager import with_shardings
-from gigagan_jax.config import Config
+from gigagan_jax.config import Config, class_labels
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.inference.images import to_uint8
@@ -54,7 +54,8 @@ class Sampler:
         # Images of the two programs, on all devices together; each is compiled once.
         self.fewest = sharding.batch_shards(mesh, config.rules)
         self.batch = device_batch * self.fewest
-        self.tokenizer = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
+        text = config.used_text
+        self.tokenizer = make_tokenizer(text.encoder, text.length, **tokenizer_options(text))
         self.frozen = FrozenNetworks(config, roles=("text",))
         self.identities: dict[str, str] = {}
         self._loaded = frozen
@@ -109,7 +110,7 @@ class Sampler:
         Args:
           params: of G, e.g. the moving average of a checkpoint.
           w_avg: [w_dim] of the same checkpoint.
-          prompts: one an image; class numbers as text for a class-conditional model.
+          prompts: one an image; names or numbers of classes for a class-conditional model; not read by an unconditional one.
           seeds: one an image, 0 to 2^32 - 1.
           truncation: 0 (the mean w of a prompt) to 1 (all variety).
           global_truncation: 0 (the mean w of all prompts) to 1; the paper's psi is both.
@@ -160,11 +161,7 @@ class Sampler:
     def _labels(self, prompts: Sequence[str]) -> np.ndarray:
         if self.config.condition != "class":
             return np.full(len(prompts), -1, np.int32)
-        n = self.config.num_classes
-        for p in prompts:
-            if not p.strip().isdecimal() or int(p) >= n:
-                raise UserError(f"prompt {p!r}: this model is class-conditional, give a class number 0 to {n - 1}")
-        return np.asarray([int(p) for p in prompts], np.int32)
+        return np.asarray(class_labels(self.config, prompts), np.int32)
 
     def abstract_params(self) -> Params:
         """ShapeDtypeStructs with shardings, to restore weights into."""

@@ -124,7 +124,7 @@ class TextToImage:
         """Images of prompts.
 
         Args:
-          prompts: one an image, or one for one image; class numbers as text for a class-conditional model.
+          prompts: one an image, or one for one image; names or numbers of classes for a class-conditional model.
           seeds: one an image, 0 to 2^32 - 1; None for seed, seed + 1, ...
           seed: of the first image, without `seeds`.
           truncation: 0 (the mean w of a prompt) to 1 (all variety).

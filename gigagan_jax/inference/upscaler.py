@@ -19,7 +19,7 @@ from PIL import Image
 from gigagan_jax.checkpoint.consistency import check_same_frozen
 from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
 from gigagan_jax.checkpoint.run_folder import Place, RunFolder
-from gigagan_jax.config import Config, MeshConfig, with_fields
+from gigagan_jax.config import Config, MeshConfig, class_label, with_fields
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
 from gigagan_jax.data.tokenizers import make_tokenizer
@@ -145,13 +145,13 @@ class Upscaler:
             raise UserError(f"noise {noise}: this model was trained with noise up to {self.config.upsampler.noise:g}")
 
     def tile_model(
-        self, *, prompt: str = "", label: int | None = None, seed: int = 0, noise: float = 0.0
+        self, *, prompt: str = "", label: int | str | None = None, seed: int = 0, noise: float = 0.0
     ) -> "NetworkTiles":
         """The network for one image: one z, prompt and noise level for all its tiles.
 
         Args:
           prompt: for a text-conditional model.
-          label: class number, for a class-conditional model.
+          label: number of the class, or its name or number as text, for a class-conditional model.
           seed: 0 to 2^32 - 1, of z and of the noise.
           noise: level of noise augmentation, 0 to 1; what the network was trained for is config.upsampler.noise.
 
@@ -166,9 +166,12 @@ class Upscaler:
             raise UserError(f"a prompt was given, and {c.name} was trained without captions: leave it out")
         if label is not None and c.condition != "class":
             raise UserError(f"a class was given, and {c.name} was trained without classes: leave it out")
-        if c.condition == "class" and (label is None or not 0 <= label < c.num_classes):
-            raise UserError(f"class {label}: {c.name} is class-conditional, give a number 0 to {c.num_classes - 1}")
-        tokens = make_tokenizer(c.text.encoder, c.text.length, **tokenizer_options(c.text))([prompt])
+        if isinstance(label, str):
+            label = class_label(c, label)
+        if c.condition == "class" and (label is None or not 0 <= label < c.class_count):
+            raise UserError(f"class {label}: {c.name} is class-conditional, give a number 0 to {c.class_count - 1}")
+        text = c.used_text
+        tokens = make_tokenizer(text.encoder, text.length, **tokenizer_options(text))([prompt])
         inputs = {
             "tokens": np.asarray(tokens),
             "label": np.asarray([-1 if label is None else label], np.int32),
@@ -183,7 +186,7 @@ class Upscaler:
         scale: float | None = None,
         *,
         prompt: str = "",
-        label: int | None = None,
+        label: int | str | None = None,
         seed: int = 0,
         noise: float = 0.0,
         tile: int | str = 0,
@@ -233,8 +236,8 @@ class Upscaler:
 
         Args:
           images: uint8 [N, R, R, 3].
-          prompts: one an image, as the base model had them; class numbers for a class-conditional upsampler. An upsampler
-            without a condition does not read them.
+          prompts: one an image, as the base model had them; names or numbers of classes for a class-conditional
+            upsampler. One without a condition does not read them.
           seeds: one an image.
           noise: level of noise augmentation; moderate noise hides what a base model's images have and real ones have not.
 
@@ -245,9 +248,7 @@ class Upscaler:
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
             said: dict[str, Any] = {"prompt": prompt} if condition == "text" else {}
             if condition == "class":
-                if not prompt.strip().isdecimal():
-                    raise UserError(f"prompt {prompt!r}: the upsampler is class-conditional, give a class number")
-                said = {"label": int(prompt)}
+                said = {"label": prompt}
             large.append(self(image, seed=seed, noise=noise, **said))
         return np.stack(large)
 

@@ -79,7 +79,7 @@ def example_conditions(config: Config, count: int) -> dict[str, np.ndarray]:
     """A fixed caption (tokens, and features of a frozen encoder) or class (labels) for each of `count` examples."""
     rng = np.random.default_rng(0)
     if config.condition == "class":
-        return {"labels": rng.integers(0, config.num_classes, count).astype(np.int32)}
+        return {"labels": rng.integers(0, config.class_count, count).astype(np.int32)}
     if config.condition != "text":
         return {}
     spec = text_spec(config.text)

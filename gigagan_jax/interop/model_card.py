@@ -30,9 +30,7 @@ def write(config: Config, step: int, choices: Sequence[str], form: str, verdict:
     """
     data, data_licence = _KNOWN_DATA.get(config.data.source, (BLANK, BLANK))
     source = "" if config.data.source in _KNOWN_DATA else f" (`data.source={config.data.source}`)"
-    text = {"text": _text_encoder(config), "class": f"{config.num_classes} classes", "none": "nothing"}[
-        config.condition
-    ]
+    text = {"text": _text_encoder, "class": _classes, "none": lambda config: "nothing"}[config.condition](config)
     library, made, program = ("pytorch", " and converted to PyTorch", _torch_program(config, shards))
     if form != "pytorch":
         library, made, program = ("gigagan_jax", "", _own_program(config))
@@ -102,6 +100,12 @@ config = json.load(open("config.json"))
 {tokens}{given}{result}
 ```
 """
+
+
+def _classes(config: Config) -> str:
+    # A card is read by people: config.json has the rest of a long list.
+    shown = ", ".join(config.class_names[:20]) + (", ..." if len(config.class_names) > 20 else "")
+    return f"{config.class_count} classes" + (f": {shown}" if shown else "")
 
 
 def _text_encoder(config: Config) -> str:

@@ -385,7 +385,7 @@ class Conditioner(nn.Module):
             self.encoder = TrainedEncoder(text) if trained else None
             self.transformer = TextTransformer(text["width"] if trained else text["encoder_width"], transformer)
         elif self.kind == "class":
-            self.embedding = nn.Parameter(torch.randn(config["num_classes"], self.width))
+            self.embedding = nn.Parameter(torch.randn(config["num_classes"] or 1000, self.width))
 
     def forward(
         self, tokens: Tensor | None = None, labels: Tensor | None = None, features: Tensor | None = None

@@ -52,7 +52,7 @@ class ConditionSettings:
     @classmethod
     def from_config(cls, config: Config) -> "ConditionSettings":
         """The settings of a run."""
-        return cls(config.condition, config.text, config.num_classes, config.generator.w_dim)
+        return cls(config.condition, config.text, config.class_count, config.generator.w_dim)
 
 
 class Condition(NamedTuple):

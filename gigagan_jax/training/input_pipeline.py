@@ -59,7 +59,8 @@ def build_shared_index(config: Config, place: RunFolder) -> None:
 
 def make_tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
     """(of the text encoder, of the CLIP of the contrastive loss where that has tokens of its own)"""
-    text = make_tokenizer(config.text.encoder, config.text.length, **tokenizer_options(config.text))
+    used = config.used_text
+    text = make_tokenizer(used.encoder, used.length, **tokenizer_options(used))
     if not needs_own_clip_tokens(config):
         return text, None
     clip = TextConfig(encoder="clip", path=config.clip_path, length=clip_length(config))
