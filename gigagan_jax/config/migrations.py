@@ -150,6 +150,7 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (6, "loss.perceptual", 0.0),
     (7, "class_names", ()),
     (7, "snapshot.preferred_classes", ()),
+    (7, "discriminator.augment", ()),
 )
 # (format that replaced the field, its name, its successor, values of the successor by those of the field)
 REPLACED: tuple[tuple[int, str, str, dict[Any, Any]], ...] = (

@@ -154,6 +154,9 @@ class DiscriminatorConfig:
     class_mapping_depth: int = 0  # (open) layers between a class embedding and a projection head (StyleGAN2-ADA: 8)
     head_depth: int = 4  # (sec. 3.3) modulated 1x1 convolutions
     head_width: int = 256  # (open)
+    # differentiable augmentation of what D sees (Zhao et al., 2020), for few images: "color", "translation", "cutout"; ("auto",):
+    # all three where the data set has fewer than 50,000 images; (): off
+    augment: tuple[str, ...] = ()
     minibatch_std: int = 0  # (A2) images a group; 0 is off
     minibatch_std_equalized: bool = True  # (StyleGAN2) the deviation's channel weighs as each of the others
     text: TransformerConfig = TransformerConfig()

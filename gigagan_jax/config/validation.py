@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any
 
+from gigagan_jax.config.augmentation import check_augmentations
 from gigagan_jax.config.classes import check_classes, class_labels
 from gigagan_jax.config.data import SOURCE_KINDS
 from gigagan_jax.core.errors import UserError
@@ -128,8 +129,7 @@ def _check_frozen(config: Any) -> None:
     _check_choice("text.encoder", config.text.encoder, ("bytes", "words", "clip", "t5", "auto"))
     _check_choice("text.layer", config.text.layer, ("penultimate", "last"))
     _check_choice("vision_aided.backbone", config.vision_aided.backbone, ("clip", "dino"))
-    for name in config.vision_aided.augment:
-        _check_choice("vision_aided.augment", name, ("color", "translation", "cutout"))
+    check_augmentations(config)
     v = config.vision_aided
     # Features are taken in one pass through the tower, block by block.
     if not v.layers or min(v.layers) < 1 or list(v.layers) != sorted(set(v.layers)):

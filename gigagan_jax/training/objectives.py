@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gigagan_jax.config import Config
+from gigagan_jax.config.augmentation import with_augmentations
 from gigagan_jax.models.discriminator import Logits, entry_levels, prediction_pairs
 from gigagan_jax.models.layers.resample import image_pyramid
 from gigagan_jax.models.network import Params
@@ -23,6 +24,8 @@ from gigagan_jax.training.mismatched_captions import all_wrong_captions, draw_wr
 from gigagan_jax.training.state import Networks
 
 NO_FROZEN: Params = {}  # the frozen networks of a config that asks for none
+# Names of sources of images that D sees; draws of the augmentation are by their number. Others are copies of real images.
+_SOURCES = {"real": 0, "fake": 1}
 Metrics = dict[str, jax.Array]
 
 
@@ -96,6 +99,22 @@ class GanObjective:
         z = sharding.constrain(z, "batch", None)
         return self.networks.g.bind(params)(z, batch.get("tokens"), batch["label"], batch.get("features"))
 
+    def augmented(self, images: dict[str, list[jax.Array]], key: jax.Array) -> dict[str, list[jax.Array]]:
+        """Images of each source as D sees them: each level of each image by a draw of its own (diff_augment.py).
+
+        Args:
+          images: {source: levels [N, R, R, 3]}. "noisy real" is drawn as "real": finite differences compare the two.
+        """
+        policies = with_augmentations(self.config, None).discriminator.augment
+        if not policies:
+            return images
+        out = {}
+        for source, levels in images.items():
+            number = _SOURCES.get(source.removeprefix("noisy "), _SOURCES["real"])
+            source_key = jax.random.fold_in(jax.random.fold_in(key, 4), number)
+            out[source] = [augment(jax.random.fold_in(source_key, i), x, policies) for i, x in enumerate(levels)]
+        return out
+
     def own_captions(self, disc: Any, batch: Batch) -> jax.Array | None:
         """t_D of each image's own caption or class, [N, D]; None without a condition."""
         return disc.condition(batch.get("tokens"), batch["label"], batch.get("features"))
@@ -149,7 +168,7 @@ class GanObjective:
         fakes = generated_levels(jax.lax.stop_gradient(self.generate(g_params, batch, key_z)[0]), c)
         own = self.own_captions(disc, batch)
         wrong, valid = self.wrong_captions(own, batch, key_wrong) if self.match_d else (None, None)
-        logits = disc({"fake": fakes, "real": reals}, own, wrong)
+        logits = disc(self.augmented({"fake": fakes, "real": reals}, key), own, wrong)
         fake, real = logits["fake"], logits["real"]
 
         # eq. 6: the sum over levels and exits, weighted as Table A2 has it.
@@ -257,7 +276,7 @@ class GanObjective:
         if loss.r1_form == "gradient":
 
             def total(first: dict[str, list[jax.Array]]) -> jax.Array:
-                out = disc({source: [*first[source], *rest[source]] for source in first}, own)
+                out = disc(self.augmented({s: [*first[s], *rest[s]] for s in first}, key), own)
                 return jnp.asarray(sum(x.sum() for source in out for x in say(out[source], source)))
 
             squares = penalties.squared_gradients(total, first)
@@ -271,7 +290,7 @@ class GanObjective:
             }
             # One call of D for all: the noisy images are sources of their own.
             both = images | {f"noisy {source}": [*noisy[source], *rest[source]] for source in images}
-            out = disc(both, own)
+            out = disc(self.augmented(both, key), own)
             squares = {
                 source: penalties.squared_differences(
                     say(out[source], source), say(out[f"noisy {source}"], source), loss.r1_sigma
@@ -351,11 +370,12 @@ class GanObjective:
         disc = self.networks.d.bind(critics["d"])
         own = self.own_captions(disc, batch)
         wrong, valid = self.wrong_captions(own, batch, key_wrong) if self.match_g else (None, None)
-        logits = disc({"fake": generated_levels(images, c)}, own, wrong)
+        logits = disc(self.augmented({"fake": generated_levels(images, c)}, key), own, wrong)
         fake = logits["fake"]
         if c.loss.pairing == "relativistic":
             # Apart, though D takes both at once: nothing of G flows through the real images, so there is no way back.
-            logits["real"] = jax.lax.stop_gradient(disc({"real": real_levels(batch, c)}, own)["real"])
+            reals = self.augmented({"real": real_levels(batch, c)}, key)
+            logits["real"] = jax.lax.stop_gradient(disc(reals, own)["real"])
 
         metrics = {"loss/g_gan": self.adversarial_g_loss(logits)}
         loss = metrics["loss/g_gan"]
