@@ -3,7 +3,7 @@
 import dataclasses
 
 # Kinds of data sources: data/sources/__init__.py opens them.
-SOURCE_KINDS = ("tar", "folder", "arrayrecord", "tfds", "parquet", "digits", "shapes")
+SOURCE_KINDS = ("tar", "folder", "arrayrecord", "tfds", "parquet", "arrow", "hub", "digits", "shapes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Decoding of image files and caption files; shared by all sources."""
 
+import codecs
 import contextlib
 import io
 import math
@@ -10,6 +11,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gigagan_jax.data.example import BadExample, Example, Record
 
+# Endings of image files that Pillow reads by itself, in lower case; shared by folders and tars.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
+    *(".avif", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".jpf"),
+)
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 # `decode_to_pil` checks sizes itself and raises. Pillow's warning would repeat that once for each call site.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -67,16 +80,16 @@ def decode_record(record: Record) -> Example:
 
 
 def decode_captions(data: bytes) -> tuple[str, ...]:
-    """Decodes a caption file: UTF-8, one caption a line, blank lines skipped.
+    """Decodes a caption file: one caption a line, blank lines skipped. UTF-8, or UTF-16 and UTF-32 with a byte order mark.
 
     Raises:
       BadExample: cause `caption_undecodable` where the file is not UTF-8.
     """
     try:
-        # utf-8-sig drops the byte order mark that Windows editors write.
-        text = data.decode("utf-8-sig")
+        # Each of these drops the byte order mark. utf-8-sig reads files without one too.
+        text = data.decode(next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise BadExample("caption_undecodable", f"not UTF-8: {error}") from error
+        raise BadExample("caption_undecodable", f"not {error.encoding.upper()}: {error}") from error
     # str.splitlines would split at form feeds and U+2028 too.
     lines = text.replace("\r", "\n").split("\n")
     return tuple(line.strip() for line in lines if line.strip())

@@ -1,10 +1,13 @@
-"""JPEGs decoded at a fraction of their size. sources/test_sources.py tests the rest of decoding."""
+"""JPEGs decoded at a fraction of their size, and captions in other encodings. sources/test_sources.py tests the rest."""
+
+import codecs
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gigagan_jax.data.decoding import decode_image
+from gigagan_jax.data.decoding import decode_captions, decode_image
+from gigagan_jax.data.example import BadExample
 from gigagan_jax.data.transforms import resize_and_crop
 from tests.img2dataset import encoded
 
@@ -47,3 +50,20 @@ def test_what_training_sees_is_nearly_the_same(photo_file):
     assert not np.array_equal(full, fast)
     # Peak signal-to-noise ratio in dB.
     assert 10 * np.log10(255**2 / np.mean((full - fast) ** 2)) > 50
+
+
+MARKS = {
+    "utf-8": codecs.BOM_UTF8,
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-le": codecs.BOM_UTF32_LE,
+    "utf-32-be": codecs.BOM_UTF32_BE,
+}
+
+
+@pytest.mark.parametrize("encoding", MARKS)
+def test_captions_with_a_byte_order_mark(encoding):
+    assert decode_captions(MARKS[encoding] + "été\r\n🐈 two".encode(encoding)) == ("été", "🐈 two")
+    # One byte short: a file that was cut off.
+    with pytest.raises(BadExample, match=f"caption_undecodable: not UTF-{encoding[4:6].rstrip('-')}"):
+        decode_captions(MARKS[encoding] + "é".encode(encoding)[:-1])

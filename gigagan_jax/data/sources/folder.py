@@ -5,11 +5,9 @@ import os
 from pathlib import Path, PurePosixPath
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.data.decoding import decode_captions
+from gigagan_jax.data.decoding import IMAGE_SUFFIXES, decode_captions
 from gigagan_jax.data.example import UNKNOWN_LABEL, BadExample, Record
 from gigagan_jax.data.source import Source, identity_of
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
 class FolderSource(Source):

@@ -30,6 +30,7 @@ import numpy as np
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.processes import hold_file_lock, map_parallel
+from gigagan_jax.data.decoding import IMAGE_SUFFIXES
 from gigagan_jax.data.source import short_names
 from gigagan_jax.data.sources.tar_headers import BLOCK, detect_compression, iter_members
 from gigagan_jax.data.storage import Storage, is_local
@@ -42,7 +43,6 @@ NO_MEMBER = 2**32 - 1
 # Indices into this tuple are stored: new faults go to the end.
 FAULTS = ("", "tar_truncated", "tar_corrupt", "unsafe_name", "image_missing", "member_too_large")
 _DAMAGE = [FAULTS.index("tar_truncated"), FAULTS.index("tar_corrupt")]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 # Compressed tars are listed too, so that they are refused with a reason instead of not found.
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 COLUMNS = {
