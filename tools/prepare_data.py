@@ -215,10 +215,15 @@ def index(config: "Config", workers: int) -> int:
 
 
 def open_source(config: "Config", workers: int, refresh: bool = False) -> "Source":
-    """The config's data set. Raises UserError as `make_source` does."""
+    """The config's data set; what its path holds is printed first. Raises UserError as `make_source` does."""
     from gigagan_jax.data.sources import make_source
 
-    return make_source(config.data, condition=config.condition, workers=workers, refresh=refresh)
+    return make_source(config.data, condition=config.condition, workers=workers, refresh=refresh, report=print_report)
+
+
+def print_report(text: str) -> None:
+    """Prints what a path holds at once, before the work on it begins."""
+    print(text, flush=True)
 
 
 def check(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> int:

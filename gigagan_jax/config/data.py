@@ -41,7 +41,8 @@ class ShapesConfig:
 class DataConfig:
     """Where captioned images come from and what is done to them on the host."""
 
-    # "tar" (webdataset), "folder", "arrayrecord", "tfds", "parquet", "digits" and "shapes" (no path); "auto": by the path
+    # "tar" (webdataset), "folder", "arrayrecord", "tfds", "parquet", "arrow" (a folder by save_to_disk), "hub" (an id of the
+    # Hugging Face hub), "digits" and "shapes" (no path); "auto": by the path
     source: str = "auto"
     path: str = (
         ""  # files or folder; addresses (gs://, s3://), ranges {00000..01234}, wildcards; tfds: the data set's name

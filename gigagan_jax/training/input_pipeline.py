@@ -1,5 +1,6 @@
 """From a config to its stream of batches on this host."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,17 @@ from gigagan_jax.parallel import communication
 _log = logging.getLogger(__name__)
 
 
+# Cached: hooks open the data again, and one report of each path is enough.
+@functools.cache
+def _log_report(text: str) -> None:
+    _log.info("%s", text)
+
+
 def make_data_source(config: Config, workdir: Path | None = None) -> Source:
     """The config's data set; `workdir` takes the index of tars that lie where it cannot be written."""
     d = config.data
     # Opening may index tars, which takes minutes at the first start (docs/data.md).
-    source = make_source(d, condition=config.condition, workdir=workdir)
+    source = make_source(d, condition=config.condition, workdir=workdir, report=_log_report)
     if config.condition == "class":
         if not getattr(source, "has_labels", True):
             raise UserError(f"{d.path} has no labels, and config.condition='class' needs them")

@@ -12,7 +12,7 @@ from gigagan_jax.data.sources import array_record_format, tf_example
 from gigagan_jax.data.storage import Storage, expand_braces, is_local, local_path
 
 # a.array_record, and TFDS's a-train.array_record-00000-of-00012
-# Upper and lower case are equal, as in `detect_kind`.
+# Upper and lower case are equal, as in `data.survey`.
 _FILE = re.compile(r"(?P<set>.+)\.array_record(-(?P<number>\d{5,})-of-(?P<count>\d{5,}))?", re.IGNORECASE)
 
 

@@ -16,10 +16,10 @@ from sklearn.datasets import load_digits
 from gigagan_jax.config import DataConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.example import BadExample
-from gigagan_jax.data.sources import detect_kind, make_source
+from gigagan_jax.data.sources import make_source
 from gigagan_jax.data.sources.digits import CAPTION_TEMPLATES, DIGIT_WORDS, DigitsSource, digit_captions
 from gigagan_jax.data.sources.folder import FolderSource
-from gigagan_jax.data.storage import Storage
+from gigagan_jax.data.survey import survey_path
 
 
 def encoded(image, format, **options):
@@ -86,7 +86,6 @@ def test_digit_captions_name_their_digit_and_no_two_are_alike():
 
 
 def test_auto_finds_each_kind_by_its_path(tmp_path, tars):
-    storage = Storage()
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     Image.fromarray(noise()).save(pictures / "a.png")
@@ -105,9 +104,9 @@ def test_auto_finds_each_kind_by_its_path(tmp_path, tars):
         ("imagenet2012", "tfds"),
         ("coco_captions/2014:1.1.0", "tfds"),
     ):
-        assert detect_kind(path, storage) == kind, path
+        assert survey_path(path, DataConfig(), "text").kind == kind, path
     with pytest.raises(UserError, match="there is nothing at this path"):
-        detect_kind(str(tmp_path / "nowhere"), storage)
+        survey_path(str(tmp_path / "nowhere"), DataConfig(), "text")
 
 
 def test_make_source_by_config(tmp_path):
