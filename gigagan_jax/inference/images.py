@@ -1,20 +1,20 @@
-"""Converts samples to uint8, draws labelled grids, and writes PNG files with the metadata of their generation."""
+"""Converts samples to uint8, draws labelled grids, and names the files of samples."""
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import os
 import re
-import secrets
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.inference.image_encoding import encode_image, replace_surrogates, write_atomically
 
 _BACKGROUND = (250, 250, 248)
 _TEXT = (38, 38, 42)
@@ -46,6 +46,66 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
         raise ValueError(f"{x.size - int(finite.sum())} of {x.size} image values are NaN or infinite")
     # Rounds half up. The train step maps grey level g to g / 127.5 - 1.
     return np.clip(np.floor(x * 127.5 + 128.0), 0, 255).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class GridLayout:
+    """Where the parts of a grid lie, in pixels.
+
+    Attributes:
+      width, height: of the whole picture.
+      left, top: of the first image.
+      scale: by which images are enlarged.
+      label_width: of the column of row labels; 0 without them.
+      font: of the labels.
+      line: height of a line of text, and the margin.
+    """
+
+    width: int
+    height: int
+    left: int
+    top: int
+    scale: int
+    label_width: int
+    font: ImageFont.FreeTypeFont
+    line: int
+
+
+def lay_out_grid(
+    rows: int,
+    cols: int,
+    height: int,
+    width: int,
+    row_labels: Sequence[str] | None,
+    has_col_labels: bool = False,
+    has_title: bool = False,
+    *,
+    scale: int | None = None,
+    pad: int = 2,
+) -> GridLayout:
+    """Lays out a grid before its images exist; arguments are those of `draw_grid`.
+
+    Raises:
+      ValueError: the scale or pad is wrong.
+    """
+    if scale is None:
+        side = max(height, width)
+        scale = max(1, round(_READABLE / side)) if side <= _SMALL else 1
+    if scale < 1 or pad < 0:
+        raise ValueError(f"scale must be at least 1 and pad at least 0, got {scale} and {pad}")
+    # 13 to 28 pixels: legible beside images of any size.
+    font = _load_font(min(28, max(13, height * scale // 8)))
+    line = _line_height(font)
+    # The column is as wide as the longest label, up to about 30 letters; a longer label is wrapped.
+    label_w = 0
+    if row_labels is not None:
+        widest = max(font.getlength(_clean_label(text)) for text in row_labels)
+        label_w = int(min(widest, font.getlength("n" * 30))) + 1
+    left = line + (label_w + line if row_labels is not None else 0)
+    top = line + (2 * line if has_title else 0) + (line + line // 3 if has_col_labels else 0)
+    total_w = left + cols * width * scale + (cols - 1) * pad + line
+    total_h = top + rows * height * scale + (rows - 1) * pad + line
+    return GridLayout(total_w, total_h, left, top, scale, label_w, font, line)
 
 
 def draw_grid(
@@ -80,34 +140,18 @@ def draw_grid(
     for name, labels, count in (("row", row_labels, rows), ("col", col_labels, cols)):
         if labels is not None and len(labels) != count:
             raise ValueError(f"{name}_labels has {len(labels)} texts for {count} {name}s")
-    if scale is None:
-        side = max(height, width)
-        scale = max(1, round(_READABLE / side)) if side <= _SMALL else 1
-    if scale < 1 or pad < 0:
-        raise ValueError(f"scale must be at least 1 and pad at least 0, got {scale} and {pad}")
+    grid = lay_out_grid(rows, cols, height, width, row_labels, bool(col_labels), bool(title), scale=scale, pad=pad)
+    left, top, scale, font, line = grid.left, grid.top, grid.scale, grid.font, grid.line
+    cell_h, cell_w, margin, label_w = height * scale, width * scale, grid.line, grid.label_width
+    # As many lines as a row is high: a label must not reach into the next row.
+    room = max(1, (cell_h + pad) // line)
+    wrapped = [_wrap_text(text, font, label_w, room) for text in row_labels or ()]
 
-    cell_h, cell_w = height * scale, width * scale
-    # 13 to 28 pixels: legible beside images of any size.
-    font = _load_font(min(28, max(13, cell_h // 8)))
-    line = _line_height(font)
-    margin = line
-    # The column is as wide as the longest label, up to about 30 letters; a longer label is wrapped.
-    label_w, wrapped = 0, []
-    if row_labels is not None:
-        widest = max(font.getlength(_clean_label(text)) for text in row_labels)
-        label_w = int(min(widest, font.getlength("n" * 30))) + 1
-        # As many lines as a row is high: a label must not reach into the next row.
-        wrapped = [_wrap_text(text, font, label_w, max(1, (cell_h + pad) // line)) for text in row_labels]
-    left = margin + (label_w + margin if row_labels is not None else 0)
-    top = margin + (2 * line if title else 0) + (line + line // 3 if col_labels is not None else 0)
-    total_w = left + cols * cell_w + (cols - 1) * pad + margin
-    total_h = top + rows * cell_h + (rows - 1) * pad + margin
-
-    out = Image.new("RGB", (total_w, total_h), _BACKGROUND)
+    out = Image.new("RGB", (grid.width, grid.height), _BACKGROUND)
     draw = ImageDraw.Draw(out)
     if title:
         big = _load_font(round(font.size * 1.25))
-        draw.text((margin, margin), _shorten_to_width(title, big, total_w - 2 * margin), fill=_TEXT, font=big)
+        draw.text((margin, margin), _shorten_to_width(title, big, grid.width - 2 * margin), fill=_TEXT, font=big)
     for c, text in enumerate(col_labels or ()):
         x = left + c * (cell_w + pad) + cell_w / 2
         draw.text((x, top - line // 3), _shorten_to_width(text, font, cell_w), fill=_FAINT_TEXT, font=font, anchor="md")
@@ -154,67 +198,29 @@ def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str] | None =
 
 
 def save_png(path: str | os.PathLike[str], image: Image.Image | np.ndarray, metadata: Mapping[str, str]) -> None:
-    """Writes a PNG atomically, with `metadata` as text in it, and creates missing folders.
-
-    Args:
-      path: path of the file, which is replaced if it exists.
-      image: a picture, or uint8 `[H, W, 3]`.
-      metadata: text by key; keys of 1 to 79 printable ASCII letters, values in any script.
+    """`image_encoding.save_image` of a PNG, whatever the name's ending.
 
     Raises:
       UserError: the file cannot be written.
       ValueError: the array or a key is invalid.
     """
-    path = Path(path)
-    if not isinstance(image, Image.Image):
-        array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-            raise ValueError(f"save_png takes uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
-        image = Image.fromarray(array)
-    info = PngInfo()
-    for key, value in metadata.items():
-        # The PNG specification limits keywords to 79 bytes.
-        if not 1 <= len(key) <= 79 or not key.isascii() or not key.isprintable() or key.strip() != key:
-            raise ValueError(f"the PNG text key {key!r} must be 1 to 79 printable ASCII letters")
-        # An iTXt chunk is UTF-8 and keeps any script. A NUL would end the text in other readers.
-        info.add_itxt(key, _replace_surrogates(str(value)).replace("\0", "�"))
-    # In the same folder, where the replacement is atomic. The name is short: that of the file may have the full length.
-    temporary = path.parent / f".{secrets.token_hex(6)}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # "x": an existing file of this name belongs to somebody else.
-            with open(temporary, "xb") as file:
-                image.save(file, format="PNG", pnginfo=info)
-            os.replace(temporary, path)
-        finally:
-            # After the replacement there is nothing to delete; after an error there is.
-            temporary.unlink(missing_ok=True)
+        data = encode_image(image, "PNG", metadata)
     except OSError as e:
-        raise UserError(
-            f"cannot write the image {path}: {e.strerror or e}; choose a folder that you may write to"
-        ) from None
+        raise UserError(f"cannot write the image {path}: {e}; choose another format") from None
+    write_atomically(Path(path), data)
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Reads the metadata that `save_png` wrote.
-
-    Raises:
-      UserError: the file is missing or not a complete PNG.
-    """
-    try:
-        # Not Image.open: its limit on pixels (DecompressionBombError) would reject a large grid.
-        with open(path, "rb") as file:
-            return {key: str(value) for key, value in PngImageFile(file).text.items()}
-    except (OSError, SyntaxError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else "not a whole PNG file"
-        raise UserError(f"cannot read the image {path}: {reason}") from None
-
-
-def file_name(index: int, prompt: str, seed: int) -> str:
+def file_name(index: int, prompt: str, seed: int, ending: str = ".png", digits: int = 4) -> str:
     """Returns a short file name that is valid on any file system: `0003_a-handwritten-seven_seed42.png`.
 
     Accents and letters outside ASCII are left out; index and seed distinguish such images.
+
+    Args:
+      index: of the image in its job.
+      prompt, seed: of the image.
+      ending: of the file, with its dot.
+      digits: of the index, with leading zeros; names sort by index where it suffices for all.
     """
     # Cut first: a prompt has no limit, and the normalization of a very long one is slow.
     folded = unicodedata.normalize("NFKD", prompt[:1000]).encode("ascii", "ignore").decode().lower()
@@ -223,7 +229,7 @@ def file_name(index: int, prompt: str, seed: int) -> str:
         # At a word's end, if there is one.
         cut = words[: _SLUG_LENGTH + 1]
         words = cut.rsplit("-", 1)[0] if "-" in cut else cut[:_SLUG_LENGTH]
-    return f"{index:04d}_{words or 'image'}_seed{seed}.png"
+    return f"{index:0{digits}d}_{words or 'image'}_seed{seed}{ending}"
 
 
 def _load_font(size: int) -> ImageFont.FreeTypeFont:
@@ -238,15 +244,10 @@ def _line_height(font: ImageFont.FreeTypeFont) -> int:
     return round(font.size * 1.3)
 
 
-def _replace_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which shell arguments may hold and UTF-8 cannot encode."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def _clean_label(text: str) -> str:
     """Prepares text for drawing: one line without accents and control characters, of at most 500 characters."""
     # NFKD separates letters from their accents, which are then dropped.
-    text = unicodedata.normalize("NFKD", _replace_surrogates(text[:500])).translate(_PLAIN_PUNCTUATION)
+    text = unicodedata.normalize("NFKD", replace_surrogates(text[:500])).translate(_PLAIN_PUNCTUATION)
     kept = (c for c in text if not unicodedata.combining(c))
     return " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") else c for c in kept).split())
 

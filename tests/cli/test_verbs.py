@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from gigagan_jax import cli, sample, train
-from gigagan_jax.inference.images import read_metadata
+from gigagan_jax.inference.image_encoding import read_metadata
 from tests.quick import FLAGS
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.inference.images import draw_grid, file_name, read_metadata, save_png, side_by_side, to_uint8
+from gigagan_jax.inference.image_encoding import read_metadata
+from gigagan_jax.inference.images import draw_grid, file_name, save_png, side_by_side, to_uint8
 
 GROUND = np.array([250, 250, 248])
 
