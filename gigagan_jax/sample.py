@@ -1,18 +1,27 @@
 """Images from prompts: `python -m gigagan_jax.sample --workdir=DIR --prompt="a handwritten seven" --out=FILE_OR_DIR`.
 
-A `.png` path gets one grid (rows are prompts, columns seeds). A folder gets one PNG per image, with prompt and seed inside.
+A `.png`, `.jpg` or `.webp` gets the picture, or a grid of several (rows are prompts, columns seeds). A folder or `.tar` gets a
+file an image and its metadata; a job that was stopped goes on by the same command. docs/sampling.md has the rest.
 """
 
+import argparse
 import logging
+import re
 from collections.abc import Sequence
 
 import jax
 
 from gigagan_jax import cli
-from gigagan_jax.checkpoint.run_folder import workdir_argument
+from gigagan_jax.checkpoint.run_folder import RunFolder
+from gigagan_jax.config import Config, needs_prompts
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.inference.images import draw_grid, file_name, save_png
-from gigagan_jax.inference.sampler import prompts_and_seeds
+from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
+from gigagan_jax.inference.image_encoding import DEFAULT_QUALITY
+from gigagan_jax.inference.prompts import Prompt, read_prompts
+from gigagan_jax.inference.sample_grid import check_grid, save_picture
+from gigagan_jax.inference.sample_job import SampleJob, SampleSettings, check_job, report_cut_prompts, run_job
+from gigagan_jax.inference.sample_outputs import SHARD_SIZE, Destination, parse_destination
+from gigagan_jax.inference.sampler import check_truncation
 from gigagan_jax.inference.text_to_image import TextToImage
 from gigagan_jax.inference.upscaler import Upscaler
 from gigagan_jax.telemetry.console import configure_logging
@@ -21,22 +30,39 @@ _log = logging.getLogger(__name__)
 
 # docs/truncation.md has the curves that it follows.
 DEFAULT_TRUNCATION = 1.0
+# Images of a prompt; of a prompt in a file one, as there may be many.
+_NUM, _NUM_OF_FILE = 8, 1
 
 
 def make_parser() -> cli.Parser:
     """The flags."""
     parser = cli.Parser(prog="python -m gigagan_jax.sample", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="of a training run, or a folder of published weights")
+    parser.add_argument("--step", type=int, help="of an earlier checkpoint of the run (the newest)")
     parser.add_argument(
-        "--workdir", type=workdir_argument, required=True, help="of a training run; its newest checkpoint is used"
+        "--prompt",
+        action="append",
+        default=[],
+        help="text, or the name or number of a class; may be given several times",
     )
-    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    parser.add_argument("--num", type=int, default=8, help="images a prompt, with seeds SEED, SEED + 1, ... (8)")
-    parser.add_argument("--seed", type=int, default=0, help="first seed (0)")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt a line; .jsonl, .csv: fields prompt, seed, file_name or id; - is the standard input",
+    )
+    parser.add_argument("--num", type=int, help=f"images a prompt ({_NUM}; with --prompts {_NUM_OF_FILE})")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="first seed (0); the images of a prompt have SEED, SEED + 1, ...; with --prompts every image has its own",
+    )
     parser.add_argument(
         "--truncation",
         type=float,
         default=DEFAULT_TRUNCATION,
-        help=f"how far w keeps from the mean of its prompt: 0 is one image a prompt, 1 all variety ({DEFAULT_TRUNCATION:g})",
+        help="how far w keeps from the mean of its prompt: 0 is one image a prompt, 1 all variety, up to 2 more than that "
+        f"({DEFAULT_TRUNCATION:g})",
     )
     parser.add_argument(
         "--global_truncation",
@@ -57,7 +83,16 @@ def make_parser() -> cli.Parser:
         help="level of noise augmentation before it, up to what it was trained for (0)",
     )
     parser.add_argument("--upsampler_text_path", help="as --text_path, for the upsampler")
-    parser.add_argument("--out", type=cli.local_folder, required=True, help="a .png for a grid, or a folder")
+    parser.add_argument(
+        "--out", required=True, help="a .png, .jpg or .webp for one picture or grid, a folder, or a .tar"
+    )
+    parser.add_argument("--format", choices=("png", "jpg", "webp"), help="of the images in a folder or tar (png)")
+    parser.add_argument(
+        "--quality", type=int, help=f"of .jpg and .webp, 1 to 100; WebP is lossless at 100 ({DEFAULT_QUALITY})"
+    )
+    parser.add_argument(
+        "--shard_size", type=int, help=f"images a tar ({SHARD_SIZE} where the name has a number, as in x-%%05d.tar)"
+    )
     return parser
 
 
@@ -65,64 +100,91 @@ def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     configure_logging(process_index=jax.process_index())
-    if args.num < 1:
-        raise UserError(f"--num={args.num}: must be at least 1")
-    # Seeds are 32 bits in the latents.
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed={args.seed}: must be 0 to {2**32 - 1}")
-    if not 0.0 <= args.truncation <= 1.0:
-        raise UserError(f"--truncation={args.truncation}: must be 0 to 1")
-    if not 0.0 <= args.global_truncation <= 1.0:
-        raise UserError(f"--global_truncation={args.global_truncation}: must be 0 to 1")
-    # A folder may be named x.png.
-    is_grid = args.out.suffix.lower() == ".png" and not args.out.is_dir()
-    if not is_grid and args.out.is_file():
-        raise UserError(f"--out={args.out} is a file and no .png: name a .png for a grid, or a folder")
+    destination = _check_flags(args)
+    place, step = _split_step(args.workdir, args.step)
+    # Before the model is loaded: an error in it costs little.
+    prompts = [Prompt(text) for text in args.prompt]
+    prompts += read_prompts(args.prompts) if args.prompts is not None else []
+    with cli.end_by_sigterm():
+        return _sample(args, destination, RunFolder.open(place), step, prompts)
 
-    model = TextToImage.from_workdir(args.workdir, text_path=args.text_path)
+
+def _sample(
+    args: argparse.Namespace, destination: Destination, place: RunFolder, step: int | None, prompts: list[Prompt]
+) -> int:
     upsampler = None
     if args.upsampler is not None:
         # Before the base model runs: an error in it costs no images.
         upsampler = Upscaler.from_pretrained(args.upsampler, text_path=args.upsampler_text_path)
         upsampler.check_noise(args.upsampler_noise)
-    elif args.upsampler_noise or args.upsampler_text_path:
-        raise UserError("--upsampler_noise and --upsampler_text_path are of an upsampler: name it by --upsampler")
-    prompts, seeds = prompts_and_seeds(args.prompt, args.num, args.seed)
-    _log.info("sampling %d images from step %d", len(prompts), model.step)
+    # A file may have many thousand prompts: eight images of each are not what is meant.
+    num = args.num if args.num is not None else _NUM_OF_FILE if args.prompts is not None else _NUM
 
-    def log_progress(done: int, total: int) -> None:
-        # A single batch needs no progress.
-        if total > model.sampler.batch:
-            _log.info("%d of %d images", done, total)
+    def make_job(config: Config) -> SampleJob:
+        check_job(config, prompts)
+        job = SampleJob(prompts if needs_prompts(config) else [Prompt("")], num, args.seed, args.prompts is not None)
+        if destination.kind == "file":
+            check_grid(config, job, destination, 1 if upsampler is None else upsampler.factor)
+        return job
 
-    images = model(
-        prompts,
-        seeds,
-        truncation=args.truncation,
-        global_truncation=args.global_truncation,
-        progress=log_progress,
+    # Checked before the weights are read, which may take minutes.
+    model = TextToImage.from_workdir(place, step=step, text_path=args.text_path, check=make_job)
+    job = make_job(model.config)
+    settings = SampleSettings(
+        args.truncation,
+        args.global_truncation,
+        DEFAULT_QUALITY if args.quality is None else args.quality,
+        upsampler,
+        args.upsampler_noise,
     )
-    if upsampler is not None:
-        _log.info("enlarging %d images %d times", len(prompts), upsampler.factor)
-        images = upsampler.enlarge(images, prompts, seeds, args.upsampler_noise)
-    # All processes sample, since the model may span them; one writes.
-    if jax.process_index() != 0:
-        return 0
-    # Stored as text chunks of the PNG.
-    metadata = {"model": model.config.name, "step": str(model.step), "truncation": f"{args.truncation:g}"}
-    metadata |= {"global_truncation": f"{args.global_truncation:g}"}
-    if upsampler is not None:
-        metadata |= {"upsampler": upsampler.config.name, "upsampler_step": str(upsampler.step)}
-    if is_grid:
-        shape = (len(args.prompt), args.num, *images.shape[1:])
-        text = {"prompt": "\n".join(args.prompt), "seed": f"{seeds[0]}..{seeds[args.num - 1]}"}
-        save_png(args.out, draw_grid(images.reshape(shape), args.prompt), metadata | text)
-        print(args.out)
+    report_cut_prompts(model, job)
+    _log.info("%d images of the checkpoint of step %d", len(job), model.step)
+    if destination.kind == "file":
+        save_picture(model, job, destination, settings)
+        said = str(destination.path)
     else:
-        for i, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
-            save_png(args.out / file_name(i, prompt, seed), image, metadata | {"prompt": prompt, "seed": str(seed)})
-        print(f"{len(images)} images in {args.out}")
+        run_job(model, job, destination, settings)
+        said = f"{len(job)} images in {destination.path}"
+    # All processes sample, since the model may span them; one writes.
+    if jax.process_index() == 0:
+        print(said)
     return 0
+
+
+def _check_flags(args: argparse.Namespace) -> Destination:
+    """Raises UserError for a value out of range, or flags that do not fit each other."""
+    if args.num is not None and args.num < 1:
+        raise UserError(f"--num={args.num}: must be at least 1")
+    # Seeds are 32 bits in the latents.
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed={args.seed}: must be 0 to {2**32 - 1}; for one by chance, --seed=$RANDOM")
+    check_truncation("--truncation", args.truncation)
+    check_truncation("--global_truncation", args.global_truncation)
+    if args.upsampler is None and (args.upsampler_noise or args.upsampler_text_path):
+        raise UserError("--upsampler_noise and --upsampler_text_path are of an upsampler: name it by --upsampler")
+    # Raises for an address: samples are written to a disk.
+    cli.local_folder(args.out)
+    destination = parse_destination(args.out, args.format, args.shard_size)
+    if args.quality is not None:
+        if not 1 <= args.quality <= 100:
+            raise UserError(f"--quality={args.quality}: must be 1 to 100")
+        if destination.ending == ".png":
+            raise UserError("--quality is of .jpg and .webp: PNG is lossless; leave it out, or choose --format=jpg")
+    return destination
+
+
+def _split_step(workdir: str, step: int | None) -> tuple[str, int | None]:
+    """The workdir and the step of RUN/checkpoints/STEP, which is understood too."""
+    found = re.fullmatch(rf"(.+?)/{CHECKPOINTS_FOLDER}(?:/(\d+))?/*", workdir)
+    if found is None:
+        return workdir, step
+    # People copy the path that the log of training shows.
+    named = int(found[2]) if found[2] else step
+    if step is not None and named != step:
+        raise UserError(
+            f"--workdir={workdir} and --step={step} name two checkpoints: write --workdir={found[1]} --step={step}"
+        )
+    return found[1], named
 
 
 if __name__ == "__main__":

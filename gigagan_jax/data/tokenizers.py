@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
 
     def null_tokens(self) -> np.ndarray:
         """The null caption, int32 [length]."""
+        ...
+
+    def measure_caption(self, caption: str) -> tuple[int, int, str]:
+        """(units of a caption, units that a row holds, what they are: "bytes", "words" or "tokens")."""
         ...
 
 
@@ -75,6 +79,10 @@ class _TrainedTokenizer(abc.ABC):
         """The row of the null caption, int32 [length]."""
         return self([""])[0]
 
+    @abc.abstractmethod
+    def measure_caption(self, caption: str) -> tuple[int, int, str]:
+        """See `Tokenizer`."""
+
 
 class ByteTokenizer(_TrainedTokenizer):
     """UTF-8 bytes as tokens, for small runs and tests: no vocabulary file is needed. Long captions are cut between characters.
@@ -93,6 +101,9 @@ class ByteTokenizer(_TrainedTokenizer):
             text = text[:room].decode("utf-8", "ignore").encode()
         # uint8 would overflow at + 3.
         return np.frombuffer(text, np.uint8).astype(np.int32) + 3
+
+    def measure_caption(self, caption: str) -> tuple[int, int, str]:
+        return len(caption.encode("utf-8", "replace")), self.length - 2, "bytes"
 
 
 class WordTokenizer(_TrainedTokenizer):
@@ -116,6 +127,9 @@ class WordTokenizer(_TrainedTokenizer):
             _report_truncation("words", len(words), room, self.length)
         return [3 + zlib.crc32(word.encode("utf-8", "replace")) % (self.vocab_size - 3) for word in words[:room]]
 
+    def measure_caption(self, caption: str) -> tuple[int, int, str]:
+        return len(re.findall(r"\w+", caption.casefold())), self.length - 2, "words"
+
 
 def _report_truncation(unit: str, size: int, room: int, length: int) -> None:
     global _truncation_reported
@@ -130,6 +144,29 @@ def _report_truncation(unit: str, size: int, room: int, length: int) -> None:
         room,
         length,
     )
+
+
+def report_cut_captions(tokenizer: Tokenizer, captions: Iterable[str], what: str = "prompts") -> int:
+    """Warns once of all captions that are longer than a row of tokens, and returns their number.
+
+    The tokenizers report no further cuts in this process.
+    """
+    global _truncation_reported
+    cut, total, longest = 0, 0, ("", 0, 0, "")
+    for caption in captions:
+        size, room, unit = tokenizer.measure_caption(caption)
+        total, cut = total + 1, cut + (size > room)
+        if size > max(room, longest[1]):
+            longest = (caption, size, room, unit)
+    if cut:
+        with _truncation_lock:
+            _truncation_reported = True
+        caption, size, room, unit = longest
+        _log.warning(
+            "%d of %d %s %s longer than the text encoder reads: %d of %d %s are kept of %r",
+            *(cut, total, what, "is" if cut == 1 else "are", room, size, unit, caption[:40] + "..."),
+        )
+    return cut
 
 
 class FrozenTokenizer:
@@ -200,10 +237,7 @@ class FrozenTokenizer:
         """Tokenizes captions to int32 [N, length]. Long ones are cut and still end with the end token."""
         rows = np.full((len(captions), self.length), self.pad_id, dtype=np.int32)
         for row, caption in zip(rows, captions, strict=True):
-            # The backend refuses lone surrogates, which JSON files may hold.
-            text = caption.encode("utf-8", "replace").decode()
-            # A caption may spell out the end token. CLIP pools at the first one, so it must not occur in the text.
-            ids = [i for i in self._backend.encode(text, add_special_tokens=False).ids if i != self.eot_id]
+            ids = self._ids(caption)
             if len(ids) > self._room:
                 _report_truncation("tokens", len(ids), self._room, self.length)
                 ids = ids[: self._room]
@@ -211,9 +245,19 @@ class FrozenTokenizer:
             row[: len(tokens)] = tokens
         return rows
 
+    def _ids(self, caption: str) -> list[int]:
+        # The backend refuses lone surrogates, which JSON files may hold.
+        text = caption.encode("utf-8", "replace").decode()
+        # A caption may spell out the end token. CLIP pools at the first one, so it must not occur in the text.
+        return [i for i in self._backend.encode(text, add_special_tokens=False).ids if i != self.eot_id]
+
     def null_tokens(self) -> np.ndarray:
         """The row of the null caption, int32 [length]."""
         return self([""])[0]
+
+    def measure_caption(self, caption: str) -> tuple[int, int, str]:
+        """See `Tokenizer`."""
+        return len(self._ids(caption)), self._room, "tokens"
 
 
 def make_tokenizer(encoder: str, length: int, **options: Any) -> Tokenizer:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.image_encoding import encode_image, replace_surrogates, write_atomically
 
-_BACKGROUND = (250, 250, 248)
+GRID_BACKGROUND = (250, 250, 248)
 _TEXT = (38, 38, 42)
 _FAINT_TEXT = (110, 110, 116)
 # By default images of up to _SMALL pixels are enlarged to about _READABLE pixels.
@@ -88,6 +88,7 @@ def lay_out_grid(
     Raises:
       ValueError: the scale or pad is wrong.
     """
+    # Pixels of a small model are hard to see.
     if scale is None:
         side = max(height, width)
         scale = max(1, round(_READABLE / side)) if side <= _SMALL else 1
@@ -147,7 +148,7 @@ def draw_grid(
     room = max(1, (cell_h + pad) // line)
     wrapped = [_wrap_text(text, font, label_w, room) for text in row_labels or ()]
 
-    out = Image.new("RGB", (grid.width, grid.height), _BACKGROUND)
+    out = Image.new("RGB", (grid.width, grid.height), GRID_BACKGROUND)
     draw = ImageDraw.Draw(out)
     if title:
         big = _load_font(round(font.size * 1.25))
@@ -184,7 +185,7 @@ def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str] | None =
     out = Image.new(
         "RGB",
         (sum(p.width for p in pictures) + gap * (len(pictures) - 1), top + max(p.height for p in pictures)),
-        _BACKGROUND,
+        GRID_BACKGROUND,
     )
     draw = ImageDraw.Draw(out)
     x = 0

@@ -7,6 +7,8 @@ from gigagan_jax.models.conditioning import Condition
 
 # Samples of z for a prompt; the mean of their w is the center of the prompt.
 CENTER_SAMPLES = 16
+# Truncations above 1 extrapolate away from the mean. Past 2 there is nothing that the generator was trained for.
+MAX_TRUNCATION = 2.0
 
 
 def z_of_seed(seed: jax.Array, z_dim: int) -> jax.Array:
@@ -44,8 +46,8 @@ def truncate_w(
       w: [N, w_dim]
       condition: of N prompts
       w_avg: [w_dim] running mean of training
-      truncation: scalar, towards the mean of the prompt; 1 keeps w, 0 returns that mean
-      global_truncation: scalar, towards the mean of all prompts; 1 keeps w, 0 forgets the prompt in w
+      truncation: scalar, towards the mean of the prompt; 1 keeps w, 0 returns that mean, above 1 w moves away from it
+      global_truncation: scalar, towards the mean of all prompts; 1 keeps w, 0 forgets the prompt in w, above 1 as before
       z_dim: size of z
 
     Returns:

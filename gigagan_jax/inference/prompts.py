@@ -27,7 +27,21 @@ NAME_FIELDS = ("file_name", "id")
 # Longest name that is taken from a file. Endings and the number of the image come after it.
 _NAME_LENGTH = 100
 # Endings of files that are no text.
-_BINARY = {".parquet", ".arrow", ".gz", ".zip", ".tar", ".tgz", ".xlsx", ".xls", ".npy", ".npz", ".pkl", ".docx", ".pdf"}
+_BINARY = {
+    ".parquet",
+    ".arrow",
+    ".gz",
+    ".zip",
+    ".tar",
+    ".tgz",
+    ".xlsx",
+    ".xls",
+    ".npy",
+    ".npz",
+    ".pkl",
+    ".docx",
+    ".pdf",
+}
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -107,12 +121,16 @@ def _read_text(file: str, shown: str) -> str:
             f"--prompts={file} cannot be read ({e.strerror or e}): name a .txt with one prompt a line, a .jsonl or a .csv; a "
             "prompt itself is --prompt"
         ) from None
+    # Notepad's "Unicode" is UTF-16.
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as e:
         line = data[: e.start].count(b"\n") + 1
-        raise UserError(f"{shown} line {line}: this is not {encoding.upper()[:6].rstrip('-')}; save it as UTF-8") from None
+        raise UserError(
+            f"{shown} line {line}: this is not {encoding.upper()[:6].rstrip('-')}; save it as UTF-8"
+        ) from None
+    # Text of UTF-16 without its mark is valid UTF-8 with these in it.
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise UserError(f"{shown} line {line}: this is not text; write the prompts as .txt, .jsonl or .csv")
@@ -174,9 +192,10 @@ def _from_rows(rows: Iterator[tuple[int, Any]], shown: str) -> list[Prompt]:
             # A list of plain texts.
             row = {"prompt": row}
         if not isinstance(row, dict):
-            raise UserError(f"{shown} line {line}: expected an object such as {{\"prompt\": ...}}, got {str(row)[:60]!r}")
+            raise UserError(f'{shown} line {line}: expected an object such as {{"prompt": ...}}, got {str(row)[:60]!r}')
         fields = {str(k).lower(): v for k, v in row.items()}
         found = [name for name in PROMPT_FIELDS if fields.get(name) is not None]
+        # Of a wrong file this is the first line; of a right one, a slip that would shift an evaluation by one.
         if not found:
             raise UserError(
                 f"{shown} line {line}: no field is called {', '.join(PROMPT_FIELDS[:3])}; there are: "

@@ -1,7 +1,7 @@
 """Runs a generator on prompts and seeds, whatever weights it is given."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from gigagan_jax.config import Config, class_labels
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.inference.images import to_uint8
-from gigagan_jax.inference.latents import truncate_w, z_of_seed
+from gigagan_jax.inference.latents import MAX_TRUNCATION, truncate_w, z_of_seed
 from gigagan_jax.models.build import build_generator
 from gigagan_jax.models.network import Params
 from gigagan_jax.models.pretrained.frozen import FrozenNetworks
@@ -112,8 +112,8 @@ class Sampler:
           w_avg: [w_dim] of the same checkpoint.
           prompts: one an image; names or numbers of classes for a class-conditional model; not read by an unconditional one.
           seeds: one an image, 0 to 2^32 - 1.
-          truncation: 0 (the mean w of a prompt) to 1 (all variety).
-          global_truncation: 0 (the mean w of all prompts) to 1; the paper's psi is both.
+          truncation: 0 (the mean w of a prompt) to 1 (all variety), and up to `MAX_TRUNCATION`, which exaggerates.
+          global_truncation: the same from the mean w of all prompts; the paper's psi is both.
           progress: called with (images done, images in all).
 
         Returns:
@@ -122,43 +122,80 @@ class Sampler:
         Raises:
           UserError: a seed or truncation out of range, a prompt that is no class of a class-conditional model.
         """
+        images, done = [], 0
+        for part in self.batches(
+            params, w_avg, prompts, seeds, truncation=truncation, global_truncation=global_truncation
+        ):
+            images.append(part)
+            done += len(part)
+            if progress is not None:
+                progress(done, len(prompts))
+        return np.concatenate(images) if images else np.zeros((0, *(self.config.resolution,) * 2, 3), np.uint8)
+
+    def batches(
+        self,
+        params: Params,
+        w_avg: jax.Array,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        truncation: float = 1.0,
+        global_truncation: float = 1.0,
+        full: bool = False,
+    ) -> Iterator[np.ndarray]:
+        """The images of a call, a batch at a time. While one batch is used, the devices make the next one.
+
+        Args:
+          params, w_avg, prompts, seeds, truncation, global_truncation: as a call takes them. Sequences may be lazy.
+          full: use the program of full batches also for few images, which are then the same as among many.
+
+        Yields:
+          uint8 [n, R, R, 3], in the order of the prompts
+
+        Raises:
+          UserError: as a call does, before the first batch but for broken images.
+        """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
+        # Here, and not in the generator below, which runs when the first batch is asked for.
+        check_truncation("truncation", truncation)
+        check_truncation("global_truncation", global_truncation)
         for seed in seeds:
             if not 0 <= seed < 2**32:
                 raise UserError(f"seed {seed}: must be 0 to {2**32 - 1}")
-        if not 0.0 <= truncation <= 1.0:
-            raise UserError(f"truncation {truncation}: must be 0 (the mean image of a prompt) to 1 (none)")
-        if not 0.0 <= global_truncation <= 1.0:
-            raise UserError(f"global_truncation {global_truncation}: must be 0 (the mean of all prompts) to 1 (none)")
-        columns = {
-            "tokens": self.tokenizer(list(prompts)),
-            "label": self._labels(prompts),
-            "seed": np.asarray(seeds, np.uint32),
-        }
         truncations = np.array([truncation, global_truncation], np.float32)
         params = jax.device_put(params, self.shardings)  # a running average may be cut further than its parameters
-        images, total = [], len(prompts)
-        size = self.fewest if total <= self.fewest else self.batch
-        for start in range(0, total, size):
-            count = min(size, total - start)
+        size = self.fewest if len(prompts) <= self.fewest and not full else self.batch
+        labels = self.labels(prompts)
+
+        def start_batch(start: int) -> tuple[jax.Array, int]:
+            count = min(size, len(prompts) - start)
             # The last batch is filled up with its last row, and the surplus dropped.
             rows = [start + min(i, count - 1) for i in range(size)]
-            put = lambda x, where, rows=rows: jax.make_array_from_callback(
-                (size, *x.shape[1:]), where, lambda index: x[rows][index]
-            )
+            columns = {
+                "tokens": self.tokenizer([prompts[row] for row in rows]),
+                "label": labels[rows],
+                "seed": np.asarray([seeds[row] for row in rows], np.uint32),
+            }
+            put = lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index])
             batch = {k: put(x, self._inputs[k]) for k, x in columns.items()}
-            out = self._run(params, w_avg, batch, truncations, self._frozen)
-            try:
-                # Values that are not finite raise here: they come of a diverged training, not of the prompt.
-                images.append(to_uint8(gather_images(out))[:count])
-            except ValueError as e:
-                raise UserError(f"the model's images are broken ({e}): has its training diverged?") from None
-            if progress is not None:
-                progress(start + count, total)
-        return np.concatenate(images) if images else np.zeros((0, *(self.config.resolution,) * 2, 3), np.uint8)
+            return self._run(params, w_avg, batch, truncations, self._frozen), count
 
-    def _labels(self, prompts: Sequence[str]) -> np.ndarray:
+        def run_all() -> Iterator[np.ndarray]:
+            # One batch is under way while the one before it is taken from the devices and used.
+            running = None
+            for start in range(0, len(prompts), size):
+                started = start_batch(start)
+                if running is not None:
+                    yield _take_images(*running)
+                running = started
+            if running is not None:
+                yield _take_images(*running)
+
+        return run_all()
+
+    def labels(self, prompts: Sequence[str]) -> np.ndarray:
+        """Class labels, int32 [N]; -1 for a model without classes. Raises UserError for a prompt that is no class."""
         if self.config.condition != "class":
             return np.full(len(prompts), -1, np.int32)
         return np.asarray(class_labels(self.config, prompts), np.int32)
@@ -171,6 +208,23 @@ class Sampler:
         """The same for w_avg."""
         where = NamedSharding(self.mesh, PartitionSpec())
         return jax.ShapeDtypeStruct((self.config.generator.w_dim,), jnp.float32, sharding=where)
+
+
+def _take_images(x: jax.Array, count: int) -> np.ndarray:
+    """The first images of a batch, uint8."""
+    try:
+        # Values that are not finite raise here: they come of a diverged training, not of the prompt.
+        return to_uint8(gather_images(x))[:count]
+    except ValueError as e:
+        raise UserError(f"the model's images are broken ({e}): has its training diverged?") from None
+
+
+def check_truncation(name: str, value: float) -> None:
+    """Raises UserError for a truncation that is out of range or no number; `name` is what the message calls it."""
+    if not 0.0 <= value <= MAX_TRUNCATION:
+        raise UserError(
+            f"{name} {value:g}: must be 0 (one mean image) to 1 (all variety), or up to {MAX_TRUNCATION:g} to exaggerate"
+        )
 
 
 def gather_images(x: jax.Array) -> np.ndarray:

@@ -4,7 +4,7 @@ model = TextToImage.from_pretrained("docs/weights/digits")     # or from_workdir
 images = model("a handwritten seven", seed=3)     # uint8 [1, R, R, 3]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from gigagan_jax.checkpoint.consistency import check_same_frozen
 from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.checkpoint.run_folder import Place, RunFolder
 from gigagan_jax.config import Config, MeshConfig, with_fields
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.sampler import Sampler
 from gigagan_jax.interop import weights
 from gigagan_jax.models.network import Params
@@ -43,23 +44,36 @@ class TextToImage:
         return self.sampler.config
 
     @classmethod
-    def from_workdir(cls, workdir: Place, *, text_path: str | None = None, device_batch: int = 8) -> "TextToImage":
-        """The newest intact checkpoint of a training run, or published weights (interop/weights.py), on all devices here.
+    def from_workdir(
+        cls,
+        workdir: Place,
+        *,
+        step: int | None = None,
+        text_path: str | None = None,
+        device_batch: int = 8,
+        check: Callable[[Config], object] | None = None,
+    ) -> "TextToImage":
+        """A checkpoint of a training run, or published weights (interop/weights.py), on all devices here.
 
         Args:
           workdir: of the run, on a disk, at gs:// or s3://, or a folder with model.safetensors and config.json.
+          step: of the checkpoint; None for the newest intact one.
           text_path: folder or hub id of the frozen text encoder, where it moved since training.
           device_batch: images a device makes at once.
+          check: called with the config before the weights are read; it may raise.
 
         Raises:
-          UserError: no finished checkpoint, a damaged one, or another text encoder than the model was trained with.
+          UserError: no finished checkpoint, none of this step, a damaged one, or another text encoder than the model was
+            trained with.
         """
+
         # Devices share the images, whatever mesh the model was trained on.
-        make_sampler = lambda config: Sampler(
-            config if text_path is None else with_fields(config, {"text.path": text_path}),
-            sharding.make_mesh(MeshConfig()),
-            device_batch=device_batch,
-        )
+        def make_sampler(config: Config) -> Sampler:
+            if check is not None:
+                check(config)
+            config = config if text_path is None else with_fields(config, {"text.path": text_path})
+            return Sampler(config, sharding.make_mesh(MeshConfig()), device_batch=device_batch)
+
         place = RunFolder.open(workdir)
         place.download_settings()
         folder = place.folder
@@ -67,9 +81,14 @@ class TextToImage:
             sampler = make_sampler(weights.read_config(folder, text_path))
             read = weights.read_weights(folder, sampler.module, sampler.shardings, sampler.abstract_w_avg())
             check_same_frozen(read.identities, sampler.identities, str(place))
+            if step not in (None, read.step):
+                raise UserError(
+                    f"{place} holds published weights of step {read.step}: steps are of the workdir of a training run; leave "
+                    "the step out"
+                )
             return cls(sampler, read.params, read.w_avg, read.step)
         checkpoints = Checkpoints(place)
-        step = checkpoints.require_valid_step()
+        step = checkpoints.require_valid_step() if step is None else checkpoints.require_step(step)
         sampler = make_sampler(checkpoints.read_config(step))
         checkpoints.check_frozen(step, sampler.identities)
         # Of the state only what sampling needs: not D, nor the optimizers.
@@ -127,8 +146,8 @@ class TextToImage:
           prompts: one an image, or one for one image; names or numbers of classes for a class-conditional model.
           seeds: one an image, 0 to 2^32 - 1; None for seed, seed + 1, ...
           seed: of the first image, without `seeds`.
-          truncation: 0 (the mean w of a prompt) to 1 (all variety).
-          global_truncation: 0 (the mean w of all prompts) to 1; the paper's psi is both.
+          truncation: 0 (the mean w of a prompt) to 1 (all variety), and up to 2, which exaggerates.
+          global_truncation: the same from the mean w of all prompts; the paper's psi is both.
           progress: called with (images done, images in all).
 
         Returns:
@@ -147,4 +166,28 @@ class TextToImage:
             truncation=truncation,
             global_truncation=global_truncation,
             progress=progress,
+        )
+
+    def batches(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        truncation: float = 1.0,
+        global_truncation: float = 1.0,
+        full: bool = False,
+    ) -> Iterator[np.ndarray]:
+        """Images of many prompts, a batch at a time: see `Sampler.batches`.
+
+        Yields:
+          uint8 [n, R, R, 3]
+        """
+        return self.sampler.batches(
+            self.params,
+            self.w_avg,
+            prompts,
+            seeds,
+            truncation=truncation,
+            global_truncation=global_truncation,
+            full=full,
         )
