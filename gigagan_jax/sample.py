@@ -123,6 +123,7 @@ def _sample(
     def make_job(config: Config) -> SampleJob:
         check_job(config, prompts)
         job = SampleJob(prompts if needs_prompts(config) else [Prompt("")], num, args.seed, args.prompts is not None)
+        # A folder takes any number.
         if destination.kind == "file":
             check_grid(config, job, destination, 1 if upsampler is None else upsampler.factor)
         return job
@@ -130,6 +131,7 @@ def _sample(
     # Checked before the weights are read, which may take minutes.
     model = TextToImage.from_workdir(place, step=step, text_path=args.text_path, check=make_job)
     job = make_job(model.config)
+    # Both outputs write them into their metadata.
     settings = SampleSettings(
         args.truncation,
         args.global_truncation,
@@ -168,6 +170,7 @@ def _check_flags(args: argparse.Namespace) -> Destination:
     if args.quality is not None:
         if not 1 <= args.quality <= 100:
             raise UserError(f"--quality={args.quality}: must be 1 to 100")
+        # Not ignored: who sets it counts on smaller files.
         if destination.ending == ".png":
             raise UserError("--quality is of .jpg and .webp: PNG is lossless; leave it out, or choose --format=jpg")
     return destination

@@ -164,10 +164,13 @@ class Sampler:
             if not 0 <= seed < 2**32:
                 raise UserError(f"seed {seed}: must be 0 to {2**32 - 1}")
         truncations = np.array([truncation, global_truncation], np.float32)
+        # Given with each call: the weights of a run change.
         params = jax.device_put(params, self.shardings)  # a running average may be cut further than its parameters
         size = self.fewest if len(prompts) <= self.fewest and not full else self.batch
+        # All of them at once: a wrong class among many costs no images.
         labels = self.labels(prompts)
 
+        # Tokens are made a batch at a time: those of 30,000 prompts would fill the memory of a small machine.
         def start_batch(start: int) -> tuple[jax.Array, int]:
             count = min(size, len(prompts) - start)
             # The last batch is filled up with its last row, and the surplus dropped.

@@ -263,7 +263,7 @@ def test_bad_sampling(trained_run, capsys, tmp_path):
     assert "has no checkpoints" in input_error(sample.verb, capsys, f"--workdir={tmp_path / 'no'}", *ok[1:])
     assert "--num=0" in input_error(sample.verb, capsys, *ok, "--num=0")
     assert "--seed=-1" in input_error(sample.verb, capsys, *ok, "--seed=-1")
-    assert "--truncation=2.0" in input_error(sample.verb, capsys, *ok, "--truncation=2")
+    assert "--truncation 2.5" in input_error(sample.verb, capsys, *ok, "--truncation=2.5")
     assert "--truncation" in input_error(sample.verb, capsys, *ok, "--truncation=x")
     (tmp_path / "f.txt").write_text("")
     assert "f.txt" in input_error(

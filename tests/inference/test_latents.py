@@ -78,5 +78,8 @@ def test_a_sampler_tells_the_two_apart():
     assert (prompt != everything).any()
     assert (whole != whole[0]).any()
     for name in ("truncation", "global_truncation"):
-        with pytest.raises(UserError, match=f"^{name} 1.5: must be 0"):
-            draw(**{name: 1.5})
+        for value in (2.5, -0.1, float("nan")):
+            with pytest.raises(UserError, match=f"^{name} {value:g}: must be 0"):
+                draw(**{name: value})
+    # Above 1 it extrapolates.
+    assert (draw(truncation=1.5) != whole).any()
