@@ -12,6 +12,7 @@ import jax
 from gigagan_jax import cli
 from gigagan_jax.checkpoint.run_folder import RunFolder, workdir_argument
 from gigagan_jax.checkpoint.workdir import with_original_settings
+from gigagan_jax.config import ACCEPTED
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.evaluation.hooks import make_hooks
 from gigagan_jax.parallel import cluster, compilation_cache, preemption, watchdog
@@ -26,8 +27,16 @@ from gigagan_jax.training.loop import Run
 _log = logging.getLogger(__name__)
 
 
-def verb(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
+def accepted_changes(text: str) -> frozenset[str]:
+    """Type for argparse: "data", "settings" or both with a comma."""
+    names = frozenset(name.strip() for name in text.split(","))
+    if not names <= set(ACCEPTED):
+        raise UserError(f"--accept={text}: write {', '.join(ACCEPTED)}, or {','.join(ACCEPTED)}")
+    return names
+
+
+def make_parser() -> cli.Parser:
+    """The flags; fields of the config are no part of it."""
     parser = cli.Parser(prog="python -m gigagan_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py[:variant]; fields by --config.key=value")
     parser.add_argument(
@@ -42,13 +51,25 @@ def verb(argv: Sequence[str]) -> int:
         "--devices", type=int, help="with --dry_run: plan for this number of devices instead of those present"
     )
     parser.add_argument("--profile_steps", default="", help="FIRST:LAST steps to take a trace of; see docs/seeing.md")
+    parser.add_argument(
+        "--accept",
+        type=accepted_changes,
+        default=frozenset(),
+        help="what may have changed since the run began: data, settings, or data,settings; see docs/runs.md",
+    )
     for flags in (cluster, preemption, compilation_cache):
         flags.add_flags(parser)
-    args, unknown = parser.parse_known_args(argv)
+    return parser
+
+
+def verb(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    args, unknown = make_parser().parse_known_args(argv)
     if args.devices is not None and args.devices < 1:
         raise UserError(f"--devices={args.devices}: must be at least 1")
     profile_steps = parse_steps(args.profile_steps) if args.profile_steps else None
-    config = cli.load_config(args.config, cli.collect_overrides(unknown))
+    overrides = cli.collect_overrides(unknown)
+    config = cli.load_config(args.config, overrides)
     if not args.dry_run:
         # The default action of SIGUSR1 ends the process. The profiler sets its handler only when the loop begins.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -69,11 +90,20 @@ def verb(argv: Sequence[str]) -> int:
     if place.store is not None and jax.process_index() == 0:
         _log.info("workdir: %s; its small files pass through %s", place, place.folder)
     place.download_settings()
-    config = with_original_settings(place, config)
+    # What the command line names is meant; defaults of a config file may be younger than the run.
+    chosen = {text.removeprefix("--config.").partition("=")[0] for text in overrides} if args.accept else ()
+    config = with_original_settings(place, config, chosen)
     place.download_programs()
     # Before Run, which compiles the initialisation.
     compilation_cache.enable_compilation_cache(args.compilation_cache, place.folder)
-    run = Run(config, place, hooks=make_hooks, began=process_start_time(), profile_steps=profile_steps)
+    run = Run(
+        config,
+        place,
+        hooks=make_hooks,
+        began=process_start_time(),
+        profile_steps=profile_steps,
+        accept=args.accept,
+    )
     if jax.process_index() == 0:
         print(dry_run.summarize_modules(run.networks, run.mesh), flush=True)
     try:

@@ -4,12 +4,21 @@ import contextlib
 import json
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from gigagan_jax.checkpoint.run_folder import Place, RunFolder
 from gigagan_jax.checkpoint.step_folders import StepFolders
-from gigagan_jax.config import Config, fixed_differences, flatten_fields, is_fixed, to_dict, with_fields
+from gigagan_jax.config import (
+    Config,
+    explain_differences,
+    fixed_differences,
+    flatten_fields,
+    is_fixed,
+    to_dict,
+    with_fields,
+)
 from gigagan_jax.config.migrations import upgrade_config, with_format
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIGHTS_FILE
@@ -17,10 +26,15 @@ from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIG
 _log = logging.getLogger(__name__)
 
 
-def open_workdir(place: Place, config: Config) -> None:
+def open_workdir(place: Place, config: Config, accept: Collection[str] = ()) -> None:
     """Creates the workdir of a run, or checks that its run has the same config.
 
     Only process 0 calls it; the other processes wait for process 0 at their next collective call.
+
+    Args:
+      place: of the run.
+      config: of the run.
+      accept: of `config.ACCEPTED`, what may differ from the stored config all the same.
 
     Raises:
       UserError: it cannot be written, or its config differs in fields that are fixed during a run.
@@ -42,14 +56,9 @@ def open_workdir(place: Place, config: Config) -> None:
         lacked: dict[str, Any] = {}
         if stored is not None:
             values, lacked = upgrade_config(stored, str(file))
-            changed = fixed_differences(values, config)
+            changed = fixed_differences(values, config, accept)
             if changed:
-                # Eight fields fit in a message.
-                more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
-                raise UserError(
-                    f"{place} holds a run of another config ({'; '.join(changed[:8])}{more}): "
-                    "use another --workdir, or the settings it was started with"
-                )
+                raise UserError(f"{place} holds a run of another config {explain_differences(changed)}")
         text = json.dumps(with_format(to_dict(config), lacked), indent=1)
         # A restart with the same config writes nothing: a full disk must not keep it from resuming.
         if not (file.exists() and file.read_text() == text):
@@ -69,10 +78,15 @@ def open_workdir(place: Place, config: Config) -> None:
         ) from None
 
 
-def with_original_settings(place: Place, config: Config) -> Config:
+def with_original_settings(place: Place, config: Config, chosen: Collection[str] = ()) -> Config:
     """Returns the config with the values that a run in this workdir started with.
 
     A field that is younger than the run keeps the behavior of the run, not the default of the field. The log names it.
+
+    Args:
+      place: of the run.
+      config: that is asked for.
+      chosen: names of fields that the user has set and lets change.
     """
     place = RunFolder.open(place)
     workdir = place.folder
@@ -86,7 +100,8 @@ def with_original_settings(place: Place, config: Config) -> Config:
     _, lacked = upgrade_config(stored, str(workdir / CONFIG_FILE))
     now = flatten_fields(to_dict(config))
     # The config holds lists where the migrations have tuples.
-    kept = {k: v for k, v in lacked.items() if is_fixed(k) and now[k] != (list(v) if isinstance(v, tuple) else v)}
+    differs = lambda k, v: now[k] != (list(v) if isinstance(v, tuple) else v)
+    kept = {k: v for k, v in lacked.items() if is_fixed(k) and k not in chosen and differs(k, v)}
     for name, value in kept.items():
         _log.info(
             "config.%s stays %r: this run was begun before there was such a setting (asked for: %r)",

@@ -2,9 +2,13 @@
 
 from gigagan_jax.config.classes import class_label, class_labels, describe_classes, first_difference, needs_prompts
 from gigagan_jax.config.comparison import (
+    ACCEPTED,
     FREE_FIELDS,
     OWN_FIELDS,
+    FieldChange,
+    changed_fields,
     config_digest,
+    explain_differences,
     fixed_differences,
     flatten_fields,
     is_fixed,
@@ -35,6 +39,7 @@ from gigagan_jax.config.run import (
 from gigagan_jax.config.serialization import default, from_dict, to_dict, with_fields
 
 __all__ = [
+    "ACCEPTED",
     "DEFAULT_RULES",
     "FREE_FIELDS",
     "OWN_FIELDS",
@@ -46,6 +51,7 @@ __all__ = [
     "DataConfig",
     "DiscriminatorConfig",
     "EmaConfig",
+    "FieldChange",
     "FilterConfig",
     "GeneratorConfig",
     "HealthConfig",
@@ -59,11 +65,13 @@ __all__ = [
     "TransformerConfig",
     "UpsamplerConfig",
     "VisionAidedConfig",
+    "changed_fields",
     "class_label",
     "class_labels",
     "config_digest",
     "default",
     "describe_classes",
+    "explain_differences",
     "first_difference",
     "fixed_differences",
     "flatten_fields",

@@ -11,6 +11,8 @@ WEIGHTS_FILE = "model.safetensors"
 
 METRICS_FILE = "metrics.jsonl"
 GOODPUT_FILE = "goodput.jsonl"
+# What was changed in a run, and from what it was begun.
+HISTORY_FILE = "history.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 # Process 0 writes this name; the other processes put their index between stem and suffix.

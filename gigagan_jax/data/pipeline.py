@@ -1,19 +1,19 @@
 """Examples to batches: an endless, reshuffled, sharded stream that can resume at any position.
 
 Everything depends on one number, the position k = 0, 1, 2 ... of an example in the endless stream. Epoch k // n is a
-permutation of the source. Crop, flip, caption and caption dropout are drawn from (seed, k). Global batch b of size B
-is the positions b B ... (b + 1) B - 1, counted from where the run started. Each host reads the rows of its devices.
+permutation of the source; where another data set took its place, epochs count from there. Crop, flip, caption and caption
+dropout are drawn from (seed, k). Global batch b of size B is the positions b B ... (b + 1) B - 1, counted from where the run
+started. Each host reads the rows of its devices.
 Threads, worker processes, hosts and resumes therefore change how the stream is read, but not its content.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import absl.flags
 import grain
-import numpy as np
 
 from gigagan_jax.core.errors import Unreachable, UserError
 from gigagan_jax.data.embeddings import Embeddings
@@ -30,7 +30,7 @@ from gigagan_jax.data.reader import (
     concatenate_chunks,
     start_worker,
 )
-from gigagan_jax.data.sampling import ReshuffledOrder
+from gigagan_jax.data.sampling import order_of_stream
 from gigagan_jax.data.source import Source
 from gigagan_jax.data.tokenizers import Tokenizer
 from gigagan_jax.data.transforms import CROPS, FILTERS
@@ -174,6 +174,19 @@ def _host_file(path: str | os.PathLike | None, index: int) -> Path | None:
 # ---------------------------------------------------------------- the stream
 
 
+class EarlierData(NamedTuple):
+    """A data set that a stream had before another took its place.
+
+    identity: of the source.
+    examples: their number; 0 where the state of then did not say.
+    end: position of the first example of the next data set.
+    """
+
+    identity: str
+    examples: int
+    end: int
+
+
 class Pipeline:
     """Endless iterator of this host's batches, built by `build_pipeline`. For use from one thread; must be closed.
 
@@ -209,6 +222,8 @@ class Pipeline:
         self._examples_seen = start_example
         # (position, salt) of each reshuffle: from that position on, the order is another one.
         self._reorders: tuple[tuple[int, int], ...] = ()
+        # Data sets that the stream had before this one.
+        self._earlier: tuple[EarlierData, ...] = ()
         self._batches = self._start_reading()
 
     def __iter__(self) -> "Pipeline":
@@ -239,15 +254,27 @@ class Pipeline:
             "examples_seen": self._examples_seen,
             "seed": self._seed,
             "source": self._identity,
+            "examples": len(self._reader.source),
             "quarantine": self.quarantine.state(),
         }
-        # Left out where empty: `restore` reads a missing key as no reshuffle.
-        return state | ({"reorders": [list(reorder) for reorder in self._reorders]} if self._reorders else {})
+        # Left out where empty: `restore` reads a missing key as none.
+        if self._reorders:
+            state["reorders"] = [list(reorder) for reorder in self._reorders]
+        if self._earlier:
+            state["earlier"] = [list(earlier) for earlier in self._earlier]
+        return state
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], *, accept_data: bool = False) -> bool:
         """Continues exactly where `state` was taken, for any batch size and number of hosts before.
 
         A late position costs no more time than an early one.
+
+        Args:
+          state: of `state()`.
+          accept_data: a state of another data set goes on with this one: its first epoch begins at the position of the state.
+
+        Returns:
+          whether the state was of another data set
 
         Raises:
           UserError: the state belongs to another data set or another seed, or cannot be read.
@@ -258,14 +285,21 @@ class Pipeline:
             # The checkpoint holds process 0's counters: all processes go on from those.
             counters = {"tried": int(state["quarantine"]["tried"]), "causes": dict(state["quarantine"]["causes"])}
             reorders = tuple((int(start), int(salt)) for start, salt in state.get("reorders", ()))
+            earlier = tuple(EarlierData(str(x[0]), int(x[1]), int(x[2])) for x in state.get("earlier", ()))
+            # States of before had no such number.
+            examples = int(state.get("examples", 0))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the data position in the checkpoint cannot be read: {error!r}") from error
         _check_argument(examples_seen >= 0, f"the data position in the checkpoint is negative: {examples_seen}")
+        other_data = identity != self._identity
+        # A rollback may go back to before the data were accepted: they were accepted once.
+        known = {data.identity for data in self._earlier}
         _check_argument(
             # Positions are indices into the order of one data set. In another, they mean other examples.
-            identity == self._identity,
-            f"the checkpoint was made with another data set (identity {identity}, this one is {self._identity}): "
-            "files were added, removed or renamed, or the path differs; resume with the same data or start a new run",
+            not other_data or accept_data or identity in known,
+            f"the checkpoint was made with another data set ({examples or '?'} -> {len(self._reader.source)} examples, identity "
+            f"{identity} -> {self._identity}): files were added, removed or renamed, or the path differs; --accept=data goes on "
+            "with these data in a new order; otherwise resume with the same data or start a new run",
         )
         _check_argument(
             # Another seed would repeat some examples of this epoch and skip others.
@@ -277,20 +311,18 @@ class Pipeline:
         self.quarantine.restore(counters)
         self._examples_seen = examples_seen
         self._reorders = reorders
+        self._earlier = (*earlier, EarlierData(identity, examples, examples_seen)) if other_data else earlier
         self._batches = self._start_reading()
+        return other_data
 
     def example_name(self, position: int) -> str:
         """The source's name of the example at a position of the stream, before any replacement."""
         return self._reader.source.name(self._current_order()[position])
 
     def _current_order(self) -> Sequence[int]:
-        order = self._reader.source.shuffled_order(self._seed)
-        # In the order of their positions: each reshuffle permutes the order that the earlier ones left.
-        for start, salt in self._reorders:
-            # SeedSequence separates this stream of draws from those of other seeds. 63 bits remain a valid seed.
-            seed = int(np.random.SeedSequence((self._seed, salt)).generate_state(1, np.uint64)[0]) >> 1
-            order = ReshuffledOrder(order, len(self._reader.source), start, seed)
-        return order
+        source = self._reader.source
+        starts = [earlier.end for earlier in self._earlier]
+        return order_of_stream(source.shuffled_order, len(source), self._seed, starts, self._reorders)
 
     def close(self) -> None:
         """Stops the reading threads. The pipeline delivers nothing after it, until a `restore`."""

@@ -1,7 +1,7 @@
 """Orders in which training visits the examples of a source: endless, reshuffled each epoch, computed on access."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,26 @@ class ReshuffledOrder(Sequence[int]):
         return self._order[k - k % self._size + self._later[k]]
 
 
+class OrderFrom(Sequence[int]):
+    """An endless order that begins at a position: the data set came into the run there.
+
+    Args:
+      order: element 0 is that of position `start`.
+      start: first position; those before it belong to another data set.
+    """
+
+    def __init__(self, order: Sequence[int], start: int):
+        self._order, self._start = order, start
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, k):
+        if int(k) < self._start:
+            raise IndexError(f"position {k} is of a data set that was used before position {self._start}")
+        return self._order[int(k) - self._start]
+
+
 class MixedOrder(Sequence[int]):
     """An endless mixture of several endless orders, in exact proportions.
 
@@ -134,3 +154,34 @@ def with_new_order(state: Mapping[str, Any], salt: int) -> dict[str, Any]:
     """Adds a reshuffle from the current position on to a pipeline's `state`; `salt` selects the new order."""
     # Appended, not replaced: the positions before it still follow the earlier reshuffles.
     return {**state, "reorders": [*state.get("reorders", ()), [state["examples_seen"], salt]]}
+
+
+def order_of_stream(
+    source_order: Callable[[int], Sequence[int]],
+    size: int,
+    seed: int,
+    starts: Sequence[int],
+    reorders: Sequence[tuple[int, int]],
+) -> Sequence[int]:
+    """The order of a whole stream over its present data set.
+
+    Args:
+      source_order: seed -> endless order of the data set.
+      size: examples of the data set.
+      seed: of the run.
+      starts: positions at which another data set came in, the present one at the last; empty for the run's first.
+      reorders: (position, salt) of each reshuffle, in the order of their positions.
+    """
+    start = starts[-1] if starts else 0
+    # The number too: a data set that comes back gets an order that it did not have before.
+    order = source_order(derive_seed(seed, start, len(starts)) if starts else seed)
+    # Each reshuffle permutes the order that the earlier ones left. Those from before `start` were of other data.
+    for position, salt in reorders:
+        if position >= start:
+            order = ReshuffledOrder(order, size, position - start, derive_seed(seed, salt))
+    return OrderFrom(order, start) if starts else order
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed of 63 bits from whole numbers; other numbers, or another count of them, give an independent one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

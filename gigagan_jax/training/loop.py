@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,10 @@ from gigagan_jax.telemetry.console import TrainingProgress
 from gigagan_jax.telemetry.goodput import Goodput
 from gigagan_jax.telemetry.metrics import MetricLogger
 from gigagan_jax.telemetry.profiler import Profiler
-from gigagan_jax.training import losses
 from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.health.recovery import HealthGuard
 from gigagan_jax.training.input_pipeline import build_shared_index, make_pipeline
+from gigagan_jax.training.resume import resume
 from gigagan_jax.training.state import GanState, Networks
 from gigagan_jax.training.step import TrainStep
 from gigagan_jax.training.throughput import ThroughputMeter, run_info
@@ -63,6 +63,7 @@ class Run:
       mesh: devices to train on; None for the config's mesh over all of them.
       began: when this process was started, in seconds since the epoch: time lost before training counts from there.
       profile_steps: (first, last) steps to take a trace of, last not included.
+      accept: of `config.ACCEPTED`: what may have changed since the run was begun in this workdir.
 
     Raises:
       UserError: a mesh that the config does not fit.
@@ -77,8 +78,9 @@ class Run:
         mesh: Any = None,
         began: float | None = None,
         profile_steps: tuple[int, int] | None = None,
+        accept: Collection[str] = (),
     ):
-        self.config, self.place = config, RunFolder.open(workdir)
+        self.config, self.place, self.accept = config, RunFolder.open(workdir), frozenset(accept)
         self.began = time.time() if began is None else began
         self.profile_steps = profile_steps
         self.mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
@@ -120,7 +122,7 @@ class Run:
                 # Before anything is written: two runs in one workdir would destroy each other's checkpoints.
                 stack.enter_context(self.place.hold_lock())
                 stack.enter_context(self.place.synchronize())
-                open_workdir(self.place, self.config)
+                open_workdir(self.place, self.config, self.accept)
             else:
                 with contextlib.suppress(OSError):  # process 0 reports what is wrong with the folder
                     self.workdir.mkdir(parents=True, exist_ok=True)
@@ -138,6 +140,11 @@ class Run:
     def abstract_state(self) -> GanState:
         """The state as ShapeDtypeStructs with shardings, to restore into."""
         return with_shardings(self.networks.abstract(), self.step.state_shardings)
+
+    def init_state(self) -> GanState:
+        """The state that the run begins with."""
+        _log.info("start: initialising G and D")
+        return self.networks.init(self.mesh)
 
     def next_batch(self, data: Pipeline) -> dict[str, jax.Array]:
         """The next global batch, on the devices; this process reads the rows that its own devices hold."""
@@ -168,7 +175,8 @@ class Run:
                     # Stored embeddings stand for encoders that are not loaded: their identities come from the files.
                     identities = identities | data.embeddings.identities
                 guard = HealthGuard(config, self.step.step.health_vector, self.workdir, data)
-                state, step = self._start_or_resume(checkpoints, data, identities, guard)
+                resumed = resume(self, checkpoints, data, identities, guard)
+                state, step = (self.init_state(), 0) if resumed is None else resumed
                 goodput.record_resume(step)
                 resume_step = step if step else None
                 with MetricLogger(self.workdir, enabled=jax.process_index() == 0, resume_step=resume_step) as logger:
@@ -186,56 +194,6 @@ class Run:
                 self.step.cancel_compiling()
                 checkpoints.close()
         return state
-
-    def _start_or_resume(
-        self, checkpoints: Checkpoints, data: Pipeline, identities: dict[str, str], guard: HealthGuard
-    ) -> tuple[GanState, int]:
-        latest = checkpoints.latest_valid_step()
-        if latest is None:
-            _log.info("start: initialising G and D")
-            return self.networks.init(self.mesh), 0
-        _log.info("resume: restoring checkpoint %d", latest)
-        checkpoints.check_frozen(latest, identities)
-        before = checkpoints.read_config(latest)
-        self._warn_of_rising_rates(before)
-        state, position = checkpoints.restore(latest, self.abstract_state())
-        self._warn_of_moved_ramps(before, int(state.images))
-        # From the example after the last one trained on: none is lost, none comes twice. A converted checkpoint may have
-        # no position.
-        if position:
-            data.restore(position)
-        # Checkpoints written before there was a monitor have no entry for it.
-        guard.monitor.restore(position.get("health"))
-        return state, latest
-
-    def _warn_of_rising_rates(self, before: Config) -> None:
-        """A longer run moves the end of a learning rate's decay: what had fallen may rise again."""
-        c = self.config
-        for name, optimizer in (("G", c.g_optimizer), ("D", c.d_optimizer), ("V", c.v_optimizer)):
-            if optimizer.decay_kimg and before.total_kimg < c.total_kimg:
-                _log.warning(
-                    "total_kimg was %g and is now %g: the learning rate of %s, which decays over the last %g kimg, may rise",
-                    before.total_kimg,
-                    c.total_kimg,
-                    name,
-                    optimizer.decay_kimg,
-                )
-
-    def _warn_of_moved_ramps(self, before: Config, images: int) -> None:
-        """A run of another length has its ramps elsewhere: a weight of the loss may jump at the resume."""
-        end = lambda config: config.loss.ramp_kimg or config.total_kimg
-        was, now = (losses.ramped_weights(config, images) for config in (before, self.config))
-        jumps = [f"loss.{name} from {was[name]:.5g} to {x:.5g}" for name, x in now.items() if x != was[name]]
-        if jumps:
-            _log.warning(
-                "weights jump at this resume, %.10g kimg into the run: %s; their ramps ended at %.10g kimg and now end at %.10g: "
-                "--config.loss.ramp_kimg=%.10g keeps the old ramps",
-                images / 1000,
-                ", ".join(jumps),
-                end(before),
-                end(self.config),
-                end(before),
-            )
 
 
 class _Pending(NamedTuple):
@@ -390,10 +348,9 @@ class _Loop:
 
     def _roll_back(self) -> None:
         """To the last good checkpoint, with what the guard has decided: another order of the data, lower learning rates."""
-        init = functools.partial(self.run.networks.init, self.run.mesh)
         with self.goodput("skipped"):
             self.state, self.steps_done = self.guard.roll_back(
-                self.state, self.checkpoints, self.logger, self.run.abstract_state(), init
+                self.state, self.checkpoints, self.logger, self.run.abstract_state(), self.run.init_state
             )
         self.goodput.record_resume(self.steps_done)
         self.images = int(self.state.images)

@@ -11,7 +11,7 @@ import pytest
 
 from configs import laion
 from gigagan_jax import config as settings
-from gigagan_jax.config import Config, fixed_differences, from_dict, to_dict
+from gigagan_jax.config import Config, comparison, fixed_differences, from_dict, to_dict
 from gigagan_jax.core.errors import UserError
 
 
@@ -261,7 +261,7 @@ def test_channels_do_not_vanish_at_the_resolution():
 def test_differences_name_what_changed():
     stored = changed_values()
     current = from_dict(changed_values(seed=3, generator__bank=(1, 1, 1), loss__r1_gamma=(1.0, 1.0)))
-    assert fixed_differences(json.loads(json.dumps(stored)), current) == [
+    assert [str(c) for c in fixed_differences(json.loads(json.dumps(stored)), current)] == [
         "generator.bank: [1, 2, 4] -> [1, 1, 1]",
         "loss.r1_gamma: [0.2048, 2.048] -> [1.0, 1.0]",
         "seed: 0 -> 3",
@@ -275,7 +275,7 @@ def test_differences_with_fields_of_another_version():
     del stored["generator"]["z_dim"]
     # A field of an older version that no longer exists.
     stored["ancient"] = 1
-    assert fixed_differences(stored, from_dict(changed_values())) == [
+    assert [str(c) for c in fixed_differences(stored, from_dict(changed_values()))] == [
         "ancient: 1 -> (absent)",
         "generator.z_dim: (absent) -> 16",
     ]
@@ -302,9 +302,42 @@ def test_differences_pass_over_what_may_change():
     assert fixed_differences(changed_values(), from_dict(current)) == []
 
 
-def test_free_fields_exist():
+@pytest.mark.parametrize(
+    "fields, flag",
+    [
+        ({"g_optimizer__learning_rate": 0.1}, "settings"),
+        ({"loss__r1_gamma": (1.0, 1.0)}, "settings"),
+        ({"ema__half_life_kimg": 1.0}, "settings"),
+        ({"data__flip": True}, "settings"),
+        ({"data__filters__min_width": 8}, "data"),
+        ({"data__mixture": ("1:a", "2:b")}, "data"),
+        ({"seed": 3}, None),
+        # The first moment is stored where beta1 is not zero.
+        ({"d_optimizer__beta1": 0.5}, None),
+        ({"generator__z_dim": 8}, None),
+    ],
+)
+def test_what_a_flag_lets_change(fields, flag):
+    stored, current = changed_values(), from_dict(changed_values(**fields))
+    (change,) = fixed_differences(stored, current)
+    assert change.flag == flag
+    for accept in settings.ACCEPTED:
+        assert (fixed_differences(stored, current, [accept]) == []) == (accept == flag)
+    text = settings.explain_differences([change])
+    assert text.startswith(f"({change}): ")
+    assert (f"--accept={flag} goes on" in text) if flag else "--accept" not in text
+
+
+def test_what_no_flag_lets_change_is_named():
+    changes = fixed_differences(changed_values(), from_dict(changed_values(seed=3, loss__match_d=2.0)))
+    assert "no flag lets seed change" in settings.explain_differences(changes)
+    both = fixed_differences(changed_values(), from_dict(changed_values(data__split="all", loss__match_d=2.0)))
+    assert "--accept=data,settings goes on" in settings.explain_differences(both)
+
+
+def test_fields_of_these_lists_exist():
     known = settings.flatten_fields(to_dict(Config()))
-    for field in settings.FREE_FIELDS:
+    for field in (*settings.FREE_FIELDS, *comparison.SAFE_FIELDS, *comparison.DATA_FIELDS):
         assert any(k == field or k.startswith(field + ".") for k in known), field
 
 

@@ -34,13 +34,13 @@ def open_stream(source, batch_size=8, hosts=1, host=0, seed=0, **options):
     )  # fmt: skip
 
 
-def all_hosts(source, hosts, batches, state=None, **options):
+def all_hosts(source, hosts, batches, state=None, accept=False, **options):
     """(indices that each host reads, state after `batches` global batches)"""
     seen, states = [], []
     for host in range(hosts):
         with open_stream(source, hosts=hosts, host=host, **options) as data:
             if state is not None:
-                data.restore(state)
+                data.restore(state, accept_data=accept)
             seen.append([int(i) for _ in range(batches) for i in next(data)["index"]])
             states.append(data.state())
     # The position is global: every host's checkpoint would hold the same.
