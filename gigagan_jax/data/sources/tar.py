@@ -1,6 +1,7 @@
 """Source of webdataset tars as img2dataset writes them (`.jpg`, `.txt`, `.json` for each key), with random access."""
 
-import json
+import contextlib
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.decoding import decode_captions
 from gigagan_jax.data.example import UNKNOWN_LABEL, BadExample, Record
 from gigagan_jax.data.source import Source
-from gigagan_jax.data.sources import filter_tars, tar_index
+from gigagan_jax.data.sources import filter_tars, json_captions, tar_index
 from gigagan_jax.data.sources.filters import format_report
 from gigagan_jax.data.sources.tar_headers import BLOCK, is_header_of
 from gigagan_jax.data.sources.tar_index import FAULTS, NO_MEMBER
@@ -23,6 +24,8 @@ from gigagan_jax.data.storage import Storage, is_local, local_path
 _log = logging.getLogger(__name__)
 # A gap of up to 64 KiB between image and caption is read along: one longer read costs less than two reads.
 _NEAR = 64 << 10
+# JSON members that are read at the start to find the key of the captions.
+_LOOKED_AT = 16
 INDEX_NAME = "gigagan_index"
 
 
@@ -35,7 +38,8 @@ class TarSource(Source):
       workdir: folder of the run; see `index`.
       storage: reads the tars.
       caption_required: if True, an example without a caption is a bad example.
-      caption_keys: keys of the `.json` member that hold captions. Empty: the lines of the `.txt` member.
+      caption_keys: keys of the `.json` member that hold captions, "a.b" for the key b of an inner object a. Empty: the
+        lines of the `.txt` member; where no tar has one, a key of a usual name in `.json`.
       filters: conditions that examples must meet.
       workers: processes for indexing; 0: one for each core.
       refresh: compares every tar with its index; otherwise only local tars.
@@ -43,13 +47,14 @@ class TarSource(Source):
     Attributes:
       paths: the tars, in their order.
       index: the TarIndex.
+      caption_note: which key of `.json` was taken for the captions, and the flag for others; empty where none had to be.
       report: one line with the number of examples and of bad ones.
       filter_report: {"identity", "steps"} of the filters; None if there are none.
       has_labels: whether any tar has `.cls` members.
 
     Raises:
       UserError: there is no tar, one is compressed, the index cannot be written, metadata lacks a column that a filter
-        reads, or no example is left.
+        reads, no key of `.json` holds the captions that are required, or no example is left.
     """
 
     def __init__(
@@ -69,9 +74,16 @@ class TarSource(Source):
         self.paths = self._storage.expand_pattern(path, tar_index.SHARD_SUFFIXES)
         self._caption_required, self._caption_keys = caption_required, tuple(caption_keys)
         folder = choose_index_folder(self.paths, index, workdir)
+        open_index = functools.partial(
+            tar_index.open_index, folder, self._storage, self.paths, workers=workers, refresh=refresh
+        )
         # The index stores the place of one caption member, so text and JSON have separate indexes.
-        kind = "json" if caption_keys else "text"
-        self.index = tar_index.open_index(folder, self._storage, self.paths, kind, workers, refresh)
+        self.index = open_index(captions="json" if caption_keys else "text")
+        self.caption_note = ""
+        if caption_keys:
+            self._check_caption_keys()
+        elif self.index.about.get("other_captions") and self.index.has_no_caption:
+            self._choose_caption_keys(open_index(captions="json"))
         self.report = self._summarize_index()
         damaged = self.index.about["damaged"]
         # Their number is unknown, because the headers behind the damage could not be read.
@@ -101,7 +113,50 @@ class TarSource(Source):
         a = self.index.about
         faults = ", ".join(f"{n} {cause}" for cause, n in a["faults"].items())
         bad = f"; without a caption: {a['without_caption']}" if a["without_caption"] else ""
-        return f"{a['examples']} examples in {len(self.paths)} tars{bad}{'; bad: ' + faults if faults else ''}"
+        note = f"; {self.caption_note}" if self.caption_note else ""
+        return f"{a['examples']} examples in {len(self.paths)} tars{bad}{'; bad: ' + faults if faults else ''}{note}"
+
+    def _check_caption_keys(self) -> None:
+        try:
+            json_captions.check_caption_keys(self._sample_json(self.index), self._caption_keys, self._json_members)
+        except UserError as error:
+            # Without the need for a caption, a run goes on as before; but never in silence.
+            if self._caption_required:
+                raise
+            _log.warning("%s", error)
+
+    def _choose_caption_keys(self, index: tar_index.TarIndex) -> None:
+        """Takes the captions from the JSON members where the tars have no other captions."""
+        objects = self._sample_json(index)
+        keys = json_captions.find_caption_keys(objects)
+        if not keys:
+            if self._caption_required:
+                raise json_captions.refuse_unknown_keys(objects, self._json_members)
+            return
+        self.index, self._caption_keys = index, (keys[0],)
+        self.caption_note = json_captions.describe_choice(keys, self._json_members)
+        _log.info("%s", self.caption_note)
+
+    @property
+    def _json_members(self) -> str:
+        return f"the .json members of {self.paths[0]}{' ...' if len(self.paths) > 1 else ''}"
+
+    def _sample_json(self, index: tar_index.TarIndex) -> list[Any]:
+        """Reads the JSON members of a few examples: the first ones, and some spread over all tars."""
+        # An empty index has no columns.
+        if not len(index):
+            return []
+        spread = np.linspace(0, len(index) - 1, 4 * _LOOKED_AT).astype(np.int64).tolist()
+        rows = [*range(min(_LOOKED_AT, len(index))), *spread]
+        sizes, faults = index.columns["caption_size"], index.columns["fault"]
+        rows = [r for r in dict.fromkeys(rows) if sizes[r] != NO_MEMBER and not faults[r]]
+        objects = []
+        # Half from the start, half from the rest: later tars may come from elsewhere.
+        for row in rows[: _LOOKED_AT // 2] + rows[_LOOKED_AT // 2 :][-_LOOKED_AT // 2 :]:
+            place = int(index.columns["caption_block"][row]) * BLOCK, int(sizes[row])
+            with contextlib.suppress(BadExample):
+                objects.append(json_captions.parse_json(self._read_members(row, [place], index)[0]))
+        return objects
 
     def format_filter_report(self) -> str:
         """Formats the filter report, one line a step; without filters, the report of the index."""
@@ -170,15 +225,18 @@ class TarSource(Source):
             raise BadExample("caption_missing", f"no {kind} member of this key in the tar")
         return place("image"), None
 
-    def _read_members(self, row: int, places: list[tuple[int, int]]) -> list[bytes]:
+    def _read_members(
+        self, row: int, places: list[tuple[int, int]], index: tar_index.TarIndex | None = None
+    ) -> list[bytes]:
         """Reads members of one example and compares their headers with the index."""
-        path, key = self.paths[self.index.shard_of(row)], self.index.key_of(row)
+        index = index or self.index
+        path, key = self.paths[index.shard_of(row)], index.key_of(row)
         # The header block precedes the data. It is read to detect tars that changed after indexing.
         first = min(offset for offset, _ in places) - BLOCK
         last = max(offset + size for offset, size in places)
         # Far apart: one read a member, as the gap is longer than _NEAR.
         if last - first > sum(size + BLOCK for _, size in places) + _NEAR:
-            return [data for place in places for data in self._read_members(row, [place])]
+            return [data for place in places for data in self._read_members(row, [place], index)]
         try:
             data = self._storage.read(path, first, last - first)
         except (OSError, FileNotFoundError) as e:
@@ -199,25 +257,12 @@ class TarSource(Source):
         # With optional captions, a missing and a blank caption both give no caption.
         captions: tuple[str, ...] = ()
         if data is not None:
-            captions = _captions_from_json(data, self._caption_keys) if self._caption_keys else decode_captions(data)
+            captions = (
+                json_captions.read_captions(data, self._caption_keys) if self._caption_keys else decode_captions(data)
+            )
         if self._caption_required and not captions:
             raise BadExample("caption_empty", "no text in it")
         return captions
-
-
-def _captions_from_json(data: bytes, keys: Sequence[str]) -> tuple[str, ...]:
-    """Reads captions from some keys of a JSON object; values are texts or lists of texts."""
-    try:
-        values = json.loads(data)
-    # Deeply nested JSON raises RecursionError.
-    except (ValueError, RecursionError) as e:
-        raise BadExample("caption_undecodable", f"not JSON: {e}") from None
-    captions: list[str] = []
-    for key in keys:
-        # Other JSON values, such as numbers and null, are no captions.
-        value = values.get(key) if isinstance(values, dict) else None
-        captions += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v.strip()]
-    return tuple(v.strip() for v in captions)
 
 
 def choose_index_folder(paths: Sequence[str], index: str, workdir: Path | None) -> Path:

@@ -5,6 +5,7 @@ Formats: POSIX ustar and pax, GNU (long names, base-256 sizes), and old V7.
 """
 
 import re
+import shlex
 import typing
 from collections.abc import Callable, Iterator
 
@@ -19,6 +20,8 @@ _SIZE, _OCTAL = re.compile("[0-9]{1,18}"), re.compile(rb"[0-7]{1,12}")
 _PAX = re.compile(rb"(\d{1,20}) ([^=]+)=")
 # A key of up to 80 characters fits into the 100 bytes of the name field together with its suffix.
 _SHORT = 80
+# The endings that the name of a compressed tar loses.
+_PACKED = re.compile(r"(\.tar)?(\.(gz|bz2|xz|zst))?$|\.t(gz|bz2|xz)$", re.IGNORECASE)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -41,6 +44,16 @@ class Member(typing.NamedTuple):
 def detect_compression(start: bytes) -> str | None:
     """Detects the kind of compression from a file's first bytes; None if it is not compressed."""
     return next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
+
+
+def decompression_command(path: str, kind: str) -> str:
+    """The command that writes an archive as a plain tar beside it."""
+    # An archive in a bucket is copied here first.
+    path = path.rpartition("/")[2] if "://" in path else path
+    plain = _PACKED.sub("", path) + ".tar"
+    # A compressed archive by the name of a plain one must not be its own target.
+    plain = plain if plain != path else plain.removesuffix(".tar") + "-unpacked.tar"
+    return f"{kind} -dc {shlex.quote(path)} > {shlex.quote(plain)}"
 
 
 def iter_members(read: Callable[[int, int], bytes], length: int) -> Iterator[Member]:

@@ -12,7 +12,6 @@ holds one list of shards as `index.json` and columns that are mapped into memory
 """
 
 import contextlib
-import dataclasses
 import filecmp
 import functools
 import hashlib
@@ -22,7 +21,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,16 @@ import numpy as np
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.processes import hold_file_lock, map_parallel
-from gigagan_jax.data.decoding import IMAGE_SUFFIXES
 from gigagan_jax.data.source import short_names
-from gigagan_jax.data.sources.tar_headers import BLOCK, detect_compression, iter_members
+from gigagan_jax.data.sources.tar_examples import NO_MEMBER, TarExample, iter_examples, join_scattered
+from gigagan_jax.data.sources.tar_headers import BLOCK
 from gigagan_jax.data.storage import Storage, is_local
 
 _log = logging.getLogger(__name__)
 # Part of the digest of a set: another version makes another folder, so old indexes are not misread.
 VERSION = 2
-# The largest uint32, as a size: no such member. Members from this size on cannot be indexed.
-NO_MEMBER = 2**32 - 1
+# Rules by which members are grouped. Scans by older rules stay valid where all examples were found whole.
+GROUPING = 2
 # Indices into this tuple are stored: new faults go to the end.
 FAULTS = ("", "tar_truncated", "tar_corrupt", "unsafe_name", "image_missing", "member_too_large")
 _DAMAGE = [FAULTS.index("tar_truncated"), FAULTS.index("tar_corrupt")]
@@ -50,95 +49,6 @@ COLUMNS = {
     "fault": np.uint8,
     "key_end": np.uint32,
 }
-# Bytes of a read while scanning. Between two members of an example lie a header and the other text member, so
-# 8 KiB cover both on disk. In buckets a request costs more than bytes: 8 MiB read through the images.
-_LOCAL_WINDOW, _REMOTE_WINDOW = 8 << 10, 8 << 20
-
-
-class _WindowedReader:
-    """Reads a file forwards in windows, so that adjacent headers cost one read."""
-
-    def __init__(self, storage: Storage, path: str, length: int):
-        self._storage, self._path, self._length = storage, path, length
-        self._size = _LOCAL_WINDOW if is_local(path) else _REMOTE_WINDOW
-        self._at, self._data = 0, b""
-
-    def read(self, offset: int, size: int) -> bytes:
-        place = offset - self._at
-        if place < 0 or place + size > len(self._data):
-            self._at, place = offset, 0
-            self._data = self._storage.read(self._path, offset, min(max(size, self._size), self._length - offset))
-        return self._data[place : place + size]
-
-
-@dataclasses.dataclass
-class _TarExample:
-    """One example while its members are collected. Places are (offset, size)."""
-
-    key: str
-    image: tuple[int, int] | None = None
-    text: tuple[int, int] | None = None
-    json: tuple[int, int] | None = None
-    label: int | None = None
-    fault: str = ""
-    suffixes: set[str] = dataclasses.field(default_factory=set)
-
-
-def iter_examples(storage: Storage, path: str, length: int) -> Iterator[_TarExample]:
-    """Yields the examples of a tar: consecutive members that share their name up to the first dot.
-
-    Raises:
-      UserError: the tar is compressed.
-    """
-    window = _WindowedReader(storage, path, length)
-    kind = detect_compression(window.read(0, min(length, BLOCK)))
-    if kind:
-        raise UserError(
-            f"{path} is compressed ({kind}): examples in it cannot be read one by one; decompress the tars (images are "
-            "compressed already: nothing is lost by it)"
-        )
-    current: _TarExample | None = None
-    for member in iter_members(window.read, length):
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, suffix = base.partition(".")
-        # The key keeps the folder: equal names in two folders are two examples.
-        key, suffix = folder + slash + stem, (dot + suffix).lower()
-        # The damage is one bad example of its own, so that it is counted; the example before it stays.
-        if member.fault == "tar_corrupt" or not member.name:
-            if current:
-                yield current
-            current = None
-            yield _TarExample(f"{key or '?'}@{member.offset}", fault=member.fault or "tar_corrupt")
-            continue
-        # Archivers add hidden files, such as macOS's ._name.
-        if base.startswith("."):
-            continue
-        # A repeated suffix starts a new example: two examples of one key follow each other.
-        if current is None or key != current.key or suffix in current.suffixes:
-            if current:
-                yield current
-            current = _TarExample(key)
-        current.suffixes.add(suffix)
-        place = (member.offset, member.size)
-        if member.fault:
-            current.fault = member.fault
-        # A conversion to files would write such a name outside its folder.
-        if key.startswith("/") or "/../" in f"/{key}/":
-            current.fault = "unsafe_name"
-        if member.size >= NO_MEMBER or member.offset // BLOCK >= NO_MEMBER:
-            current.fault = "member_too_large"
-        elif suffix in IMAGE_SUFFIXES and current.image is None:
-            current.image = place
-        elif suffix == ".txt":
-            current.text = place
-        elif suffix == ".json":
-            current.json = place
-        # A class number has at most 10 digits; 16 bytes leave room for a line end.
-        elif suffix == ".cls" and member.size <= 16:
-            digits = window.read(*place).strip()
-            current.label = int(digits) if digits.isdigit() and int(digits) < 2**31 else None
-    if current:
-        yield current
 
 
 def scan_tar(storage: Storage, path: str) -> dict[str, np.ndarray]:
@@ -149,14 +59,14 @@ def scan_tar(storage: Storage, path: str) -> dict[str, np.ndarray]:
     """
     try:
         length, changed = storage.version_stamp(path)
-        examples = list(iter_examples(storage, path, length))
+        examples = join_scattered(list(iter_examples(storage, path, length)))
     except (OSError, FileNotFoundError) as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}): check config.data.path") from None
     # Even an empty tar has two blocks, so a file of 0 bytes is a failed download.
     if not length:
-        examples = [_TarExample("?@0", fault="tar_truncated")]
+        examples = [TarExample("?@0", fault="tar_truncated")]
     elif not examples and storage.read(path, 0, length).strip(b"\0"):
-        examples = [_TarExample("?@0", fault="tar_corrupt")]
+        examples = [TarExample("?@0", fault="tar_corrupt")]
     columns: dict[str, np.ndarray] = {}
     for name, places in (
         ("image", [f.image for f in examples]),
@@ -173,6 +83,7 @@ def scan_tar(storage: Storage, path: str) -> dict[str, np.ndarray]:
     # The column is optional: most tars have no labels.
     if any(f.label is not None for f in examples):
         columns["label"] = np.array([-1 if f.label is None else f.label for f in examples], np.int32)
+    columns["grouping"] = np.array([GROUPING], np.int64)
     # Size and time of change: `scan_to_part` compares them to find out whether the tar changed.
     columns["stamp"] = np.array([length, changed], np.int64)
     return columns
@@ -190,12 +101,21 @@ def scan_to_part(folder: Path, storage: Storage, path: str) -> int:
     known = load_part(file)
     try:
         fresh = known is not None and "stamp" in known and tuple(known["stamp"].tolist()) == storage.version_stamp(path)
+        fresh = fresh and not _needs_regrouping(known)
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}): check config.data.path") from None
     if known is None or not fresh:
         known = scan_tar(storage, path)
         save_part(file, known)
     return len(known["fault"])
+
+
+def _needs_regrouping(part: dict[str, np.ndarray] | None) -> bool:
+    """Whether a scan by older rules lost something that today's rules may find: an image, or all texts."""
+    if part is None or "grouping" in part:
+        return False
+    texts = (part["text_size"] != NO_MEMBER) | (part["json_size"] != NO_MEMBER)
+    return bool((part["fault"] == FAULTS.index("image_missing")).any() or not texts.any())
 
 
 def save_part(file: Path, columns: dict[str, np.ndarray]) -> None:
@@ -273,7 +193,7 @@ def _merge_parts(folder: Path, paths: Sequence[str], captions: str) -> Path:
     identity = hashlib.sha256(b"tar")
     names = short_names(paths)
     faults = np.zeros(len(FAULTS), np.int64)
-    without_caption = 0
+    without_caption, others = 0, 0
     files = {c: open(temporary / f"{c}.bin", "wb") for c in (*COLUMNS, "keys", "label")}  # noqa: SIM115
     labelled = False
     try:
@@ -301,6 +221,7 @@ def _merge_parts(folder: Path, paths: Sequence[str], captions: str) -> Path:
             if fault_counts[_DAMAGE].any():
                 damaged.append(name)
             without_caption += int(((part["caption_size"] == NO_MEMBER) & (part["fault"] == 0)).sum())
+            others += int((part[f"{'json' if captions == 'text' else 'text'}_size"] != NO_MEMBER).sum())
             # The identity depends on names and keys, not on places: repacked tars remain the same data set.
             identity.update(f"\0{name}\0{n}\0".encode() + part["keys"].tobytes())
     finally:
@@ -308,7 +229,7 @@ def _merge_parts(folder: Path, paths: Sequence[str], captions: str) -> Path:
             file.close()
     if not labelled:
         (temporary / "label.bin").unlink()
-    metadata = {
+    metadata: dict[str, Any] = {
         "version": VERSION,
         "captions": captions,
         "identity": identity.hexdigest()[:16],
@@ -318,6 +239,9 @@ def _merge_parts(folder: Path, paths: Sequence[str], captions: str) -> Path:
         "damaged": damaged,
         "labelled": labelled,
     }
+    # Only where older rules may have found less: other sets stay as they are, byte for byte.
+    if _may_hold_more(metadata):
+        metadata |= {"grouping": GROUPING, "other_captions": others}
     np.savez(temporary / "shards.npz", counts=counts, key_bytes=key_bytes, stamps=np.array(stamps, np.int64))
     (temporary / "shards.txt").write_text("\n".join(names), encoding="utf-8")
     (temporary / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
@@ -334,6 +258,12 @@ def _merge_parts(folder: Path, paths: Sequence[str], captions: str) -> Path:
     # Processes that have mapped the replaced files keep them until they unmap them.
     shutil.rmtree(replaced, ignore_errors=True)
     return target
+
+
+def _may_hold_more(about: dict[str, Any]) -> bool:
+    """Whether images are missing in an index, or all captions are."""
+    faults = about["faults"]
+    return bool(faults.get("image_missing")) or about["without_caption"] >= about["examples"] - sum(faults.values())
 
 
 class TarIndex:
@@ -387,6 +317,11 @@ class TarIndex:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def has_no_caption(self) -> bool:
+        """Whether no sound example has a caption."""
+        return self.about["without_caption"] >= len(self) - sum(self.about["faults"].values())
+
     def shard_of(self, i: int) -> int:
         """Returns the index in `shards` of the tar that holds example i."""
         return int(np.searchsorted(self.starts, i, side="right")) - 1
@@ -430,6 +365,9 @@ def is_stale(folder: Path, storage: Storage, paths: Sequence[str]) -> bool:
     # Stamps of tars in buckets cost a request each. Those tars are compared with the index when they are read.
     try:
         index = TarIndex(folder)
+        # An index where nothing can be written is used as it is.
+        if "grouping" not in index.about and _may_hold_more(index.about) and os.access(folder, os.W_OK):
+            return True
         return len(index.stamps) != len(paths) or any(
             is_local(p) and storage.version_stamp(p) != tuple(s)
             for p, s in zip(paths, index.stamps.tolist(), strict=True)
