@@ -17,13 +17,18 @@ from gigagan_jax import config as settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Variants: `:upsampler` and `:sr` (see above); `:tiny`, `:upsampler-tiny` and `:sr-tiny` have every part at toy width."""
+    """Variants: `:upsampler` and `:sr` (see above); `:unconditional` is the base model without classes; `:tiny`,
+    `:upsampler-tiny`, `:sr-tiny` and `:unconditional-tiny` have every part at toy width."""
     stage, _, size = arg.partition("-")
     if stage in ("upsampler", "sr") and size in ("", "tiny"):
         return upsampler_config(classes=stage == "upsampler", tiny=size == "tiny")
+    if arg not in ("", "tiny", "unconditional", "unconditional-tiny"):
+        known = "tiny, upsampler, upsampler-tiny, sr, sr-tiny, unconditional, unconditional-tiny"
+        raise ValueError(f"configs/imagenet.py has no variant {arg!r}; known: {known}")
     c = settings.default()
     c.name = "imagenet"
-    c.condition, c.num_classes = "class", 1000
+    # As many classes as the data have; without a look at them, in a dry run, ImageNet's 1,000.
+    c.condition, c.num_classes = "class", 0
     c.data.path = "imagenet2012"
     c.data.flip = True
     c.batch_size = 1024
@@ -46,23 +51,25 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss.r1_gamma = (0.2048, 0.2048)
     for o in (c.g_optimizer, c.d_optimizer):
         o.attention_weight_decay = 1e-5
-    c.snapshot.prompts = ("0", "1", "207", "281", "417", "933")  # class labels
+    # Without prompts of its own a run draws these classes, or where the data have fewer the first ones.
+    c.snapshot.prompts, c.snapshot.preferred_classes = (), ("0", "1", "207", "281", "417", "933")
 
-    if arg == "tiny":
+    if stage == "unconditional":
+        c.name += "-unconditional"
+        c.condition = "none"
+        d.head, d.class_mapping_depth = "modulated", 0
+    if size == "tiny" or arg == "tiny":
         c.name += "-tiny"
-        c.resolution, c.num_classes, c.batch_size, c.dtype = 16, 10, 16, "float32"
+        c.resolution, c.batch_size, c.dtype = 16, 16, "float32"
         c.total_kimg, c.checkpoint_kimg, c.snapshot_kimg, c.log_kimg = 1.6, 0.8, 0.8, 0.16
         g.z_dim, g.w_dim, g.channel_base, g.channel_max = 16, 32, 256, 32
         g.blocks, g.bank, g.attention_depth = (1, 1, 1), (4, 4, 4), (0, 2, 0)
         d.channel_base, d.channel_max, d.blocks, d.attention_depth = 256, 32, (1, 1, 1), (0, 1, 0)
-        d.class_mapping_depth, d.minibatch_std = 2, 4
+        d.class_mapping_depth, d.minibatch_std = 0 if stage == "unconditional" else 2, 4
+        d.head_width = 16
         for net in (g, d):
             net.attention.heads, net.attention.head_dim = 2, 16
-        c.snapshot.prompts, c.snapshot.seeds = ("0", "1", "7"), 4
-    elif arg:
-        raise ValueError(
-            f"configs/imagenet.py has no variant {arg!r}; known: tiny, upsampler, upsampler-tiny, sr, sr-tiny"
-        )
+        c.snapshot.preferred_classes, c.snapshot.seeds = ("0", "1", "7"), 4
     return c
 
 
@@ -75,7 +82,7 @@ def upsampler_config(*, classes: bool, tiny: bool) -> ConfigDict:
     """
     c = settings.default()
     c.name = "imagenet-upsampler" if classes else "imagenet-sr"
-    c.condition, c.num_classes = ("class", 1000) if classes else ("none", 0)
+    c.condition, c.num_classes = ("class", 0) if classes else ("none", 0)
     c.data.path, c.data.flip, c.data.captions = "imagenet2012", True, "optional"
     c.resolution, c.upsampler.input_resolution, c.upsampler.bottleneck = 256, 64, 16
     c.upsampler.noise = 0.1  # (open)
@@ -95,7 +102,7 @@ def upsampler_config(*, classes: bool, tiny: bool) -> ConfigDict:
     d.minibatch_std = 4
     if classes:
         d.head, d.class_mapping_depth = "projection", 4
-        c.snapshot.prompts = ("0", "1", "207")
+        c.snapshot.prompts, c.snapshot.preferred_classes = (), ("0", "1", "207")
     c.loss.match_d = c.loss.match_g = 0.0
     c.loss.r1_gamma = (0.2048, 0.2048)
     c.loss.perceptual = 100.0
@@ -107,7 +114,7 @@ def upsampler_config(*, classes: bool, tiny: bool) -> ConfigDict:
     if tiny:
         c.name += "-tiny"
         c.resolution, c.upsampler.input_resolution, c.upsampler.bottleneck = 32, 8, 4
-        c.num_classes, c.batch_size, c.dtype = 10 if classes else 0, 8, "float32"
+        c.batch_size, c.dtype = 8, "float32"
         c.total_kimg, c.checkpoint_kimg, c.snapshot_kimg, c.log_kimg = 0.8, 0.4, 0.4, 0.08
         c.loss.perceptual, c.loss.pixel = 0.0, 100.0
         g.z_dim, g.w_dim, g.channel_base, g.channel_max = 16, 32, 256, 32
@@ -118,5 +125,5 @@ def upsampler_config(*, classes: bool, tiny: bool) -> ConfigDict:
             net.attention.heads, net.attention.head_dim = 2, 16
         c.snapshot.seeds = 4
         if classes:
-            c.snapshot.prompts = ("0", "1", "7")
+            c.snapshot.preferred_classes = ("0", "1", "7")
     return c

@@ -18,7 +18,8 @@ from gigagan_jax import config as settings
 
 def get_config(arg: str = "") -> ConfigDict:
     """Variants: `:tiny` has every part at toy width, for tests and for a look at a CPU; `:bytes` needs no CLIP; `:small` is
-    that at 23M and 21M parameters in float32, to time a step on a CPU."""
+    that at 23M and 21M parameters in float32, to time a step on a CPU; `:unconditional` and `:unconditional-tiny` need neither
+    captions nor a CLIP."""
     c = settings.default()  # the defaults are this model
     c.name = "laion"
     c.text.encoder, c.text.path = "clip", "openai/clip-vit-large-patch14"
@@ -35,8 +36,17 @@ def get_config(arg: str = "") -> ConfigDict:
         c.loss.clip, c.loss.vision_aided = (0.0, 0.0), 0.0
         if arg == "small":
             make_small(c)
+    elif arg in ("unconditional", "unconditional-tiny"):
+        c.name += "-unconditional"
+        c.condition = "none"
+        c.text.encoder, c.text.path, c.vision_aided.path = "bytes", "", ""
+        c.loss.clip, c.loss.vision_aided, c.loss.match_d, c.loss.match_g = (0.0, 0.0), 0.0, 0.0, 0.0
+        if arg == "unconditional-tiny":
+            shrink(c)
     elif arg:
-        raise ValueError(f"configs/laion.py has no variant {arg!r}; known: tiny, bytes, small")
+        raise ValueError(
+            f"configs/laion.py has no variant {arg!r}; known: tiny, bytes, small, unconditional, unconditional-tiny"
+        )
     return c
 
 

@@ -68,14 +68,16 @@ def verb(argv: Sequence[str]) -> int:
     if args.devices is not None and args.devices < 1:
         raise UserError(f"--devices={args.devices}: must be at least 1")
     profile_steps = parse_steps(args.profile_steps) if args.profile_steps else None
-    overrides = cli.collect_overrides(unknown)
-    config = cli.load_config(args.config, overrides)
+    overrides, notes = cli.collect_overrides(unknown), list[str]()
+    config = cli.load_config(args.config, overrides, notes)
     if not args.dry_run:
         # The default action of SIGUSR1 ends the process. The profiler sets its handler only when the loop begins.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Before anything that touches a device, even jax.process_index().
     cluster.join_processes(args)
     configure_logging(process_index=jax.process_index())
+    for note in notes:
+        _log.info(note)
     if args.dry_run:
         folder = None if args.workdir is None else args.workdir.folder
         print(dry_run.report_dry_run(config, args.devices or jax.device_count(), folder))

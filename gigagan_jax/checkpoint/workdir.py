@@ -78,6 +78,20 @@ def open_workdir(place: Place, config: Config, accept: Collection[str] = ()) -> 
         ) from None
 
 
+def read_stored_config(place: Place) -> dict[str, Any] | None:
+    """The settings that a run in this workdir was started with, with the present fields.
+
+    None where there is no run, or where they cannot be read, which `open_workdir` reports.
+    """
+    place = RunFolder.open(place)
+    file = place.folder / CONFIG_FILE
+    try:
+        stored = _read_stored_config(file, place.steps())
+    except (OSError, ValueError):
+        return None
+    return None if stored is None else upgrade_config(stored, str(file))[0]
+
+
 def with_original_settings(place: Place, config: Config, chosen: Collection[str] = ()) -> Config:
     """Returns the config with the values that a run in this workdir started with.
 

@@ -11,13 +11,19 @@ from ml_collections import ConfigDict
 
 from gigagan_jax.config.config import DEFAULT_RULES, Config
 from gigagan_jax.config.migrations import upgrade_config
-from gigagan_jax.config.serialization import from_dict
+from gigagan_jax.config.serialization import field_type, from_dict, parse_fields
+from gigagan_jax.config.unconditional import switched_off
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.parallel.sharding import check_rules
 
 
-def load_config(path: str, overrides: Sequence[str]) -> Config:
+def load_config(path: str, overrides: Sequence[str], notes: list[str] | None = None) -> Config:
     """The config of `FILE.py[:arg]` with `--config.key=value` overrides.
+
+    Args:
+      path: of the file, with its variant.
+      overrides: "--config.key=value", ...
+      notes: gets lines about what the config does without, for the log.
 
     Raises:
       UserError: the file is missing or fails, a key is unknown, or a value has another type than its field.
@@ -29,6 +35,9 @@ def load_config(path: str, overrides: Sequence[str]) -> Config:
             raise UserError(f"{text}: write --config.{name}=VALUE")
         override_field(values, name, value)
     config = from_dict(values)
+    off = switched_off(parse_fields(values))
+    if off and notes is not None:
+        notes.append(f"condition='none': neither captions nor classes are read; off: {'; '.join(off)}")
     check_rules(config.rules, DEFAULT_RULES)
     return config
 
@@ -80,7 +89,8 @@ def override_field(values: ConfigDict, name: str, text: str) -> None:
         old = group.get(key)
         if isinstance(old, ConfigDict):
             raise UserError(f"config.{name} is a group of settings: name one of {', '.join(sorted(old))}")
-        value = _parse_value(name, text, old)
+        is_texts = field_type(name) == tuple[str, ...]
+        value = _parse_texts(text) if is_texts else _parse_value(name, text, old)
         if old is None:
             group.update({key: value})
         else:
@@ -91,6 +101,26 @@ def _replace_value(group: ConfigDict, key: str, value: Any) -> None:
     # A ConfigDict refuses another type for a known field, so the field is deleted first. from_dict checks types.
     del group[key]
     group[key] = value
+
+
+def _parse_texts(text: str) -> tuple[str, ...]:
+    """A list of texts as users write one: `a,b`, `0,1,2`, `one`, nothing; or a Python tuple or list, for texts with commas."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = None
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    # Numbers are texts as they are written: "007" stays that.
+    inner = text.strip()
+    if inner[:1] + inner[-1:] in ("()", "[]"):
+        inner = inner[1:-1]
+    parts = [part.strip() for part in inner.split(",")]
+    # A tuple of one ends in a comma.
+    parts = parts[:-1] if parts[-1] == "" else parts
+    return tuple(p[1:-1] if len(p) > 1 and p[0] == p[-1] and p[0] in "'\"" else p for p in parts)
 
 
 def _parse_value(name: str, text: str, old: Any) -> Any:

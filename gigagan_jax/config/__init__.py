@@ -1,6 +1,13 @@
 """Settings of a run: frozen dataclasses, read from ml_collections ConfigDicts; `default()` gives all of them to a config file."""
 
-from gigagan_jax.config.classes import class_label, class_labels, describe_classes, first_difference, needs_prompts
+from gigagan_jax.config.classes import (
+    chosen_prompts,
+    class_label,
+    class_labels,
+    describe_classes,
+    first_difference,
+    needs_prompts,
+)
 from gigagan_jax.config.comparison import (
     ACCEPTED,
     FREE_FIELDS,
@@ -66,6 +73,7 @@ __all__ = [
     "UpsamplerConfig",
     "VisionAidedConfig",
     "changed_fields",
+    "chosen_prompts",
     "class_label",
     "class_labels",
     "config_digest",

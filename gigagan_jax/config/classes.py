@@ -5,6 +5,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from gigagan_jax.config.run import SnapshotConfig
 from gigagan_jax.core.errors import UserError
 
 # Close names in a message, and names of a short list that is shown whole.
@@ -39,6 +40,7 @@ def class_label(config: Any, prompt: str) -> int:
     """
     text, names, count = prompt.strip(), config.class_names, config.class_count
     exact, folded = _index_names(names)
+    # The exact spelling wins: "Polish" and "polish" may be two classes.
     found = exact.get(text) or folded.get(text.casefold()) or ()
     if len(found) == 1:
         return found[0]
@@ -72,6 +74,13 @@ def describe_classes(config: Any, near: str = "") -> str:
     return f"of its {count} classes, {'close ones' if close else 'the first'} are {', '.join(shown)}{numbers}"
 
 
+def chosen_prompts(config: Any) -> tuple[str, ...]:
+    """The prompts of a class-conditional config's snapshots; empty where nobody chose any."""
+    prompts = config.snapshot.prompts
+    # The default captions are of text models.
+    return () if prompts == SnapshotConfig().prompts else prompts
+
+
 def first_difference(before: Sequence[str], now: Sequence[str]) -> str:
     """The first class in which two lists differ, "class 3 was 'cat' and is now 'dog'"; empty for equal lists."""
     for i, (a, b) in enumerate(zip(before, now, strict=False)):
@@ -91,11 +100,15 @@ def check_classes(config: Any) -> None:
         raise UserError(
             "config.num_classes=1: condition='class' needs at least 2; config.condition=none trains without classes"
         )
-    if config.class_names and len(config.class_names) != config.num_classes:
+    # Names alone are a number too.
+    if config.class_names and config.num_classes not in (0, len(config.class_names)):
         raise UserError(
             f"config.class_names has {len(config.class_names)} names, config.num_classes={config.num_classes}: leave the "
             "names out, the data gives them"
         )
+    # Without names a prompt can only be judged when the data is known (training/data_settings.py).
+    if config.class_names:
+        class_labels(config, chosen_prompts(config))
 
 
 @functools.lru_cache(maxsize=8)

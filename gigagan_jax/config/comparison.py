@@ -34,7 +34,7 @@ FREE_FIELDS = (
     "micro_batches",
     "remat",
     "evaluators",
-    # Compared by training/data_classes.py, which names the first difference; earlier runs have none.
+    # Compared by training/data_settings.py, which names the first difference; earlier runs have none.
     "class_names",
     "mesh",
     "rules",

@@ -92,7 +92,7 @@ class Config:
     @property
     def class_count(self) -> int:
         """Rows of the class embedding; 0 without classes. A number that the data has yet to give is assumed."""
-        return (self.num_classes or ASSUMED_CLASSES) if self.condition == "class" else 0
+        return (self.num_classes or len(self.class_names) or ASSUMED_CLASSES) if self.condition == "class" else 0
 
     @property
     def used_text(self) -> TextConfig:

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gigagan_jax.config.config import Config
+from gigagan_jax.config.unconditional import without_condition
 from gigagan_jax.config.validation import validate
 from gigagan_jax.core.errors import UserError
 
@@ -37,11 +38,20 @@ def from_dict(values: Any) -> Config:
       UserError: an unknown key (the message names the nearest known one), a value of another type, or settings that
         contradict each other.
     """
-    if isinstance(values, ConfigDict):
-        values = values.to_dict()
-    config = _resolve_auto(_parse_value(Config, values, "config"))
+    config = without_condition(parse_fields(values))
     validate(config)
     return config
+
+
+def parse_fields(values: Any) -> Config:
+    """The config of a ConfigDict or plain dict as it is written, not yet validated.
+
+    Raises:
+      UserError: an unknown key, or a value of another type.
+    """
+    if isinstance(values, ConfigDict):
+        values = values.to_dict()
+    return _resolve_auto(_parse_value(Config, values, "config"))
 
 
 def _resolve_auto(config: Config) -> Config:
@@ -103,6 +113,14 @@ def _parse_value(kind: Any, value: Any, where: str) -> Any:
 
 def _example_tuple(args: tuple) -> str:
     return {int: "(1, 2)", float: "(0.5, 1.0)", str: "('a', 'b')"}.get(args[0], "(...)")
+
+
+def field_type(name: str) -> Any:
+    """The type of a setting by its name, "snapshot.prompts"; None for a name that is none."""
+    kind: Any = Config
+    for part in name.split("."):
+        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    return kind
 
 
 def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:

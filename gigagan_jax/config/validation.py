@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from gigagan_jax.config.augmentation import check_augmentations
-from gigagan_jax.config.classes import check_classes, class_labels
+from gigagan_jax.config.classes import check_classes
 from gigagan_jax.config.data import SOURCE_KINDS
 from gigagan_jax.core.errors import UserError
 
@@ -409,22 +409,15 @@ def _check_drawn_captions(config: Any) -> None:
 
 def _check_snapshot(config: Any) -> None:
     s = config.snapshot
-    # Classes are chosen when the data is known (training/data_classes.py).
+    # Classes are chosen when the data is known (training/data_settings.py).
     if not (s.prompts or config.condition == "class") or not s.truncations:
         raise UserError("config.snapshot: needs at least one prompt, and at least one truncation of 0 to 1")
     if any(not 0 <= psi <= 1 for psi in s.truncations):
         raise UserError(f"config.snapshot.truncations={s.truncations}: each must be 0 to 1")
-    if config.condition == "class" and config.class_names:
-        class_labels(config, s.prompts)
 
 
 def _check_discriminator(config: Any) -> None:
     g, d = config.generator, config.discriminator
-    # The projection head multiplies features with the embedding of the condition.
-    if config.condition == "none" and d.head == "projection":
-        raise UserError(
-            "config.discriminator.head='projection' needs a condition; use 'modulated' with condition='none'"
-        )
     # D reads an image of each level, which only a pyramid of G provides for generated images.
     if g.pyramid != d.multi_scale_input:
         raise UserError("config.generator.pyramid and config.discriminator.multi_scale_input must be switched together")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from gigagan_jax.checkpoint.run_folder import RunFolder
-from gigagan_jax.config import Config
+from gigagan_jax.config import Config, needs_prompts
 from gigagan_jax.core.workdir_files import SNAPSHOTS_FOLDER
 from gigagan_jax.evaluation.judges import Judge, make_judge
 from gigagan_jax.evaluation.upsampler_snapshots import make_snapshot_hook
@@ -18,18 +18,23 @@ from gigagan_jax.training.state import GanState
 
 _log = logging.getLogger(__name__)
 
+_UNCONDITIONAL_ROWS = 8
+
 
 def snapshot_hook(config: Config, sampler: Sampler, place: RunFolder) -> Hook:
     """Returns a hook that draws grids of fixed prompts (rows) and seeds (columns), one grid for each truncation."""
     s = config.snapshot
+    # Without a condition a grid of one prompt: rows are further seeds, as many as columns, up to eight.
+    rows = len(s.prompts) if needs_prompts(config) else min(s.seeds, _UNCONDITIONAL_ROWS)
+    labels = s.prompts if needs_prompts(config) else None
+    prompts, seeds = prompts_and_seeds(s.prompts, s.seeds * rows // len(s.prompts), 0)
 
     def draw_snapshot(state: GanState, kimg: float, logger: MetricLogger) -> None:
         # A grid has the same prompts and seeds in every snapshot: only the generator differs.
         pictures = []
-        prompts, seeds = prompts_and_seeds(s.prompts, s.seeds, 0)
         for psi in s.truncations:
             images = sampler(state.g_ema, state.w_avg, prompts, seeds, truncation=psi)
-            pictures.append(draw_grid(images.reshape(len(s.prompts), s.seeds, *images.shape[1:]), s.prompts))
+            pictures.append(draw_grid(images.reshape(rows, s.seeds, *images.shape[1:]), labels))
         # Every process samples, since the sampler is a program of the whole mesh; one writes.
         titles = [f"{kimg:.0f} kimg, truncation {psi:g}" for psi in s.truncations]
         picture = side_by_side(pictures, titles)

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ from gigagan_jax.data import pipeline
 from gigagan_jax.data.embeddings import Embeddings
 from gigagan_jax.data.source import Source
 from gigagan_jax.data.sources import filters, make_source
+from gigagan_jax.data.survey import Survey
 from gigagan_jax.data.tokenizers import Tokenizer, make_tokenizer
 from gigagan_jax.models.pretrained.frozen import clip_length, needs_own_clip_tokens
 from gigagan_jax.models.pretrained.text_encoder import tokenizer_options
@@ -29,20 +30,24 @@ def _log_report(text: str) -> None:
     _log.info("%s", text)
 
 
-def make_data_source(config: Config, workdir: Path | None = None) -> Source:
-    """The config's data set; `workdir` takes the index of tars that lie where it cannot be written."""
+def make_data_source(
+    config: Config, workdir: Path | None = None, surveys: Mapping[str, Survey] | None = None
+) -> Source:
+    """The config's data set.
+
+    Args:
+      config: of a run.
+      workdir: takes the index of tars that lie where it cannot be written.
+      surveys: {path: survey} of paths that were looked at already.
+    """
     d = config.data
     # Opening may index tars, which takes minutes at the first start (docs/data.md).
-    source = make_source(d, condition=config.condition, workdir=workdir, report=_log_report)
-    if config.condition == "class":
-        if not getattr(source, "has_labels", True):
-            raise UserError(f"{d.path} has no labels, and config.condition='class' needs them")
-        # Only some sources know their classes: a folder by its sub-folders, TFDS by its features.
-        classes = len(getattr(source, "classes", None) or ())
-        if classes and classes != config.num_classes:
-            raise UserError(
-                f"{d.path} has {classes} classes, config.num_classes={config.num_classes}: set it to {classes}"
-            )
+    source = make_source(d, condition=config.condition, workdir=workdir, report=_log_report, surveys=surveys)
+    parts = getattr(source, "parts", (source,))
+    if config.condition == "class" and not all(getattr(part, "has_labels", True) for part in parts):
+        raise UserError(
+            f"{d.path} has no labels, and config.condition='class' needs them; config.condition=none trains without"
+        )
     filter_report = getattr(source, "filter_report", None)
     if filter_report:
         _log.info("filters:\n%s", filters.format_report(filter_report))
@@ -74,10 +79,19 @@ def make_tokenizers(config: Config) -> tuple[Tokenizer, Tokenizer | None]:
     return text, make_tokenizer("clip", clip.length, **tokenizer_options(clip))
 
 
-def make_pipeline(config: Config, workdir: Path | None, rows: Sequence[int] | None = None) -> pipeline.Pipeline:
-    """The config's stream of batches for this host, whose devices hold `rows` of each."""
+def make_pipeline(
+    config: Config, workdir: Path | None, rows: Sequence[int] | None = None, source: Source | None = None
+) -> pipeline.Pipeline:
+    """The config's stream of batches for this host.
+
+    Args:
+      config: of the run.
+      workdir: takes the quarantine's list, and indices of data that cannot be written beside it.
+      rows: of each batch, those of this host's devices; None for all.
+      source: the data where it is open already.
+    """
     d = config.data
-    source = make_data_source(config, workdir)
+    source = make_data_source(config, workdir) if source is None else source
     text, clip = make_tokenizers(config)
     # Stored embeddings replace the encoders' tokens; a class-conditional model has none.
     stored = bool(d.embeddings) and config.condition == "text"

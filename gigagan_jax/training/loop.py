@@ -27,6 +27,7 @@ from gigagan_jax.telemetry.goodput import Goodput
 from gigagan_jax.telemetry.metrics import MetricLogger
 from gigagan_jax.telemetry.profiler import Profiler
 from gigagan_jax.training.compiled_step import CompiledStep
+from gigagan_jax.training.data_settings import with_data_settings
 from gigagan_jax.training.health.recovery import HealthGuard
 from gigagan_jax.training.input_pipeline import build_shared_index, make_pipeline
 from gigagan_jax.training.resume import resume
@@ -66,7 +67,7 @@ class Run:
       accept: of `config.ACCEPTED`: what may have changed since the run was begun in this workdir.
 
     Raises:
-      UserError: a mesh that the config does not fit.
+      UserError: a mesh that the config does not fit, or classes that the data does not have.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class Run:
         profile_steps: tuple[int, int] | None = None,
         accept: Collection[str] = (),
     ):
-        self.config, self.place, self.accept = config, RunFolder.open(workdir), frozenset(accept)
+        self.place, self.accept = RunFolder.open(workdir), frozenset(accept)
+        config, self.source = with_data_settings(config, self.place)
+        self.config = config
         self.began = time.time() if began is None else began
         self.profile_steps = profile_steps
         self.mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
@@ -164,7 +167,7 @@ class Run:
         config = self.config
         _log.info("data: %s %s", config.data.source, config.data.path)
         build_shared_index(config, self.place)
-        with make_pipeline(config, self.workdir, self.rows) as data:
+        with make_pipeline(config, self.workdir, self.rows, self.source) as data:
             goodput.record_facts({"data": data.describe_source()})
             # Processes with other settings would compute other programs and wait for each other for ever.
             consistency.assert_same_on_all_processes(config, data.state()["source"], self.place)

@@ -38,9 +38,11 @@ VARIANTS = [
     ("laion", "tiny"),
     ("laion", "bytes"),
     ("laion", "small"),
+    *(("laion", arg) for arg in ("unconditional", "unconditional-tiny")),
     ("imagenet", ""),
     ("imagenet", "tiny"),
     *(("imagenet", arg) for arg in ("upsampler", "sr", "upsampler-tiny", "sr-tiny")),
+    *(("imagenet", arg) for arg in ("unconditional", "unconditional-tiny")),
     *(("laion_upsampler", arg) for arg in ("", "1024", "bytes", "tiny")),
     *(("photos", arg) for arg in ("", "tiny")),
     *(("emoji_upsampler", arg) for arg in ("", "none", "clean", "tiny")),
@@ -70,6 +72,7 @@ def assert_same(out, given):
 TABLES = ("ablation", "scale", "shapes", "emoji", "laion_upsampler", "photos", "emoji_upsampler")
 TINY = (("shapes", "tiny"), ("laion_upsampler", "tiny"), ("photos", "tiny"), ("emoji_upsampler", "tiny"))
 LARGE = (("laion", "small"), ("imagenet", "upsampler"), ("imagenet", "sr"))
+LARGE += tuple((name, arg) for name in ("laion", "imagenet") for arg in ("unconditional", "unconditional-tiny"))
 DEFAULT = [v for v in VARIANTS if v in TINY or (v[0] not in TABLES and v not in LARGE)]
 
 
@@ -122,8 +125,15 @@ def test_docstring_is_the_command(name):
 @pytest.mark.parametrize("name", FILES)
 def test_unknown_variant(name):
     sizes = "1b, 3b, 10b, 1b-bytes, 3b-bytes, 10b-bytes"
-    known = {"ablation": ", ".join(ablation.ROWS), "laion": "tiny, bytes, small", "scale": sizes}
-    known |= {"laion_upsampler": "1024, bytes, tiny", "imagenet": "tiny, upsampler, upsampler-tiny, sr, sr-tiny"}
+    known = {
+        "ablation": ", ".join(ablation.ROWS),
+        "laion": "tiny, bytes, small, unconditional, unconditional-tiny",
+        "scale": sizes,
+    }
+    known |= {
+        "laion_upsampler": "1024, bytes, tiny",
+        "imagenet": "tiny, upsampler, upsampler-tiny, sr, sr-tiny, unconditional, unconditional-tiny",
+    }
     known |= {"emoji_upsampler": "none, clean, tiny"}
     known |= {"shapes": "16, scenes, 64, tiny", "emoji": "all, tiny"}
     with pytest.raises(

@@ -30,11 +30,14 @@ VARIANTS = (
     *(("digits", arg) for arg in ("", "tiny")),
     *(("shapes", arg) for arg in ("", "16", "scenes", "64", "tiny")),
     *(("emoji", arg) for arg in ("", "all", "tiny")),
-    *(("laion", arg) for arg in ("", "tiny", "bytes", "small")),
+    *(("laion", arg) for arg in ("", "tiny", "bytes", "small", "unconditional", "unconditional-tiny")),
     *(("emoji_upsampler", arg) for arg in ("", "none", "clean", "tiny")),
     *(("photos", arg) for arg in ("", "tiny")),
     *(("laion_upsampler", arg) for arg in ("", "1024", "bytes", "tiny")),
-    *(("imagenet", arg) for arg in ("", "tiny", "upsampler", "upsampler-tiny", "sr", "sr-tiny")),
+    *(
+        ("imagenet", arg)
+        for arg in ("", "tiny", "upsampler", "upsampler-tiny", "sr", "sr-tiny", "unconditional", "unconditional-tiny")
+    ),
     *(("ablation", row) for row in ablation.ROWS),
     *(("scale", size + end) for end in ("", "-bytes") for size in scale.SIZES),
 )

@@ -103,7 +103,7 @@ def draw_conditions(config, seed=0):
     if config.condition == "none":
         return None, None
     if config.condition == "class":
-        return None, rng.integers(0, config.num_classes, N).astype(np.int32)
+        return None, rng.integers(0, config.class_count, N).astype(np.int32)
     top = 259 if config.text.encoder == "bytes" else config.text.buckets**2
     tokens = np.zeros((N, config.text.length), np.int32)
     for row, length in zip(tokens, (0, 3, 7, config.text.length - 2), strict=True):

@@ -90,7 +90,7 @@ def test_a_class_conditional_batch_has_classes(toy):
     config = load_config(str(ROOT / "configs/imagenet.py:tiny"), [])
     batch = batch_of(config, toy[1])
     agrees(batch, config)
-    assert 0 <= batch["label"].min() <= batch["label"].max() < config.num_classes
+    assert 0 <= batch["label"].min() <= batch["label"].max() < config.class_count
 
 
 def test_random_frozen_networks_are_finite_and_placed(toy):

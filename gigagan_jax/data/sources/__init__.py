@@ -1,7 +1,7 @@
 """Opens the source that a config's `data` names. A survey of the path decides the kind where `data.source` is "auto"."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def make_source(
     workers: int = 0,
     refresh: bool = False,
     report: Report = lambda text: None,
+    surveys: Mapping[str, Survey] | None = None,
 ) -> Source:
     """Opens a config's data set, or its mixture.
 
@@ -34,13 +35,14 @@ def make_source(
       workers: processes for indexing; 0: one for each core.
       refresh: compares every tar with its index, in buckets too.
       report: called with the report of each path (`Survey.lines`, joined) before the source is opened.
+      surveys: {path: survey} of paths that were looked at already (`survey_data`).
 
     Raises:
       UserError: the source refuses its path, or filters are set for a source without metadata.
     """
     if data.source == "shapes" and (data.path or data.mixture):
         raise UserError("config.data.source='shapes' draws its pictures: config.data.path and mixture must be empty")
-    open_one = lambda path: _open_source(data, path, condition, workdir, workers, refresh, report)
+    open_one = lambda path: _open_source(data, path, condition, workdir, workers, refresh, report, surveys or {})
     if not data.mixture:
         return open_one(data.path)
     from gigagan_jax.data.sources.mixture import MixtureSource
@@ -61,8 +63,28 @@ def make_source(
     return MixtureSource(parts)
 
 
+def survey_data(data: DataConfig, condition: str, workdir: Path | None = None) -> dict[str, Survey]:
+    """{path: survey} of a config's data set, or of the parts of its mixture; empty for data without a path.
+
+    Raises:
+      UserError: there is nothing at a path.
+    """
+    if data.source in ("digits", "shapes"):
+        return {}
+    storage = Storage(data.retry_seconds)
+    paths = [text.partition(":")[2] for text in data.mixture] or [data.path]
+    return {path: survey_path(path, data, condition, storage, workdir) for path in paths}
+
+
 def _open_source(
-    data: DataConfig, path: str, condition: str, workdir: Path | None, workers: int, refresh: bool, report: Report
+    data: DataConfig,
+    path: str,
+    condition: str,
+    workdir: Path | None,
+    workers: int,
+    refresh: bool,
+    report: Report,
+    surveys: Mapping[str, Survey],
 ) -> Source:
     if data.source not in ("auto", *SOURCE_KINDS):
         raise UserError(f"config.data.source={data.source!r}: must be one of auto, {', '.join(SOURCE_KINDS)}")
@@ -76,7 +98,7 @@ def _open_source(
 
         return ShapesSource(data.shapes)
     storage = Storage(data.retry_seconds)
-    survey = survey_path(path, data, condition, storage, workdir)
+    survey = surveys.get(path) or survey_path(path, data, condition, storage, workdir)
     filtered = filters.is_any_enabled(data.filters)
     if filtered and survey.kind not in ("tar", "parquet"):
         raise UserError(

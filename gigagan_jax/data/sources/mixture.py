@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gigagan_jax.config import first_difference
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.example import Record
 from gigagan_jax.data.sampling import MixedOrder
@@ -32,6 +33,18 @@ class MixtureSource(Source):
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of the parts; empty where a part does not know its own. Raises UserError where they differ."""
+        first, *others = (tuple(getattr(part, "classes", None) or ()) for part in self.parts)
+        for number, names in enumerate(others, 1):
+            # A label would mean one class in one part and another in the next.
+            if first and names and (difference := first_difference(first, names)):
+                raise UserError(
+                    f"config.data.mixture: part {number} has other classes than part 0 ({difference}); give all parts the same"
+                )
+        return first if all(others) else ()
 
     def _locate_example(self, i: int) -> tuple[int, int]:
         part = int(np.searchsorted(self.starts, i, side="right")) - 1

@@ -1,0 +1,127 @@
+"""Settings of a run that follow its data: the number of classes, their names, and the classes that snapshots draw."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gigagan_jax.checkpoint.run_folder import RunFolder
+from gigagan_jax.checkpoint.workdir import read_stored_config
+from gigagan_jax.config import Config, SnapshotConfig, chosen_prompts, class_labels, first_difference, with_fields
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.data.source import Source
+from gigagan_jax.data.sources import survey_data
+from gigagan_jax.data.sources.folder import FolderSource
+from gigagan_jax.training.input_pipeline import make_data_source
+
+
+def with_data_settings(config: Config, place: RunFolder) -> tuple[Config, Source | None]:
+    """The config of a run with what its data decides, and the data where it was opened for that.
+
+    A class-conditional config gets `num_classes`, `class_names` and `snapshot.prompts`. All processes read the same data, so
+    they come to the same config; `assert_same_on_all_processes` compares it.
+
+    Args:
+      config: with `num_classes=0` and no `snapshot.prompts` where they are to follow the data.
+      place: of the run, whose earlier settings count as set.
+
+    Raises:
+      UserError: the data cannot be opened, has other classes than the config or the run says, or does not know their number.
+    """
+    if config.condition != "class":
+        return config, None
+    stored = read_stored_config(place) or {}
+    surveys = survey_data(config.data, config.condition, place.folder)
+    # Tars hold numbers without names, and their number is known only when all are read.
+    is_open = all(survey.kind != "tar" for survey in surveys.values())
+    source = make_data_source(config, place.folder, surveys) if is_open else None
+    return with_data_classes(config, source, stored, str(place)), source
+
+
+def with_data_classes(config: Config, source: Source | None, stored: Mapping[str, Any] = {}, place: str = "") -> Config:
+    """A class-conditional config with the classes of the data.
+
+    Args:
+      config: of a run.
+      source: of its data; None for data that is not opened for that.
+      stored: settings that a run in this workdir was started with; empty for a new one.
+      place: of that run, for messages.
+
+    Raises:
+      UserError: see `with_data_settings`.
+    """
+    where = config.data.path or ", ".join(config.data.mixture) or config.data.source
+    names = tuple(getattr(source, "classes", None) or ())
+    _check_typed(config, names, where)
+    # A config of another condition is refused by open_workdir, which says so.
+    begun = stored if stored.get("condition") == "class" else {}
+    # Before anything else: what a run has learnt decides.
+    if begun:
+        _check_stored(config, source, names, begun, where, place)
+    if not names:
+        # What the user, or the run before, says: the data say nothing.
+        names = config.class_names or tuple(begun.get("class_names") or ())
+    count = len(names) or config.num_classes or int(begun.get("num_classes") or 0)
+    if not count:
+        raise UserError(
+            f"{where}: how many classes it has is not known before all of it is read; set config.num_classes, or their "
+            "names by config.class_names=cat,dog"
+        )
+    if count == 1:
+        raise UserError(
+            f"{where} has one class, {names[0] if names else 0!r}: there is nothing to tell apart; "
+            "config.condition=none trains without classes"
+        )
+    prompts = _snapshot_prompts(dataclasses.replace(config, num_classes=count, class_names=names))
+    # All at once: prompts are validated by the names.
+    return with_fields(config, {"num_classes": count, "class_names": names, "snapshot.prompts": prompts})
+
+
+def _check_typed(config: Config, names: Sequence[str], where: str) -> None:
+    """The data must have the classes that the config has."""
+    count = len(names)
+    if count and config.num_classes and config.num_classes != count:
+        raise UserError(
+            f"{where} has {count} classes, config.num_classes={config.num_classes}: leave it out, or set it to {count}"
+        )
+    if count and config.class_names and (difference := first_difference(config.class_names, names)):
+        raise UserError(f"config.class_names: {where} has other classes ({difference}); leave them out")
+
+
+def _check_stored(
+    config: Config, source: Source | None, names: Sequence[str], begun: Mapping[str, Any], where: str, place: str
+) -> None:
+    """A run keeps its classes: a label is a row of what it has learnt."""
+    earlier, count = tuple(begun.get("class_names") or ()), int(begun.get("num_classes") or 0)
+    remedy = "use the classes that it was started with, or another --workdir"
+    if names and earlier and (difference := first_difference(earlier, names)):
+        raise UserError(f"{place} holds a run of other classes than {where} has: {difference}; {remedy}")
+    if names and count and len(names) != count:
+        raise UserError(f"{place} holds a run of {count} classes, {where} has {len(names)}; {remedy}")
+    # Earlier versions numbered the folders by their names as texts, and kept no names.
+    if not earlier and isinstance(source, FolderSource) and list(names) != sorted(names):
+        difference = first_difference(sorted(names), names)
+        raise UserError(
+            f"{place} holds a run whose classes were numbered as texts are sorted, and {where} is numbered otherwise now "
+            f"({difference}); rename the folders so that both orders agree (007, 008), or use another --workdir"
+        )
+
+
+def _snapshot_prompts(config: Config) -> tuple[str, ...]:
+    """One prompt a row: those of the config, its preferred classes, or the first ones."""
+    snapshot, names, count = config.snapshot, config.class_names, config.num_classes
+    if prompts := chosen_prompts(config):
+        # The message of a prompt does not know where that was written.
+        try:
+            class_labels(config, prompts)
+        except UserError as e:
+            raise UserError(f"config.snapshot.prompts: {e}") from None
+        return prompts
+    # As many rows as a grid of captions has.
+    preferred = snapshot.preferred_classes or SnapshotConfig().prompts
+    labels = [names.index(p) if p in names else int(p) if p.isdecimal() else count for p in preferred]
+    # ImageNet's classes are not those of twelve breeds of dogs.
+    if max(labels) >= count:
+        labels = list(range(min(len(preferred), count)))
+    # A name that two classes share tells neither.
+    is_unique = lambda name: sum(n.casefold() == name.casefold() for n in names) == 1
+    return tuple(names[i] if names and is_unique(names[i]) else str(i) for i in labels)
