@@ -45,6 +45,15 @@ _TPUS = {
 # Parts of the names that JAX reports. "H100" is part of the first two names, so it comes later.
 _GPUS = ("H100 PCIe", "H100 NVL", "H200", "H100", "A100")
 
+# GB of the memory of usual graphics cards, and the share of it that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says other.
+CARDS = (8, 12, 16, 24, 32, 48, 80)
+JAX_SHARE = 0.75
+
+
+def smallest_card(needed: float) -> int | None:
+    """The smallest of CARDS, in GB, whose share for JAX holds so many bytes; None where none does."""
+    return next((size for size in CARDS if needed <= size * 1e9 * JAX_SHARE), None)
+
 
 def chip_name(kind: str) -> str | None:
     """The key of CHIPS for a `device_kind` of JAX; None for an unknown kind, such as a CPU."""

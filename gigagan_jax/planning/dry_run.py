@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigagan_jax.config import Config, config_digest
+from gigagan_jax.core import hardware
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_table
 from gigagan_jax.core.workdir_files import DRY_RUN_FILE
@@ -96,6 +97,15 @@ def memory_per_device(networks: Networks, mesh: Any) -> dict[str, int]:
         "activations": math.ceil(_residual_bytes(networks) / sharding.batch_shards(mesh, config.rules)),
     }
     return by_kind | {"total": sum(by_kind.values())}
+
+
+def _describe_card(needed: int) -> str:
+    """Which graphics card holds so many bytes a device, in one line."""
+    size = hardware.smallest_card(needed)
+    if size is None:
+        return f"no graphics card of {hardware.CARDS[-1]} GB holds it: shard it over more devices (docs/meshes.md)"
+    share = size * 1e9 * hardware.JAX_SHARE / 2**30
+    return f"fits a graphics card of {size} GB, of which JAX takes {share:.1f} GiB"
 
 
 def _replicated_moments(networks: Networks, mesh: Any) -> list[str]:
@@ -192,7 +202,7 @@ def report_dry_run(config: Config, devices: int, workdir: Path | None) -> str:
             format_table(rows, ("parameter", "shape", "count", "sharding")),
             summarize_modules(networks, mesh),
             format_table(gib, (f"memory of one of {devices} devices", "GiB"))
-            + "\nactivations: estimated from the trace",
+            + f"\nactivations: estimated from the trace\n{_describe_card(need['total'])}",
             *notes,
             f"{config.name}: generator {_format_millions(networks.g.count())} M, "
             f"discriminator {_format_millions(networks.d.count())} M "

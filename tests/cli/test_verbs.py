@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,7 @@ def test_dry_run(capsys, tmp_path):
     # A parameter with its shape, totals, and memory by kind.
     for part in ("generator/levels/1/entry/conv0/filters", "1x3x3x1600x1600", "M parameters", "activations", "GiB"):
         assert part in out
+    assert re.search(r"fits a graphics card of \d+ GB, of which JAX takes [\d.]+ GiB", out)
     data = json.loads((tmp_path / "dry_run.json").read_text())
     # Table A2 of the paper.
     assert abs(data["parameters"]["generator"] / 652.5e6 - 1) < 0.015

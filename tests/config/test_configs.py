@@ -23,6 +23,7 @@ FILES = (
     "emoji",
     "emoji_upsampler",
     "photos",
+    "own",
     "laion",
     "laion_upsampler",
     "imagenet",
@@ -45,6 +46,7 @@ VARIANTS = [
     *(("imagenet", arg) for arg in ("unconditional", "unconditional-tiny")),
     *(("laion_upsampler", arg) for arg in ("", "1024", "bytes", "tiny")),
     *(("photos", arg) for arg in ("", "tiny")),
+    *(("own", arg) for arg in ("", "tiny", "class-mini-32", "unconditional-large-256")),
     *(("emoji_upsampler", arg) for arg in ("", "none", "clean", "tiny")),
     *(("ablation", row) for row in ablation.ROWS),
     *(("scale", size) for size in scale.SIZES),
@@ -69,8 +71,14 @@ def assert_same(out, given):
 
 
 # Every file but those whose variants have no part of their own: the ablation's last row is laion, the sizes are wider ones.
-TABLES = ("ablation", "scale", "shapes", "emoji", "laion_upsampler", "photos", "emoji_upsampler")
-TINY = (("shapes", "tiny"), ("laion_upsampler", "tiny"), ("photos", "tiny"), ("emoji_upsampler", "tiny"))
+TABLES = ("ablation", "scale", "shapes", "emoji", "laion_upsampler", "photos", "emoji_upsampler", "own")
+TINY = (
+    ("shapes", "tiny"),
+    ("laion_upsampler", "tiny"),
+    ("photos", "tiny"),
+    ("emoji_upsampler", "tiny"),
+    ("own", "tiny"),
+)
 LARGE = (("laion", "small"), ("imagenet", "upsampler"), ("imagenet", "sr"))
 LARGE += tuple((name, arg) for name in ("laion", "imagenet") for arg in ("unconditional", "unconditional-tiny"))
 DEFAULT = [v for v in VARIANTS if v in TINY or (v[0] not in TABLES and v not in LARGE)]
@@ -135,6 +143,8 @@ def test_unknown_variant(name):
         "imagenet": "tiny, upsampler, upsampler-tiny, sr, sr-tiny, unconditional, unconditional-tiny",
     }
     known |= {"emoji_upsampler": "none, clean, tiny"}
+    words = "text, class, unconditional, mini, small, medium, large, 32, 64, 128, 256"
+    known |= {"own": f"tiny, and words joined by '-': {words}"}
     known |= {"shapes": "16, scenes, 64, tiny", "emoji": "all, tiny"}
     with pytest.raises(
         (ValueError, UserError),
@@ -216,3 +226,14 @@ def test_sizes_past_the_papers(size, g):
     assert config.g_optimizer.learning_rate * scale.SIZES[size] == pytest.approx(0.0025)
     assert config.d_optimizer.learning_rate == config.g_optimizer.learning_rate
     assert from_dict(scale.get_config(f"{size}-bytes")).generator == config.generator
+
+
+@pytest.mark.parametrize("size, g", [("mini", 0.8e6), ("small", 5e6), ("medium", 30e6), ("large", 120e6)])
+def test_the_ladder_of_own_pictures(size, g):
+    """G has what docs/your_images.md says at every side."""
+    for side in (32, 256):
+        config = from_dict(config_module("own").get_config(f"text-{size}-{side}"))
+        assert config.resolution == side
+        networks = Networks(config)
+        assert networks.g.count() == pytest.approx(g, rel=0.05)
+        assert 0.25 < networks.d.count() / networks.g.count() < 1

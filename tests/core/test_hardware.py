@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from gigagan_jax.core.hardware import CHIPS, chip_name, count_chips, peak_flops
+from gigagan_jax.core.hardware import CHIPS, chip_name, count_chips, peak_flops, smallest_card
 
 
 @dataclasses.dataclass
@@ -55,3 +55,11 @@ def test_of_a_cpu_nothing_is_known():
     assert peak_flops([]) is None
     # CPU devices have no coordinates, so each counts as a chip.
     assert count_chips(jax.devices()) == 8
+
+
+def test_the_smallest_card_has_room_in_the_share_that_jax_takes():
+    gb = 1e9
+    assert smallest_card(1) == 8
+    assert smallest_card(6 * gb) == 8  # three quarters of it
+    assert smallest_card(6 * gb + 1) == 12
+    assert smallest_card(60 * gb + 1) is None

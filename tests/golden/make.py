@@ -33,6 +33,7 @@ VARIANTS = (
     *(("laion", arg) for arg in ("", "tiny", "bytes", "small", "unconditional", "unconditional-tiny")),
     *(("emoji_upsampler", arg) for arg in ("", "none", "clean", "tiny")),
     *(("photos", arg) for arg in ("", "tiny")),
+    *(("own", arg) for arg in ("", "tiny", "class-mini-32", "unconditional-large-256")),
     *(("laion_upsampler", arg) for arg in ("", "1024", "bytes", "tiny")),
     *(
         ("imagenet", arg)
