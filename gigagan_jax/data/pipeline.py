@@ -237,6 +237,11 @@ class Pipeline:
             self.quarantine.record_example(index, failed)
         return batch
 
+    @property
+    def source(self) -> Source:
+        """The data set that is read."""
+        return self._reader.source
+
     def describe_source(self) -> dict[str, Any]:
         """Number of examples and the steps of the filter report, ready for JSON."""
         source = self._reader.source
