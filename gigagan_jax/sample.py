@@ -140,7 +140,7 @@ def _sample(
         args.upsampler_noise,
     )
     report_cut_prompts(model, job)
-    _log.info("%d images of the checkpoint of step %d", len(job), model.step)
+    _log.info("%d image%s of the checkpoint of step %d", len(job), "s" if len(job) > 1 else "", model.step)
     if destination.kind == "file":
         save_picture(model, job, destination, settings)
         said = str(destination.path)

@@ -94,15 +94,20 @@ def write_atomically(path: Path, data: bytes) -> None:
     # In the same folder, where the replacement is atomic. The name is short: that of the file may have the full length.
     temporary = path.parent / f".{secrets.token_hex(6)}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # "x": an existing file of this name belongs to somebody else.
-            with open(temporary, "xb") as file:
+            file = open(temporary, "xb")  # noqa: SIM115
+        except FileNotFoundError:
+            # Not made each time: of a small image, looking for the folder is a quarter of the time.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(temporary, "xb")  # noqa: SIM115
+        try:
+            with file:
                 file.write(data)
             os.replace(temporary, path)
-        finally:
-            # After the replacement there is nothing to delete; after an error there is.
+        except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
     except OSError as e:
         raise UserError(
             f"cannot write the image {path}: {e.strerror or e}; choose a folder that you may write to"

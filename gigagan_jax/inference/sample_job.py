@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -281,7 +282,7 @@ class _Writer:
             pool.shutdown(cancel_futures=True)
             self._output.close()
         # What was added in gaps is in its place.
-        if missing and missing[-1][1] < len(self._job):
+        if missing and missing[0][1] < len(self._job):
             self._write_metadata(skip=[])
 
     def _encode(self, sample: Sample, image: np.ndarray) -> bytes:
@@ -418,7 +419,7 @@ class _Samples(Sequence[Sample]):
         if not 0 <= position < len(self):
             raise IndexError(position)
         # The last range that begins at or before it.
-        at = int(np.searchsorted(self._starts, position, "right")) - 1
+        at = bisect.bisect_right(self._starts, position) - 1
         return self._job.sample(self.ranges[at][0] + position - self._starts[at])
 
 
