@@ -92,6 +92,7 @@ def own_config(condition: str, size: str, resolution: int) -> ConfigDict:
         # Inverse to the width, as in configs/scale.py.
         o.learning_rate = 0.9 / channels / (1 if on_cpu else 2)
     c.ema.half_life_kimg, c.ema.rampup = (10.0 if on_cpu else 20.0), 0.1
+    c.snapshot.prompts = ()  # captions, or classes, of the data
     set_condition(c)
     return c
 
@@ -102,7 +103,6 @@ def set_condition(c: ConfigDict) -> None:
         c.discriminator.head = "projection"
         c.loss.match_d_form, c.loss.match_d, c.loss.match_g = "contrastive", 0.5, 0.0
         c.data.caption_dropout = 0.1
-        c.snapshot.prompts = ("a photo",)
         return
     c.loss.match_d = c.loss.match_g = 0.0
     if c.condition == "class":

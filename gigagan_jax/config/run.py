@@ -60,7 +60,7 @@ class CheckpointConfig:
 class SnapshotConfig:
     """The grid of fixed prompts and seeds that is drawn during training."""
 
-    # one row each; names or numbers of classes for a class-conditional model, for which none are the first of the data
+    # one row each; names or numbers of classes for a class-conditional model; (): captions, or the first classes, of the data
     prompts: tuple[str, ...] = (
         "a photo of a cat",
         "a red house by the sea",

@@ -409,9 +409,9 @@ def _check_drawn_captions(config: Any) -> None:
 
 def _check_snapshot(config: Any) -> None:
     s = config.snapshot
-    # Classes are chosen when the data is known (training/data_settings.py).
-    if not (s.prompts or config.condition == "class") or not s.truncations:
-        raise UserError("config.snapshot: needs at least one prompt, and at least one truncation of 0 to 1")
+    # No prompts: they are chosen when the data is known (training/data_settings.py).
+    if not s.truncations:
+        raise UserError("config.snapshot: needs at least one truncation of 0 to 1")
     if any(not 0 <= psi <= 1 for psi in s.truncations):
         raise UserError(f"config.snapshot.truncations={s.truncations}: each must be 0 to 1")
 

@@ -1,40 +1,93 @@
-"""Settings of a run that follow its data: the number of classes, their names, and the classes that snapshots draw."""
+"""Settings of a run that follow its data: classes and their names, what snapshots draw, augmentation of few images."""
 
+import contextlib
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jax
+import numpy as np
 
 from gigagan_jax.checkpoint.run_folder import RunFolder
 from gigagan_jax.checkpoint.workdir import read_stored_config
 from gigagan_jax.config import Config, SnapshotConfig, chosen_prompts, class_labels, first_difference, with_fields
+from gigagan_jax.config.augmentation import AUTOMATIC, FEW_IMAGES, with_augmentations
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.data.example import BadExample
 from gigagan_jax.data.source import Source
 from gigagan_jax.data.sources import survey_data
 from gigagan_jax.data.sources.folder import FolderSource
 from gigagan_jax.training.input_pipeline import make_data_source
 
+_log = logging.getLogger(__name__)
+
+# Examples that are looked at for captions to draw.
+_CAPTIONS_READ = 64
+
 
 def with_data_settings(config: Config, place: RunFolder) -> tuple[Config, Source | None]:
     """The config of a run with what its data decides, and the data where it was opened for that.
 
-    A class-conditional config gets `num_classes`, `class_names` and `snapshot.prompts`. All processes read the same data, so
-    they come to the same config; `assert_same_on_all_processes` compares it.
+    A class-conditional config gets `num_classes`, `class_names` and `snapshot.prompts`; a text config without
+    `snapshot.prompts` gets captions of the data; `discriminator.augment=("auto",)` is decided by the number of images. All
+    processes read the same data, so they come to the same config; `assert_same_on_all_processes` compares it.
 
     Args:
-      config: with `num_classes=0` and no `snapshot.prompts` where they are to follow the data.
+      config: with `num_classes=0`, no `snapshot.prompts` and automatic augmentation where they are to follow the data.
       place: of the run, whose earlier settings count as set.
 
     Raises:
       UserError: the data cannot be opened, has other classes than the config or the run says, or does not know their number.
     """
-    if config.condition != "class":
-        return config, None
     stored = read_stored_config(place) or {}
+    config = _keep_stored(config, stored)
+    automatic = tuple(config.discriminator.augment) == (AUTOMATIC,)
+    draws_captions = config.condition == "text" and not config.snapshot.prompts
+    if config.condition != "class" and not automatic and not draws_captions:
+        return config, None
     surveys = survey_data(config.data, config.condition, place.folder)
+    tars = [path for path, survey in surveys.items() if survey.kind == "tar"]
     # Tars hold numbers without names, and their number is known only when all are read.
-    is_open = all(survey.kind != "tar" for survey in surveys.values())
+    is_open = not (tars and config.condition == "class" and not automatic)
+    # Process 0 makes the index of tars in a bucket, for all, when the run has begun (build_shared_index).
+    if any("://" in path for path in tars) and jax.process_count() > 1:
+        is_open = False
     source = make_data_source(config, place.folder, surveys) if is_open else None
-    return with_data_classes(config, source, stored, str(place)), source
+    if automatic:
+        # What is not opened here is a large data set.
+        config = with_augmentations(config, FEW_IMAGES if source is None else len(source))
+        names = config.discriminator.augment
+        _log.info(
+            "augmentation of what D sees: %s", ", ".join(names) if names else f"off, for {FEW_IMAGES:,} images or more"
+        )
+    if draws_captions:
+        prompts = _first_captions(source) if source is not None else SnapshotConfig().prompts
+        config = with_fields(config, {"snapshot.prompts": prompts})
+    return (with_data_classes(config, source, stored, str(place)) if config.condition == "class" else config), source
+
+
+def _keep_stored(config: Config, stored: Mapping[str, Any]) -> Config:
+    """The config with what an earlier start of this run chose by its data, which may have grown since."""
+    fields: dict[str, Any] = {}
+    if tuple(config.discriminator.augment) == (AUTOMATIC,) and "discriminator" in stored:
+        fields["discriminator.augment"] = tuple(stored["discriminator"]["augment"])
+    if config.condition == "text" and not config.snapshot.prompts and stored.get("condition") == "text":
+        # The same rows in all snapshots of a run.
+        fields["snapshot.prompts"] = tuple(stored["snapshot"]["prompts"])
+    return with_fields(config, fields)
+
+
+def _first_captions(source: Source) -> tuple[str, ...]:
+    """Up to as many different captions as a grid has rows, from all over the data; the empty one where there is none."""
+    count, found = len(SnapshotConfig().prompts), dict[str, None]()
+    for i in np.linspace(0, len(source) - 1, min(len(source), _CAPTIONS_READ)).astype(int).tolist():
+        # What cannot be read is counted when it is trained on.
+        with contextlib.suppress(BadExample):
+            found |= dict.fromkeys(" ".join(text.split()) for text in source.captions(i)[:1])
+        if len(found) == count:
+            break
+    return tuple(found) or ("",)
 
 
 def with_data_classes(config: Config, source: Source | None, stored: Mapping[str, Any] = {}, place: str = "") -> Config:

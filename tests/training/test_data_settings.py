@@ -134,3 +134,51 @@ def test_from_a_folder_to_the_stored_config_and_back(folder, tmp_path):
     assert with_data_settings(config, place)[0].class_names == ("chelsea", "flower", "tea")
     text = from_dict({"data": {"path": str(folder)}})
     assert with_data_settings(text, place) == (text, None)
+
+
+# ---------------------------------------------------------------- captions to draw, and augmentation
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+        (tmp_path / "photos" / f"{i}.txt").write_text(f"photo\t number {i // 2}\nanother wording\n")
+    return tmp_path / "photos"
+
+
+def own_config(captioned, **values):
+    values = {"discriminator": {"augment": ("auto",)}, "snapshot": {"prompts": ()}} | values
+    return from_dict({"condition": "text", "data": {"path": str(captioned)}} | values)
+
+
+def test_snapshots_draw_captions_of_the_data_and_few_images_are_augmented(captioned, tmp_path):
+    config, source = with_data_settings(own_config(captioned), RunFolder.open(tmp_path / "run"))
+    assert config.snapshot.prompts == tuple(f"photo number {i}" for i in range(4))
+    assert config.discriminator.augment == ("color", "translation", "cutout")
+    assert len(source) == 8
+
+
+def test_a_run_keeps_what_its_first_start_chose_by_the_data(captioned, tmp_path, monkeypatch):
+    place = RunFolder.open(tmp_path / "run")
+    begun, _ = with_data_settings(own_config(captioned), place)
+    open_workdir(place, begun)
+    (place.folder / "checkpoints" / "1").mkdir(parents=True)
+    monkeypatch.setattr(type(place), "steps", lambda self: types.SimpleNamespace(all_steps=lambda: [1]))
+    # The data grew past the limit, and its captions were mended.
+    monkeypatch.setattr("gigagan_jax.config.augmentation.FEW_IMAGES", 3)
+    (captioned / "0.txt").write_text("mended")
+    assert with_data_settings(own_config(captioned), place)[0] == begun
+
+
+def test_settings_that_are_chosen_open_no_data(tmp_path):
+    config = own_config(tmp_path / "nowhere", discriminator={"augment": ("color",)}, snapshot={"prompts": ("a cat",)})
+    assert with_data_settings(config, RunFolder.open(tmp_path / "run")) == (config, None)
+
+
+def test_data_without_captions_draws_the_empty_one(captioned, tmp_path):
+    for file in captioned.glob("*.txt"):
+        file.unlink()
+    config = own_config(captioned, data={"path": str(captioned), "captions": "optional"})
+    assert with_data_settings(config, RunFolder.open(tmp_path / "run"))[0].snapshot.prompts == ("",)
