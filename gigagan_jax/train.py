@@ -22,6 +22,7 @@ from gigagan_jax.reporting import run_report
 from gigagan_jax.telemetry.console import configure_logging
 from gigagan_jax.telemetry.goodput import process_start_time
 from gigagan_jax.telemetry.profiler import parse_steps
+from gigagan_jax.training.fine_tuning import DEFAULT_PARTS, PARTS, InitFrom
 from gigagan_jax.training.loop import Run
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,12 @@ def make_parser() -> cli.Parser:
         type=accepted_changes,
         default=frozenset(),
         help="what may have changed since the run began: data, settings, or data,settings; see docs/runs.md",
+    )
+    parser.add_argument(
+        "--init_from", help="a new run starts from the weights of this WORKDIR, FOLDER or hub id; see docs/runs.md"
+    )
+    parser.add_argument(
+        "--init_parts", default=",".join(DEFAULT_PARTS), help=f"with --init_from: of {', '.join(PARTS)} (%(default)s)"
     )
     for flags in (cluster, preemption, compilation_cache):
         flags.add_flags(parser)
@@ -105,6 +112,7 @@ def verb(argv: Sequence[str]) -> int:
         began=process_start_time(),
         profile_steps=profile_steps,
         accept=args.accept,
+        init_from=None if args.init_from is None else InitFrom.parse(args.init_from, args.init_parts),
     )
     if jax.process_index() == 0:
         print(dry_run.summarize_modules(run.networks, run.mesh), flush=True)

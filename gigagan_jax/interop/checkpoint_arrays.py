@@ -159,7 +159,9 @@ class CheckpointArrays:
         for group in cut_by_size(shapes, lambda path: 4 * math.prod(shapes[path]), _AT_ONCE):
             stored = {path: path_at_format(network.name, path, self._format) for path in group}
             wanted = {stored[path]: self._leaf(shapes[path]) for path in group}
-            found = _open(self._checkpoints.restore_stored(self.step, _wrap(nest(wanted), name, part)), name, part)
+            found = open_part(
+                self._checkpoints.restore_stored(self.step, wrap_part(nest(wanted), name, part)), name, part
+            )
             values = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(found)}
             for path in group:
                 yield path, np.asarray(values[stored[path]])
@@ -177,14 +179,16 @@ class CheckpointArrays:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=self._where)
 
 
-def _wrap(tree: dict[str, Any], name: str, part: str) -> dict[str, Any]:
+def wrap_part(tree: dict[str, Any], name: str, part: str) -> dict[str, Any]:
+    """The part of a state that holds a tree: of network `name`, `part` of PARTS."""
     if part == "average":
         return {f"{name}_ema": tree}
     # The second element of the optimizer's chain, weight decay, has no state.
     return {name: {"params": tree} if part == "params" else {"opt": [{part: tree}, {}]}}
 
 
-def _open(state: dict[str, Any], name: str, part: str) -> Any:
+def open_part(state: dict[str, Any], name: str, part: str) -> Any:
+    """The inverse of `wrap_part`."""
     if part == "average":
         return state[f"{name}_ema"]
     return state[name]["params"] if part == "params" else state[name]["opt"][0][part]

@@ -29,6 +29,7 @@ from gigagan_jax.telemetry.profiler import Profiler
 from gigagan_jax.training.caption_check import warn_of_captions
 from gigagan_jax.training.compiled_step import CompiledStep
 from gigagan_jax.training.data_settings import with_data_settings
+from gigagan_jax.training.fine_tuning import InitFrom, start_from
 from gigagan_jax.training.health.recovery import HealthGuard
 from gigagan_jax.training.input_pipeline import build_shared_index, make_pipeline
 from gigagan_jax.training.resume import resume
@@ -66,6 +67,7 @@ class Run:
       began: when this process was started, in seconds since the epoch: time lost before training counts from there.
       profile_steps: (first, last) steps to take a trace of, last not included.
       accept: of `config.ACCEPTED`: what may have changed since the run was begun in this workdir.
+      init_from: weights that the run starts from; None for initial values. A run with a checkpoint goes on from that.
 
     Raises:
       UserError: a mesh that the config does not fit, or classes that the data does not have.
@@ -81,10 +83,12 @@ class Run:
         began: float | None = None,
         profile_steps: tuple[int, int] | None = None,
         accept: Collection[str] = (),
+        init_from: InitFrom | None = None,
     ):
         self.place, self.accept = RunFolder.open(workdir), frozenset(accept)
         config, self.source = with_data_settings(config, self.place)
         self.config = config
+        self.init_from = init_from
         self.began = time.time() if began is None else began
         self.profile_steps = profile_steps
         self.mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
@@ -146,7 +150,10 @@ class Run:
         return with_shardings(self.networks.abstract(), self.step.state_shardings)
 
     def init_state(self) -> GanState:
-        """The state that the run begins with."""
+        """The state that the run begins with, where there is no checkpoint."""
+        if self.init_from is not None:
+            _, identities = self.frozen
+            return start_from(self.init_from, self.config, self.networks, self.mesh, self.workdir, identities)
         _log.info("start: initialising G and D")
         return self.networks.init(self.mesh)
 

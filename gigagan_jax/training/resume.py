@@ -14,6 +14,7 @@ from gigagan_jax.config import OWN_FIELDS, Config, changed_fields, to_dict
 from gigagan_jax.data.pipeline import Pipeline
 from gigagan_jax.telemetry.history import record_event
 from gigagan_jax.training import losses
+from gigagan_jax.training.fine_tuning import InitFrom
 from gigagan_jax.training.health.recovery import HealthGuard
 from gigagan_jax.training.state import GanState
 
@@ -25,6 +26,7 @@ class _Run(Protocol):
 
     config: Config
     accept: frozenset[str]
+    init_from: InitFrom | None
 
     @property
     def workdir(self) -> Path: ...
@@ -54,6 +56,9 @@ def resume(
     if step is None:
         return None
     _log.info("resume: restoring checkpoint %d", step)
+    # Launchers run the same command again.
+    if run.init_from is not None:
+        _log.info("--init_from=%s was for the start: the run goes on from its own checkpoint", run.init_from.path)
     checkpoints.check_frozen(step, identities)
     # Not config.json, which has the new settings as soon as they were accepted once.
     before = checkpoints.read_config(step)
