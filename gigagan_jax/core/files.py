@@ -36,6 +36,24 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from error
 
 
+# First bytes of the small file that stands for a large one in a clone without Git LFS.
+_LFS_MARK = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is Git LFS's pointer to a large file, and not that file."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(len(_LFS_MARK)) == _LFS_MARK
+    except OSError:
+        return False
+
+
+def lfs_hint(file: Path) -> str:
+    """What a pointer of Git LFS is, and how to get the file that it stands for."""
+    return f"{file} is a pointer of Git LFS and not the file itself: run `git lfs pull` in {file.parent}"
+
+
 def append_text(path: Path, text: str) -> None:
     """Appends text to a file and closes it."""
     # Closed after each write: on a mounted bucket, others see the contents of the last closing.

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.files import is_lfs_pointer, lfs_hint
 
 _log = logging.getLogger(__name__)
 # One warning a process, over all threads and tokenizers: long captions would otherwise log one each.
@@ -199,9 +200,21 @@ class FrozenTokenizer:
         # A spiece.model alone would need the package sentencepiece.
         files = ("tokenizer.json", "vocab.json")
         if not any((folder / name).exists() for name in files):
-            raise UserError(f"{folder} holds no tokenizer (none of {', '.join(files)}): {remedy}")
+            # Rows of OpenAI's table: all CLIPs with so many share one tokenizer (models/pretrained/network_files.py).
+            shared = (
+                "; `hf download openai/clip-vit-large-patch14 tokenizer.json` will do too"
+                if vocab_size == 49408
+                else ""
+            )
+            raise UserError(f"{folder} holds no tokenizer (none of {', '.join(files)}): {remedy}{shared}")
+        pointers = [folder / name for name in files if is_lfs_pointer(folder / name)]
+        if pointers:
+            raise UserError(lfs_hint(pointers[0]))
+        # AutoTokenizer takes the kind from one of these, which a folder of open_clip lacks.
+        named = any((folder / name).exists() for name in ("tokenizer_config.json", "config.json"))
+        kind = transformers.AutoTokenizer if named or not begins else transformers.CLIPTokenizer
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
             backend = tokenizer.backend_tokenizer
         # The parsers of damaged files raise exceptions of many types.
         except Exception as e:
@@ -216,6 +229,13 @@ class FrozenTokenizer:
         self.length, self.vocab_size, self.eot_id = length, vocab_size, end_id
         eos_id = tokenizer.eos_token_id
         # The embedding table may be larger: T5 pads its table. A smaller table would be indexed out of range.
+        added = sorted(token for token, i in tokenizer.get_added_vocab().items() if i >= vocab_size)
+        if added and len(tokenizer) - len(added) <= vocab_size and eos_id == end_id:
+            raise UserError(
+                f"{folder}: the tokenizer has {len(added)} added tokens ({', '.join(added[:3])}) beyond the {vocab_size} rows "
+                "of the weights: take the fine-tuned weights that have rows for them, or the tokenizer without them "
+                "(remove added_tokens.json, and what tokenizer.json lists past the last row under added_tokens)"
+            )
         if len(tokenizer) > vocab_size or eos_id != end_id:
             raise UserError(
                 f"{folder}: the tokenizer does not fit the weights: it has {len(tokenizer)} ids and ends a text by "

@@ -103,7 +103,15 @@ def read_config(folder: Path) -> ClipConfig:
         return ClipConfig(_read_text(values, file), None, projection)
     if kind == "clip_vision_model":
         return ClipConfig(None, read_sizes(VisionConfig, values, file), projection)
-    raise UserError(f"{file}: model_type={kind!r} is no CLIP (clip, clip_text_model or clip_vision_model)")
+    if str(kind).startswith("siglip"):
+        raise UserError(
+            f"{file}: a SigLIP is no CLIP: its text tower sees no begin and no end of text, and its loss is another one; "
+            "use a CLIP such as openai/clip-vit-large-patch14"
+        )
+    raise UserError(
+        f"{file}: model_type={kind!r} is no CLIP (clip, clip_text_model or clip_vision_model); "
+        "use one such as openai/clip-vit-large-patch14"
+    )
 
 
 def _read_projection(values: dict[str, Any], file: Path) -> int:
@@ -117,7 +125,12 @@ def _read_projection(values: dict[str, Any], file: Path) -> int:
 def _read_text(values: dict[str, Any], file: Path) -> TextConfig:
     config = read_sizes(TextConfig, values, file)
     # Old configs have eos_token_id=2 by mistake. transformers then pools at the highest id, the last of the vocabulary.
-    return dataclasses.replace(config, eos_token_id=config.vocab_size - 1) if config.eos_token_id == 2 else config
+    return dataclasses.replace(config, eos_token_id=last_id(config.vocab_size)) if config.eos_token_id == 2 else config
+
+
+def last_id(vocab_size: int) -> int:
+    """The end-of-text token of a CLIP whose config does not tell: the last one, but for tokens that fine-tuning has added."""
+    return min(vocab_size, TextConfig.vocab_size) - 1
 
 
 class TextOutput(NamedTuple):

@@ -18,16 +18,18 @@ import jax.numpy as jnp
 from gigagan_jax.config import Config, TextConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.models.network import Network, Params, is_spec
-from gigagan_jax.models.pretrained import clip, dino, hub, t5
+from gigagan_jax.models.pretrained import clip, dino, t5
 from gigagan_jax.models.pretrained.architectures import (
     REQUIREMENTS,
     WITHOUT_CLIP,
     check_architecture,
+    open_network,
     read_architecture,
 )
+from gigagan_jax.models.pretrained.network_files import find_network
 from gigagan_jax.models.pretrained.perceptual import build_perceptual, load_perceptual
 from gigagan_jax.models.pretrained.text_encoder import text_spec
-from gigagan_jax.models.pretrained.weights import Row, Weights, load_params
+from gigagan_jax.models.pretrained.weights import Row, load_params
 from gigagan_jax.models.vision_aided import RandomProjection
 
 
@@ -75,9 +77,7 @@ def _make_tower(role: str, kind: str, path: str, config: Config) -> Tower:
         make: Any = lambda rngs: clip.ClipText(sizes.text, sizes.projection_dim, rngs=rngs, **options)
     elif kind == "clip_vision":
         if sizes.vision is None:
-            raise UserError(
-                f"{REQUIREMENTS[role].field}={path} is a CLIP without a vision tower; {REQUIREMENTS[role].instead}"
-            )
+            raise _no_images_error(role, path, config)
         # The logit scale belongs to the whole CLIP: files of a vision tower alone lack it.
         full = sizes.text is not None
         make = lambda rngs: clip.ClipVision(sizes.vision, sizes.projection_dim, scaled=full, rngs=rngs, **options)
@@ -88,6 +88,19 @@ def _make_tower(role: str, kind: str, path: str, config: Config) -> Tower:
     else:
         raise ValueError(f"unknown kind of frozen network {kind!r}")
     return Tower(role, kind, path, sizes, Network(f"{role} ({path})", make))
+
+
+def _no_images_error(role: str, path: str, config: Config) -> UserError:
+    """The error of a CLIP without a vision tower, or without a projection, where a loss needs them."""
+    uses = {"loss.clip=(0,0)": config.uses_clip_loss, "loss.vision_aided=0": config.loss.vision_aided > 0}
+    # The path may be that of the text encoder, which both losses take by default.
+    # Flags to copy.
+    off = " ".join(f"--config.{name}" for name, used in uses.items() if used)
+    field = REQUIREMENTS[role].field
+    return UserError(
+        f"{field}={path} is a text tower alone, and a loss needs a whole CLIP: name one by {field}, or switch off what "
+        f"needs it by {off}"
+    )
 
 
 def _key_table(tower: Tower, keys: set[str]) -> tuple[list[Row], Any, Any]:
@@ -155,6 +168,9 @@ class FrozenNetworks:
             self.projection = Network(
                 "vision_aided_projection", lambda rngs: RandomProjection(width, out, count, rngs=rngs)
             )
+        # A text tower without a projection has no place in the space that the contrastive loss compares in.
+        if "clip_text" in self.users and not self.towers[self.users["clip_text"]].sizes.projection_dim:
+            raise _no_images_error("clip_text", config.clip_path, config)
         if "clip_image" in self.users:
             self._check_clip(self.towers[self.users["clip_image"]])
         # Of the perceptual loss: no tower, as its weights are in files of other kinds.
@@ -216,10 +232,11 @@ class FrozenNetworks:
         where = self.shardings(mesh)
         dtype_of = functools.partial(_param_dtype, config=self.config)
         for name, tower in self.towers.items():
-            folder = hub.find_folder(tower.path, REQUIREMENTS[tower.role])
+            family = tower.kind.partition("_")[0]
+            files = find_network(tower.path, REQUIREMENTS[tower.role], family)
             # The plan may have used the table of known sizes; the files decide.
-            check_architecture(tower.kind.partition("_")[0], tower.sizes, folder, REQUIREMENTS[tower.role])
-            weights = Weights(folder)
+            check_architecture(family, tower.sizes, files, REQUIREMENTS[tower.role])
+            weights = open_network(family, files)
             rows, ours, ignore = _key_table(tower, weights.keys())
             params[name], identities[name] = load_params(
                 tower.module, rows, weights, shardings=where[name], dtype_of=dtype_of, ours=ours, ignore=ignore

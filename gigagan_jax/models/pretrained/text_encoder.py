@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from gigagan_jax.config import TextConfig
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.models.pretrained import hub
 from gigagan_jax.models.pretrained.architectures import REQUIREMENTS, WITHOUT_TEXT, read_architecture
+from gigagan_jax.models.pretrained.network_files import find_network, find_tokenizer
 
 # Ids of the byte and the word tokenizer in data/tokenizers.py: three special tokens, of which 2 ends a text; then 256 bytes.
 BYTE_VOCABULARY, TRAINED_END = 259, 2
@@ -84,9 +84,9 @@ def tokenizer_options(config: TextConfig) -> dict[str, Any]:
     spec = text_spec(config)
     if config.encoder == "words":
         return {"vocab_size": spec.vocab_size}
-    folder = hub.find_folder(config.path, REQUIREMENTS["text"])
+    files = find_network(config.path, REQUIREMENTS["text"], config.encoder)
     return {
-        "folder": folder,
+        "folder": find_tokenizer(files, spec.vocab_size, config.encoder),
         "vocab_size": spec.vocab_size,
         "end_id": spec.end_id,
         "begins": spec.begins,

@@ -4,6 +4,7 @@ hub.py finds the folder of a network. Every error is one line that names the fil
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.files import is_lfs_pointer, lfs_hint
 from gigagan_jax.models.network import Network, Params, path_name
-from gigagan_jax.models.pretrained.hub import CONFIG, INDEX, SINGLE, read_json
+from gigagan_jax.models.pretrained.hub import CONFIG, SINGLE, read_json
 
 
 class Row(NamedTuple):
@@ -46,6 +48,10 @@ def conv_to_hwio(x: np.ndarray) -> np.ndarray:
 class Weights:
     """The tensors of a folder, in a single file or in shards; read one at a time.
 
+    Args:
+      folder: that holds the files.
+      single: the single file, or the index of the shards (.json). Without the single file, its index is looked for.
+
     Raises:
       UserError: a file is missing, truncated, or no safetensors file.
     """
@@ -55,10 +61,10 @@ class Weights:
         # {name of a tensor: its file}
         self._where: dict[str, Path] = {}
         self._opened: dict[Path, Any] = {}
-        if (folder / single).exists():
+        if (folder / single).exists() and not single.endswith(".json"):
             files: Iterable[Path] = [folder / single]
         else:
-            index = folder / (INDEX if single == SINGLE else f"{single}.index.json")
+            index = folder / (single if single.endswith(".json") else f"{single}.index.json")
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not shards:
                 raise UserError(f"{index} names no shards (weight_map); fetch it again")
@@ -80,6 +86,8 @@ class Weights:
         except (OSError, ValueError, safetensors.SafetensorError) as e:
             if not file.exists():
                 raise UserError(f"{file} is missing: the index names it; fetch it again") from None
+            if is_lfs_pointer(file):
+                raise UserError(lfs_hint(file)) from None
             raise UserError(
                 f"{file} is damaged or cut short "
                 f"({file.stat().st_size} bytes; {str(e).splitlines()[0]}); fetch it again"
@@ -99,7 +107,54 @@ class Weights:
 
     def read_tensor(self, key: str) -> np.ndarray:
         """One tensor, as stored."""
-        return self._open_file(self._where[key]).get_tensor(key)
+        opened = self._open_file(self._where[key])
+        kind = opened.get_slice(key).get_dtype()
+        # NumPy has no float8, and the package asks it for one.
+        return _read_float8(self._where[key], key, kind) if kind in _FLOAT8 else opened.get_tensor(key)
+
+
+# Kinds of safetensors, read as JAX's types.
+_FLOAT8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
+
+
+def _read_float8(file: Path, key: str, kind: str) -> np.ndarray:
+    with file.open("rb") as opened:
+        # Eight bytes of the header's length, the header, and the tensors.
+        size = int.from_bytes(opened.read(8), "little")
+        entry = json.loads(opened.read(size))[key]
+        start, end = entry["data_offsets"]
+        opened.seek(8 + size + start)
+        return np.frombuffer(opened.read(end - start), _FLOAT8[kind]).reshape(entry["shape"])
+
+
+class RenamedWeights(Weights):
+    """Tensors of a file under other names.
+
+    Args:
+      weights: the file.
+      table: {name: (name in the file, transform)}; tensors that are not in it are left out.
+    """
+
+    def __init__(self, weights: Weights, table: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]):
+        self.folder = weights.folder
+        self._weights, self._table = weights, table
+
+    def keys(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._table)
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says of itself."""
+        return self._weights.metadata()
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self.read_tensor(key).shape
+
+    def read_tensor(self, key: str) -> np.ndarray:
+        """One tensor, transformed."""
+        stored, transform = self._table[key]
+        return transform(self._weights.read_tensor(stored))
 
 
 def load_params(
@@ -188,6 +243,8 @@ def _check_keys(name: str, required: set[str], present: set[str], folder: Path) 
         parts = [f"{describe(missing)} missing"] * bool(missing) + [f"{describe(unexpected)} left over"] * bool(
             unexpected
         )
+        if any(k.endswith(("scale_weight", "scale_input", "scaled_fp8")) for k in unexpected):
+            raise UserError(f"{folder}: float8 weights with scales of their own are not read: take the file in float16")
         raise UserError(
             f"{folder}: the weights do not fit {name} as {CONFIG} describes it: tensors {'; '.join(parts)}; "
             "is it a network of another architecture?"
