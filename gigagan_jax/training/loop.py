@@ -26,8 +26,8 @@ from gigagan_jax.telemetry.console import TrainingProgress
 from gigagan_jax.telemetry.goodput import Goodput
 from gigagan_jax.telemetry.metrics import MetricLogger
 from gigagan_jax.telemetry.profiler import Profiler
-from gigagan_jax.training.caption_check import warn_of_captions
 from gigagan_jax.training.compiled_step import CompiledStep
+from gigagan_jax.training.data_check import warn_of_data
 from gigagan_jax.training.data_settings import with_data_settings
 from gigagan_jax.training.fine_tuning import InitFrom, start_from
 from gigagan_jax.training.health.recovery import HealthGuard
@@ -179,7 +179,7 @@ class Run:
             goodput.record_facts({"data": data.describe_source()})
             # Processes with other settings would compute other programs and wait for each other for ever.
             consistency.assert_same_on_all_processes(config, data.state()["source"], self.place)
-            warn_of_captions(config, data.source)
+            warn_of_data(config, data.source)
             checkpoints = Checkpoints(self.place, config)
             try:
                 _, identities = self.frozen

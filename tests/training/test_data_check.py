@@ -1,10 +1,11 @@
-"""The look at captions as a run starts: equal ones, none, and what the cut of a row leaves."""
+"""The look at the data as a run starts: few examples; captions that are equal, missing, or alike after the cut of a row."""
 
 import pytest
 
+from gigagan_jax.config import from_dict
 from gigagan_jax.data.example import BadExample
 from gigagan_jax.data.tokenizers import ByteTokenizer, WordTokenizer
-from gigagan_jax.training.caption_check import WHOLE_LENGTH, find_warnings
+from gigagan_jax.training.data_check import WHOLE_LENGTH, find_warnings, warn_of_data
 
 PREFIX = "masterpiece, best quality, highly detailed, 1girl, solo, looking at viewer, upper body, "
 
@@ -69,6 +70,20 @@ def test_no_captions():
     ]
     assert warnings_of(Captions(None, None)) == []
     assert warnings_of(Captions("a", "b", None)) == []
+
+
+def test_few_examples_are_said(caplog):
+    config = from_dict({"batch_size": 4, "condition": "none", "data": {"path": "photos"}})
+    warn_of_data(config, Captions("a"))
+    assert caplog.messages == [
+        "the data set has 1 example and a batch takes 4: each comes several times in it, and is learnt by heart"
+    ]
+    caplog.clear()
+    warn_of_data(config, Captions(*"abcd"))
+    assert not caplog.messages
+    text = from_dict({"batch_size": 4, "text": {"encoder": "bytes"}, "data": {"path": "photos"}})
+    warn_of_data(text, Captions(*"aaaa"))
+    assert [m.split(",")[0] for m in caplog.messages] == ["all of the 4 examples looked at have one caption"]
 
 
 @pytest.mark.parametrize("examples, asked", [(1, [0]), (3, [0, 499, 999]), (5000, list(range(1000)))])

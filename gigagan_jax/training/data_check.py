@@ -1,4 +1,4 @@
-"""A look at the captions as a run starts: is anything left of them to learn from?"""
+"""A look at the data as a run starts: is there enough of it, and is anything left of the captions to learn from?"""
 
 import logging
 import time
@@ -22,9 +22,18 @@ WHOLE_LENGTH = 1024
 _UNCONDITIONAL = "config.condition=none trains without captions"
 
 
-def warn_of_captions(config: Config, source: Source) -> None:
-    """Logs warnings about the captions of a run's data (`find_warnings`). For process 0, and data on a disk."""
-    if jax.process_index() != 0 or config.condition != "text" or config.data.embeddings:
+def warn_of_data(config: Config, source: Source) -> None:
+    """Logs warnings about the data of a run: fewer examples than a batch has, and captions (`find_warnings`) on a disk."""
+    if jax.process_index() != 0:
+        return
+    if len(source) < config.batch_size:
+        _log.warning(
+            "the data set has %d example%s and a batch takes %d: each comes several times in it, and is learnt by heart",
+            len(source),
+            "" if len(source) == 1 else "s",
+            config.batch_size,
+        )
+    if config.condition != "text" or config.data.embeddings:
         return
     # Drawn captions are known. Reads from a bucket take longer than this look may.
     if config.data.source in ("digits", "shapes", "hub") or "://" in " ".join((config.data.path, *config.data.mixture)):
