@@ -24,6 +24,7 @@ from gigagan_jax.inference.sample_outputs import SHARD_SIZE, Destination, parse_
 from gigagan_jax.inference.sampler import check_truncation
 from gigagan_jax.inference.text_to_image import TextToImage
 from gigagan_jax.inference.upscaler import Upscaler
+from gigagan_jax.parallel.devices import log_devices
 from gigagan_jax.telemetry.console import configure_logging
 
 _log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     configure_logging(process_index=jax.process_index())
+    log_devices()
     destination = _check_flags(args)
     place, step = _split_step(args.workdir, args.step)
     # Before the model is loaded: an error in it costs little.

@@ -16,6 +16,7 @@ from gigagan_jax.config import ACCEPTED
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.evaluation.hooks import make_hooks
 from gigagan_jax.parallel import cluster, compilation_cache, preemption, watchdog
+from gigagan_jax.parallel.devices import log_devices
 from gigagan_jax.parallel.signals import Interrupted
 from gigagan_jax.planning import dry_run
 from gigagan_jax.reporting import run_report
@@ -95,6 +96,7 @@ def verb(argv: Sequence[str]) -> int:
         raise UserError("--workdir=DIR is needed: the run's checkpoints, metrics and images go there")
     if args.devices:
         raise UserError("--devices goes with --dry_run")
+    log_devices()
     place: RunFolder = args.workdir
     if place.store is not None and jax.process_index() == 0:
         _log.info("workdir: %s; its small files pass through %s", place, place.folder)

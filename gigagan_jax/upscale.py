@@ -19,6 +19,7 @@ from gigagan_jax.inference import upscale_job
 from gigagan_jax.inference.image_writer import FORMATS
 from gigagan_jax.inference.tiling import Tiling
 from gigagan_jax.parallel import sharding
+from gigagan_jax.parallel.devices import log_devices
 from gigagan_jax.telemetry.console import configure_logging
 
 _log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace, load: Callable[..., Any]) -> int:
       0, or 2 where a file of a job failed.
     """
     configure_logging()
+    log_devices()
     files, outputs, job = _plan(args)
     settings = upscale_job.Settings(args.scale, args.color_match)
     device = _find_device(args.gpu)

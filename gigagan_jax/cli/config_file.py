@@ -1,9 +1,11 @@
 """Reads configs from files and applies `--config.key=value` overrides."""
 
 import ast
+import contextlib
 import importlib.util
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +66,32 @@ def read_config_file(spec: str) -> ConfigDict:
         raise UserError(f"--config={spec}: {path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-        values = module.get_config(arg) if arg else module.get_config()
+        with _importable_neighbours(file):
+            module_spec.loader.exec_module(module)
+            values = module.get_config(arg) if arg else module.get_config()
     # A config file is the user's program. It may raise anything, and the user reads it in one line.
     except (Exception, SystemExit) as e:
         raise UserError(f"--config={spec}: {type(e).__name__}: {e}") from e
     if not isinstance(values, (ConfigDict, dict)):
         raise UserError(f"--config={spec}: get_config() must return a ConfigDict, it returned {type(values).__name__}")
     return values if isinstance(values, ConfigDict) else ConfigDict(values)
+
+
+@contextlib.contextmanager
+def _importable_neighbours(file: Path) -> Iterator[None]:
+    """Within it a config file can import what lies beside it, and from its own repository, whatever the working directory is."""
+    folder = file.resolve().parent
+    marks = ("pyproject.toml", ".git")
+    roots = [p for p in folder.parents if any((p / mark).exists() for mark in marks)][:1]
+    # The folder above comes first: `from configs import laion` means this file's own configs.
+    paths = [str(p) for p in dict.fromkeys((folder.parent, *roots))]
+    before = list(sys.path)
+    # What lies beside it comes last: a file named as a module of Python's must not take its place.
+    sys.path[:] = [*paths, *before, str(folder)]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def override_field(values: ConfigDict, name: str, text: str) -> None:

@@ -12,6 +12,7 @@ from typing import NoReturn
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.processes import exit_past_threads, tune_malloc
 from gigagan_jax.parallel import watchdog
+from gigagan_jax.parallel.devices import platform_error
 
 # EX_TEMPFAIL: stopped by SIGTERM, with the state saved where there was a step to save. Launchers run the same command again.
 RESTART = 75
@@ -33,10 +34,7 @@ def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
     try:
         code = verb(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:
-        message = " ".join(str(e).split())
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        code = e.code
-        watchdog.report_failure(message, code)
+        code = _report_error(e)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = INTERRUPTED
@@ -48,13 +46,24 @@ def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
         code = 1
         watchdog.report_failure("its output was closed by who read it", code)
     except Exception as e:
-        watchdog.end_all_processes(e)
-        raise
+        # The first call that touches a device raises it, wherever that is.
+        refused = platform_error(e)
+        if refused is None:
+            watchdog.end_all_processes(e)
+            raise
+        code = _report_error(refused)
     # After a failure, other processes may be in a collective, and a normal exit would wait for them.
     if code not in (0, RESTART, INTERRUPTED):
         watchdog.exit_without_waiting(code)
         exit_past_threads(code)
     sys.exit(code)
+
+
+def _report_error(error: UserError) -> int:
+    message = " ".join(str(error).split())
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    watchdog.report_failure(message, error.code)
+    return error.code
 
 
 @contextlib.contextmanager

@@ -80,6 +80,13 @@ def join_processes(args: argparse.Namespace) -> None:
             )
     except (RuntimeError, ValueError) as e:
         forget_store()
+        # Without a cluster around it JAX asks for arguments of its own, which are no flags here.
+        if isinstance(e, ValueError) and not args.coordinator:
+            raise UserError(
+                "--distributed found no cluster around this machine (a TPU pod, SLURM, Kubernetes or Open MPI): on one machine "
+                "leave it out, all of its devices are used; to join machines by hand give each --coordinator=HOST:PORT "
+                "--num_processes=N --process_id=0 to N-1"
+            ) from None
         where = args.coordinator or "found by --distributed"
         first = (str(e).splitlines() or [type(e).__name__])[0]
         # bad_cast: the callback of _report_lost_coordinator was called while joining.

@@ -326,7 +326,7 @@ def test_flags_that_do_not_fit(flags, words, tmp_path, refused):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--distributed"], "could not be joined"),
+        (["--distributed"], "--distributed found no cluster around this machine"),
         ([*NOBODY, "--join_seconds=3"], "not all came within 3 s"),
     ],
 )
