@@ -26,6 +26,7 @@ and --out (or --work) under the same names.
 import argparse
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,11 +215,21 @@ def index(config: "Config", workers: int) -> int:
     return 0
 
 
-def open_source(config: "Config", workers: int, refresh: bool = False) -> "Source":
-    """The config's data set; what its path holds is printed first. Raises UserError as `make_source` does."""
+def open_source(config: "Config", workers: int, refresh: bool = False, scratch: Path | None = None) -> "Source":
+    """The config's data set; what its path holds is printed first. Raises UserError as `make_source` does.
+
+    `scratch` takes the index of tars that lie where nothing can be written.
+    """
     from gigagan_jax.data.sources import make_source
 
-    return make_source(config.data, condition=config.condition, workers=workers, refresh=refresh, report=print_report)
+    return make_source(
+        config.data,
+        condition=config.condition,
+        workdir=scratch,
+        workers=workers,
+        refresh=refresh,
+        report=print_report,
+    )
 
 
 def print_report(text: str) -> None:
@@ -233,7 +244,9 @@ def check(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> in
 
     cli.check_writable(args.report)
     limit = config.data.max_bad_fraction if args.max_bad_fraction is None else args.max_bad_fraction
-    source = open_source(config, args.workers)
+    # The verdict is on every cause together: a folder that lacks captions is counted, not refused.
+    data = dataclasses.replace(config.data, max_bad_fraction=1.0)
+    source = open_source(dataclasses.replace(config, data=data), args.workers, scratch=args.scratch)
     said, healthy = check_source(
         source,
         sample=args.sample,
@@ -253,7 +266,7 @@ def convert(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> 
     from gigagan_jax.preparation.convert import LEFT_OUT, convert_source
     from gigagan_jax.preparation.output import Output
 
-    source = open_source(config, args.workers)
+    source = open_source(config, args.workers, scratch=args.scratch)
     out = Output(args.out)
     done = convert_source(
         source, out, args.to, name=args.name, shard_size=args.shard_size, check_images=args.check_images, **how
@@ -275,7 +288,7 @@ def stats(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> in
 
     cli.check_writable(args.out)
     title = config.data.path or ", ".join(config.data.mixture) or config.data.source
-    source = open_source(config, args.workers)
+    source = open_source(config, args.workers, scratch=args.scratch)
     said = write_stats(
         source,
         args.out,
@@ -416,7 +429,10 @@ def verb(argv: Sequence[str]) -> int:
     if args.task == "embed":
         return embed(config, args)
     how = {"workers": args.workers, "runner": runner, "beam_args": beam_args}
-    return {"check": check, "convert": convert, "stats": stats}[args.task](config, args, how)
+    with tempfile.TemporaryDirectory(prefix="gigagan_index_") as scratch:
+        # Machines of a runner do not see this one's temporary folder.
+        args.scratch = None if runner else Path(scratch)
+        return {"check": check, "convert": convert, "stats": stats}[args.task](config, args, how)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import functools
 import io
 import math
 import warnings
@@ -16,6 +17,20 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
     *(".avif", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".jpf"),
 )
+HEIC_MEND = "HEIC: pip install -e '.[heic]' reads it"
+# LFS replaces a file by a text that begins so, until it is fetched.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_MEND = "a pointer of Git LFS: run 'git lfs install' and 'git lfs pull' in the clone"
+# {beginnings in lower case: what it is}
+_OTHER_FILES = {
+    (b"<!doctype", b"<html", b"<head", b"<body"): "a web page, not a picture",
+    (b"<?xml", b"<svg"): "SVG or XML, not pixels",
+    (b"%pdf", b"%!ps"): "a document, not a picture",
+    (b"\xff\x0a", b"\0\0\0\x0cjxl "): "JPEG XL, which Pillow does not read",
+    (b"\x1a\x45\xdf\xa3", b"riff"): "a video or sound",
+    (b"pk\3\4", b"\x1f\x8b", b"7z\xbc\xaf", b"rar!"): "an archive",
+    (b"{", b"["): "a text, perhaps an error message of a server",
+}
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -42,10 +57,13 @@ def decode_to_pil(data: bytes, least: int | None = None) -> Image.Image:
 
     Raises:
       BadExample: cause `image_empty` (no bytes), `decompression_bomb` (more pixels than
-        `PIL.Image.MAX_IMAGE_PIXELS`) or `image_undecodable` (anything else, truncation included).
+        `PIL.Image.MAX_IMAGE_PIXELS`), `image_heic` (HEIC, and the package that reads it is not installed),
+        `git_lfs_pointer` or `image_undecodable` (anything else, truncation included).
     """
     if not data:
         raise BadExample("image_empty", "0 bytes")
+    if _is_heic(data):
+        _enable_heic()
     try:
         with Image.open(io.BytesIO(data)) as image:
             # Pillow itself raises only at twice the limit.
@@ -66,10 +84,43 @@ def decode_to_pil(data: bytes, least: int | None = None) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadExample("decompression_bomb", str(error)) from error
     except UnidentifiedImageError as error:
-        raise BadExample("image_undecodable", "unknown image format") from error
+        raise BadExample(*_explain_unknown(data)) from error
     # Decoders raise exceptions of many types for corrupt bytes.
     except Exception as error:
         raise BadExample("image_undecodable", f"{type(error).__name__}: {error}") from error
+
+
+def _is_heic(data: bytes) -> bool:
+    """Whether a file is HEIC by its first box, whatever its name."""
+    size = int.from_bytes(data[:4], "big")
+    # The main brand and the compatible ones, four bytes each. AVIF is of the same family, and Pillow reads it.
+    brands = data[8 : min(size, 256)]
+    return data[4:8] == b"ftyp" and b"avif" not in brands and (b"hei" in brands or b"hev" in brands)
+
+
+@functools.cache
+def _enable_heic() -> None:
+    """Lets Pillow read HEIC, where the package for it is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return
+    pillow_heif.register_heif_opener()
+
+
+def _explain_unknown(data: bytes) -> tuple[str, str]:
+    """(cause, detail) of a file that no decoder knows: what people have under the names of pictures."""
+    head = data[:256].lstrip().lower()
+    if _is_heic(data):
+        return "image_heic", HEIC_MEND
+    if data.startswith(LFS_POINTER):
+        return "git_lfs_pointer", LFS_MEND
+    for marks, what in _OTHER_FILES.items():
+        if head.startswith(marks):
+            return "image_undecodable", what
+    if data[4:8] == b"ftyp":
+        return "image_undecodable", "a video"
+    return "image_undecodable", "unknown image format"
 
 
 def decode_record(record: Record) -> Example:
@@ -80,19 +131,23 @@ def decode_record(record: Record) -> Example:
 
 
 def decode_captions(data: bytes) -> tuple[str, ...]:
-    """Decodes a caption file: one caption a line, blank lines skipped. UTF-8, or UTF-16 and UTF-32 with a byte order mark.
+    """Decodes a caption file: one caption a line, blank lines skipped. Raises BadExample as `decode_text` does."""
+    # str.splitlines would split at form feeds and U+2028 too.
+    lines = decode_text(data).replace("\r", "\n").split("\n")
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def decode_text(data: bytes) -> str:
+    """Decodes a text file: UTF-8, or UTF-16 and UTF-32 with a byte order mark.
 
     Raises:
       BadExample: cause `caption_undecodable` where the file is not UTF-8.
     """
     try:
         # Each of these drops the byte order mark. utf-8-sig reads files without one too.
-        text = data.decode(next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig"))
+        return data.decode(next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadExample("caption_undecodable", f"not {error.encoding.upper()}: {error}") from error
-    # str.splitlines would split at form feeds and U+2028 too.
-    lines = text.replace("\r", "\n").split("\n")
-    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:

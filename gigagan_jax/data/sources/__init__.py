@@ -88,6 +88,7 @@ def _open_source(
 ) -> Source:
     if data.source not in ("auto", *SOURCE_KINDS):
         raise UserError(f"config.data.source={data.source!r}: must be one of auto, {', '.join(SOURCE_KINDS)}")
+    _check_filters(data, data.source)
     # These need no path.
     if data.source == "digits":
         from gigagan_jax.data.sources.digits import DigitsSource
@@ -99,11 +100,7 @@ def _open_source(
         return ShapesSource(data.shapes)
     storage = Storage(data.retry_seconds)
     survey = surveys.get(path) or survey_path(path, data, condition, storage, workdir)
-    filtered = filters.is_any_enabled(data.filters)
-    if filtered and survey.kind not in ("tar", "parquet"):
-        raise UserError(
-            f"config.data.filters: data of kind {survey.kind!r} has no metadata to filter by; tars and Parquet have"
-        )
+    filtered = _check_filters(data, survey.kind)
     # Before the source is opened: the report explains a refusal.
     report("\n".join(survey.lines()))
     # Only text conditioning needs captions.
@@ -128,6 +125,16 @@ def _open_source(
     return _open_table(survey, data, storage, required, filtered)
 
 
+def _check_filters(data: DataConfig, kind: str) -> bool:
+    """Whether filters are set; raises UserError where they are, for a kind without metadata."""
+    filtered = filters.is_any_enabled(data.filters)
+    if filtered and kind not in ("auto", "tar", "parquet"):
+        raise UserError(
+            f"config.data.filters: data of kind {kind!r} has no metadata to filter by; tars and Parquet have"
+        )
+    return filtered
+
+
 def _open_folder(survey: Survey, data: DataConfig, condition: str, required: bool) -> Source:
     from gigagan_jax.data.sources.folder import FolderSource
 
@@ -136,7 +143,15 @@ def _open_folder(survey: Survey, data: DataConfig, condition: str, required: boo
             f"{survey.path}: folders of images are read from local disks only; pack them into tars for buckets"
         )
     labels = "folder" if condition == "class" else None
-    return FolderSource(survey.path, caption_required=required, labels=labels)
+    source = FolderSource(survey.path, caption_required=required, labels=labels, contents=survey.contents)
+    if required and survey.uncaptioned and survey.uncaptioned > data.max_bad_fraction * len(source):
+        # The quarantine would end the run with this, after its programs were compiled.
+        raise UserError(
+            f"{survey.path}: {survey.uncaptioned} of {len(source)} images have no caption, more than "
+            f"config.data.max_bad_fraction={data.max_bad_fraction:g} allows: write them, raise that limit to leave those "
+            "images out, or accept uncaptioned images with --config.data.captions=optional"
+        )
+    return source
 
 
 # Each branch imports its own source, so a missing optional package fails only the source that needs it.

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from gigagan_jax.data.survey.folder_contents import FolderContents
 
 
+# Classes in a report.
+_SHOWN = 12
+
+
 # One example is enough to find the others, and keeps the report short.
 @dataclasses.dataclass(frozen=True)
 class PassedOver:
@@ -81,7 +85,36 @@ class Survey:
 
     def lines(self) -> list[str]:
         """The report: a line of what is read and how, then one for each thing worth knowing."""
-        # The address of a bucket, the name of a data set, or nothing for drawn data.
-        what = f": {self.what}" if self.what else ""
-        lines = [f"data: {self.path or self.given or self.kind} (read as {self.kind}){what}"]
+        # Drawn data have no path.
+        formats = ", ".join(f"{n} {suffix}" for suffix, n in self.formats.items())
+        what = (f": {self.what}" if self.what else "") + (f" ({formats})" if formats else "")
+        lines = [f"data: {self.path or self.kind}, read as {self.kind}{what}"]
+        if self.uncaptioned is not None:
+            lines.append(f"  captions: {self._captions_line()}")
+        if self.classes:
+            lines.append(
+                f"  classes: {_shorten([f'{name} {n}' for name, n in self.classes.items()], len(self.classes))}"
+            )
+        if self.split:
+            others = [s for s in self.splits if s != self.split]
+            flag = f"; --config.data.split={others[0]} reads another" if others else ""
+            lines.append(f"  split: {self.split} of {', '.join(f'{s} {n}' for s, n in self.splits.items())}{flag}")
+        for reason, passed in self.passed_over.items():
+            lines.append(f"  passed over: {passed.count} {reason} ({passed.example})")
+        lines += [f"  other reading: {other.what}: {other.flag}" for other in self.others]
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  WARNING: {warning}" for warning in self.warnings]
         return lines
+
+    def _captions_line(self) -> str:
+        parts = [f"{n} in {kind}" for kind, n in sorted(self.captions.items(), key=lambda c: (-c[1], c[0]))]
+        if self.uncaptioned:
+            first = self.contents.without_caption[1] if self.contents else ""
+            parts.append(f"{self.uncaptioned} without" + (f" ({first})" if first else ""))
+        return ", ".join(parts)
+
+
+def _shorten(parts: list[str], count: int) -> str:
+    """'3: a 1, b 2, c 3', the middle left out where there are many."""
+    shown = parts if count <= _SHOWN else [*parts[: _SHOWN - 2], "...", parts[-1]]
+    return f"{count}: {', '.join(shown)}"

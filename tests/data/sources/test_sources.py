@@ -1,5 +1,6 @@
 """Sources, on real files: what people really have in their folders."""
 
+import dataclasses
 import io
 import struct
 import subprocess
@@ -330,9 +331,16 @@ def test_bad_captions(tmp_path):
 def test_missing_captions_are_counted(tmp_path):
     for name in ("a", "b", "c"):
         Image.fromarray(noise()).save(tmp_path / f"{name}.png")
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(UserError, match=r"b\.png has no caption file b\.txt \(2 of 3 .*data\.captions=optional"):
+    with pytest.raises(UserError, match=r"a\.png has no caption file a\.txt \(3 of 3 .*data\.captions=optional"):
         FolderSource(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    data = DataConfig(path=str(tmp_path))
+    with pytest.raises(UserError, match=r"2 of 3 images have no caption, more than .*max_bad_fraction=0\.05"):
+        make_source(data)
+    # Few of many are bad examples, as in tars.
+    source = make_source(dataclasses.replace(data, max_bad_fraction=0.7))
+    with pytest.raises(BadExample, match=r"caption_missing: b\.png"):
+        source[1]
     # Optional captions: both other images have none.
     assert [FolderSource(tmp_path, caption_required=False)[i].captions for i in range(3)] == [("a",), (), ()]
 
