@@ -159,6 +159,7 @@ def _read_coco(found: CaptionSurvey, listing: Listing, pictures: _Pictures, coco
     inside = folder.rstrip("/") + "/" if folder else ""
     is_kept = (lambda n: n.startswith(inside)) if own or len(readable) == 1 else matched.__contains__
     found.names = [n for n in listing.pictures if is_kept(n)]
+    # Counted in the report as passed over.
     others = [n for n in listing.pictures if not is_kept(n)]
     found.left_out = (len(others), others[0] if others else "")
     return True
@@ -199,6 +200,7 @@ def build_contents(
             f"{both} pictures have captions in files and in {found.table_name}: the files are taken; "
             "--config.data.caption_keys='(\"COLUMN\",)' takes the table"
         )
+    # Notes, licences, captions of pictures that are gone.
     texts = sorted(n for n in contents.caption_files.files if n not in used and suffix_of(n) != ".json")
     if texts:
         found.notes.append(f"{len(texts)} text {_files(len(texts))} of no picture ({texts[0]})")
@@ -243,6 +245,7 @@ def _without_other_json(contents: FolderContents, found: CaptionSurvey, listing:
 def check_captions(contents: FolderContents) -> None:
     """Raises UserError where captions are required and no picture has one."""
     count, first = contents.without_caption
+    # A few without a caption are bad examples, as in tars.
     if count < len(contents.names):
         return
     stem = first[: len(first) - len(suffix_of(first))]

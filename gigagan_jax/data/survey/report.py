@@ -95,10 +95,12 @@ class Survey:
             lines.append(
                 f"  classes: {_shorten([f'{name} {n}' for name, n in self.classes.items()], len(self.classes))}"
             )
+        # One split alone is said too: it shows what the names were taken for.
         if self.split:
             others = [s for s in self.splits if s != self.split]
             flag = f"; --config.data.split={others[0]} reads another" if others else ""
             lines.append(f"  split: {self.split} of {', '.join(f'{s} {n}' for s, n in self.splits.items())}{flag}")
+        # Every picture is counted somewhere.
         for reason, passed in self.passed_over.items():
             lines.append(f"  passed over: {passed.count} {reason} ({passed.example})")
         lines += [f"  other reading: {other.what}: {other.flag}" for other in self.others]
@@ -114,6 +116,7 @@ class Survey:
         return ", ".join(parts)
 
 
+# The last class is shown: its label is the number of classes less one.
 def _shorten(parts: list[str], count: int) -> str:
     """'3: a 1, b 2, c 3', the middle left out where there are many."""
     shown = parts if count <= _SHOWN else [*parts[: _SHOWN - 2], "...", parts[-1]]
