@@ -306,7 +306,10 @@ class _Writer:
         s = self._settings
         values |= {"model": self._config.name, "step": int(self._about["step"])}
         values |= {"truncation": s.truncation, "global_truncation": s.global_truncation}
-        return json_line(values | {k: v for k, v in self._about.items() if k.startswith("upsampler")})
+        if s.upsampler is not None:
+            values |= {"upsampler": s.upsampler.config.name, "upsampler_step": s.upsampler.step}
+            values |= {"upsampler_noise": s.upsampler_noise}
+        return json_line(values)
 
     def _write_metadata(self, skip: Sequence[Sequence[int]]) -> None:
         """Writes the lines of all images but those of some ranges."""

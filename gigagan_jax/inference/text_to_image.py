@@ -2,6 +2,8 @@
 
 model = TextToImage.from_pretrained("docs/weights/digits")     # or from_workdir("runs/digits")
 images = model("a handwritten seven", seed=3)     # uint8 [1, R, R, 3]
+images = model(["dog", "207"])                    # of a model of classes: names or numbers
+images = model(16)                                # of a model without a condition
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,7 @@ import numpy as np
 from gigagan_jax.checkpoint.consistency import check_same_frozen
 from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.checkpoint.run_folder import Place, RunFolder
-from gigagan_jax.config import Config, MeshConfig, with_fields
+from gigagan_jax.config import Config, MeshConfig, needs_prompts, with_fields
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference.sampler import Sampler
 from gigagan_jax.interop import weights
@@ -132,7 +134,7 @@ class TextToImage:
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | int,
         seeds: Sequence[int] | None = None,
         *,
         seed: int = 0,
@@ -143,7 +145,8 @@ class TextToImage:
         """Images of prompts.
 
         Args:
-          prompts: one an image, or one for one image; names or numbers of classes for a class-conditional model.
+          prompts: one an image, or one for one image; names or numbers of classes for a class-conditional model. A model
+            without a condition takes the number of images.
           seeds: one an image, 0 to 2^32 - 1; None for seed, seed + 1, ...
           seed: of the first image, without `seeds`.
           truncation: 0 (the mean w of a prompt) to 1 (all variety), and up to 2, which exaggerates.
@@ -154,8 +157,14 @@ class TextToImage:
           uint8 [N, R, R, 3]
 
         Raises:
-          UserError: a seed or truncation out of range, a prompt that is no class of a class-conditional model.
+          UserError: a seed or truncation out of range, a prompt that is no class of a class-conditional model, a number of
+            images where prompts are needed.
         """
+        if isinstance(prompts, int):
+            if needs_prompts(self.config):
+                raise UserError(f"{prompts} images of what? {self.config.name} takes prompts: give one an image")
+            # A model without a condition does not read them.
+            prompts = [""] * prompts
         prompts = [prompts] if isinstance(prompts, str) else prompts
         seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
         return self.sampler(

@@ -20,6 +20,7 @@ from gigagan_jax.inference.prompts import Prompt
 from gigagan_jax.inference.sample_grid import check_grid, save_picture
 from gigagan_jax.inference.sample_job import SampleJob, SampleSettings, check_job, report_cut_prompts, run_job
 from gigagan_jax.inference.sample_outputs import parse_destination
+from gigagan_jax.inference.text_to_image import TextToImage
 from tests.runs import small
 
 ODD = [
@@ -326,3 +327,20 @@ def test_a_grid_too_large_for_a_picture(tmp_path):
     check_grid(
         config, SampleJob([Prompt(f"p {i}") for i in range(40)], 100), parse_destination(str(tmp_path / "g.png"))
     )
+
+
+def test_python_takes_classes_and_numbers_of_images():
+    class Sampler:
+        def __init__(self, **config):
+            self.config = small(**config)
+
+        def __call__(self, params, w_avg, prompts, seeds, **settings):
+            return [(p, s) for p, s in zip(prompts, seeds, strict=True)]
+
+    make = lambda **config: TextToImage(Sampler(**config), {}, None, 4)
+    assert make(condition="none")(3, seed=5) == [("", 5), ("", 6), ("", 7)]
+    classes = make(snapshot__prompts=(), condition="class", num_classes=2, class_names=("cat", "dog"))
+    assert classes(["dog", "0"], [7, 8]) == [("dog", 7), ("0", 8)]
+    assert make()("a cat") == [("a cat", 0)]
+    with pytest.raises(UserError, match="3 images of what"):
+        make()(3)
