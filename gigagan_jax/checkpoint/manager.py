@@ -5,6 +5,7 @@ holds the state, the position in the data, the config, and the identities of the
 verifies the checksums before it resumes from a checkpoint.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -297,6 +298,16 @@ class Checkpoints:
             time.sleep(_POLL_SECONDS)
         self._run_write(self._manager.wait_until_finished)
         self._saving = None
+
+    def discard_failed_save(self) -> None:
+        """Forgets a save that failed on a disk, so that another can be made. Only for a process alone."""
+        manager = self.__dict__.pop("_manager", None)
+        # It raises the failure of the save again. Its threads must have ended before their files are removed.
+        with contextlib.suppress(Exception):
+            if manager is not None:
+                manager.close()
+        self._steps.remove_unfinished()
+        self._saving, self._failed, self._background_errors.error = None, False, None
 
     def _run_write(self, act: Callable[[], object]) -> None:
         try:

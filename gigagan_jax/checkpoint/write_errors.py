@@ -12,6 +12,13 @@ from gigagan_jax.checkpoint.run_folder import RunFolder
 from gigagan_jax.checkpoint.step_folders import BucketSteps
 from gigagan_jax.core.errors import Unreachable, UserError, error_chain, first_line, is_transient
 
+# On a disk more space mends them: a full disk, or a quota that is used up.
+_FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
+
+
+class DiskFull(UserError):
+    """A checkpoint had no room on its disk."""
+
 
 def write_error(place: RunFolder, location: str, error: BaseException, known: int | None) -> Exception:
     """The error that a run ends with.
@@ -34,8 +41,10 @@ def write_error(place: RunFolder, location: str, error: BaseException, known: in
         )
     if place.store is not None:
         return _bucket_write_error(place, location, error, known)
-    # A full disk or an exceeded quota; TensorStore reports both as ValueError.
-    return UserError(
+    # TensorStore reports both as ValueError, with the words of the system.
+    chain = error_chain(error)
+    is_full = any(getattr(e, "errno", None) in _FULL or any(text in str(e) for text in _FULL.values()) for e in chain)
+    return (DiskFull if is_full else UserError)(
         f"cannot write a checkpoint to {location}: {first_line(error)}; free some space or mend the folder, "
         "and run the same command again"
     )

@@ -69,6 +69,7 @@ SAFE_FIELDS = (
     "data.fast_decode",
     "data.clean_captions",
     "vision_aided.augment",
+    "discriminator.augment",
     "upsampler.noise",
     "upsampler.downsample",
     "upsampler.degradation",

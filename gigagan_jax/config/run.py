@@ -54,6 +54,7 @@ class CheckpointConfig:
         False  # training waits for each save; otherwise a kill during one repeats the steps made meanwhile, too
     )
     timeout_seconds: int = 3600  # a save that takes longer has failed
+    full_disk_seconds: float = 600.0  # training waits so long for space on a full disk before a save fails
 
 
 @dataclasses.dataclass(frozen=True)

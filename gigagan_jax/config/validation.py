@@ -68,7 +68,13 @@ _NOT_NEGATIVE = (
         "discriminator.minibatch_std",
         "discriminator.class_mapping_depth",
     ),
-    *("ema.rampup", "generator.w_avg_decay", "checkpoint.keep_every_kimg", "checkpoint.keep_best"),
+    *(
+        "ema.rampup",
+        "generator.w_avg_decay",
+        "checkpoint.keep_every_kimg",
+        "checkpoint.keep_best",
+        "checkpoint.full_disk_seconds",
+    ),
     *("loss.match_d", "loss.match_g", "loss.intermediate_gan", "loss.intermediate_match"),
     *(
         "loss.centring",

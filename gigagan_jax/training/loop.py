@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gigagan_jax.checkpoint import consistency
+from gigagan_jax.checkpoint.disk_space import DiskSpace
 from gigagan_jax.checkpoint.manager import Checkpoints, with_shardings
 from gigagan_jax.checkpoint.run_folder import Place, RunFolder
 from gigagan_jax.checkpoint.workdir import open_workdir
@@ -33,6 +34,7 @@ from gigagan_jax.training.fine_tuning import InitFrom, start_from
 from gigagan_jax.training.health.recovery import HealthGuard
 from gigagan_jax.training.input_pipeline import build_shared_index, make_pipeline
 from gigagan_jax.training.resume import resume
+from gigagan_jax.training.saving import CheckpointSaver
 from gigagan_jax.training.state import GanState, Networks
 from gigagan_jax.training.step import TrainStep
 from gigagan_jax.training.throughput import ThroughputMeter, run_info
@@ -196,8 +198,6 @@ class Run:
                         loop = _Loop(self, state, step, data, checkpoints, identities, guard, logger, goodput, profiler)
                         state = loop.train()
                     watchdog.report_progress(None)
-                    with goodput("checkpoint"):
-                        checkpoints.wait_until_finished()
                     for hook in self.hooks.finish:
                         with goodput("evaluation"):
                             hook(state, int(state.images) / 1000, logger)
@@ -255,6 +255,10 @@ class _Loop:
         self.progress = TrainingProgress(c.total_kimg, self.images)
         self.speed = ThroughputMeter(c, run.mesh.devices.reshape(-1).tolist(), goodput)
         self.agreement = communication.Agreement(run.mesh) if jax.process_count() > 1 else None
+        space = DiskSpace(run.place, c, run.abstract_state())
+        space.check_start(len(checkpoints.all_steps()), (self.total_images - self.images) / 1000)
+        self.saver = CheckpointSaver(checkpoints, space, c.checkpoint.full_disk_seconds, self._is_told_to_stop)
+        self.saved_metrics: dict[str, float] = {}
         self.pending: list[_Pending] = []
         self.latest_metrics: dict[str, jax.Array] = {}
         self.metric_names: set[str] = set()
@@ -279,10 +283,10 @@ class _Loop:
                 self._roll_back()
                 continue
             is_last = self.images >= self.total_images
-            save = self._is_due(c.checkpoint_kimg) or is_last or bool(signal)
+            # A save that failed in the background ends the run at the next step, or is made again there, and not later.
+            failed = self.saver.has_failed()
+            save = self._is_due(c.checkpoint_kimg) or is_last or bool(signal) or failed
             values = self._log_metrics(stopping=bool(signal)) if save or self._is_due(c.log_kimg) else {}
-            # A save that failed in the background ends the run at the next step, not at the next save.
-            self.checkpoints.check_for_errors()
             if save:
                 self._save_checkpoint(values)
             if self.run.hooks.snapshot is not None and (self._is_due(c.snapshot_kimg) or is_last):
@@ -290,6 +294,8 @@ class _Loop:
                     self.run.hooks.snapshot(self.state, self.images / 1000, self.logger)
             if signal:
                 self._stop(signal)
+        with self.goodput("checkpoint"):
+            self.saver.finish(self._start_save)
         _log.info("traced %d programs: %s", len(self.step.traces), self.step.traces)
         return self.state
 
@@ -396,19 +402,28 @@ class _Loop:
         return values
 
     def _save_checkpoint(self, metrics: dict[str, float]) -> None:
+        self.saved_metrics = metrics
         with self.goodput("checkpoint"):
-            self.checkpoints.save(
-                self.steps_done,
-                self.state,
-                self.guard.checkpoint_position(),
-                self.config,
-                self.identities,
-                images=self.images,
-                metrics=metrics,
-            )
+            self.saver.save(self._start_save)
+
+    def _start_save(self) -> None:
+        self.checkpoints.save(
+            self.steps_done,
+            self.state,
+            self.guard.checkpoint_position(),
+            self.config,
+            self.identities,
+            images=self.images,
+            metrics=self.saved_metrics,
+        )
+
+    def _is_told_to_stop(self) -> bool:
+        # The same answer on all processes: they wait together.
+        number = self.run.signals.number
+        return bool(number if self.agreement is None else int(self.agreement.all_max(number)))
 
     def _stop(self, signal: int) -> None:
         _log.info("stopping at step %d: writing the checkpoint", self.steps_done)
         with self.goodput("checkpoint"):
-            self.checkpoints.wait_until_finished()
+            self.saver.finish(self._start_save)
         raise Interrupted(signal, agreed=True)

@@ -62,14 +62,16 @@ def resume(
     checkpoints.check_frozen(step, identities)
     # Not config.json, which has the new settings as soon as they were accepted once.
     before = checkpoints.read_config(step)
+    # From the example after the last one trained on: none is lost, none comes twice. A converted checkpoint may have
+    # no position. Before the state: other data is refused at once.
+    position = checkpoints.data_position(step)
+    is_new_data = bool(position) and data.restore(position, accept_data="data" in run.accept)
     warn_of_rising_rates(before, run.config)
-    state, position = checkpoints.restore(step, run.abstract_state())
+    state, _ = checkpoints.restore(step, run.abstract_state())
     images = int(state.images)
     warn_of_moved_ramps(before, run.config, images)
     _record_settings(run, before, step, images)
-    # From the example after the last one trained on: none is lost, none comes twice. A converted checkpoint may have
-    # no position.
-    if position and data.restore(position, accept_data="data" in run.accept):
+    if is_new_data:
         _record_data(run, position, data.state(), step, images)
     # Checkpoints written before there was a monitor have no entry for it.
     guard.monitor.restore(position.get("health"))

@@ -84,7 +84,7 @@ def test_a_full_disk_during_a_save(whole, tmp_path):
     Where no file system can be mounted no file may be larger than 100 kB: writing fails with another word of the system's.
     """
     workdir = tmp_path / "run"
-    fields = (*TWELVE, "--config.checkpoint.keep=9")
+    fields = (*TWELVE, "--config.checkpoint.keep=9", "--config.checkpoint.full_disk_seconds=0")
     with contextlib.ExitStack() as stack:
         if may_mount(tmp_path):
             size = sum(p.stat().st_size for p in (whole / "checkpoints" / "12").rglob("*") if p.is_file())
