@@ -13,40 +13,17 @@ import numpy as np
 import pytest
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.data import pipeline, sampling
+from gigagan_jax.data import sampling
 from gigagan_jax.data.example import BadExample
 from gigagan_jax.data.sources.mixture import MixtureSource
 from gigagan_jax.data.sources.tar import TarSource
-from gigagan_jax.data.tokenizers import ByteTokenizer
+from tests.data.streams import all_hosts, open_stream
 
 
 @pytest.fixture(scope="module")
 def photo_source(tars):
     """24 photographs in tars."""
     return TarSource(str(tars))
-
-
-def open_stream(source, batch_size=8, hosts=1, host=0, seed=0, **options):
-    options = {"num_threads": 0, "crop": "random", "flip": True, "caption_dropout": 0.2} | options
-    return pipeline.build_pipeline(
-        source, resolution=8, batch_size=batch_size, seed=seed, tokenizer=ByteTokenizer(40), process_index=host,
-        process_count=hosts, **options,
-    )  # fmt: skip
-
-
-def all_hosts(source, hosts, batches, state=None, accept=False, **options):
-    """(indices that each host reads, state after `batches` global batches)"""
-    seen, states = [], []
-    for host in range(hosts):
-        with open_stream(source, hosts=hosts, host=host, **options) as data:
-            if state is not None:
-                data.restore(state, accept_data=accept)
-            seen.append([int(i) for _ in range(batches) for i in next(data)["index"]])
-            states.append(data.state())
-    # The position is global: every host's checkpoint would hold the same.
-    positions = {s["examples_seen"] for s in states}
-    assert len(positions) == 1
-    return seen, states[0]
 
 
 @pytest.mark.parametrize("first", [1, 2, 4])
@@ -108,7 +85,7 @@ TRAINING = """
 import multiprocessing, sys, time
 from gigagan_jax.data import pipeline
 from gigagan_jax.data.sources.digits import DigitsSource
-from gigagan_jax.data.tokenizers import ByteTokenizer
+from tests.data.streams import all_hosts, open_stream
 
 if __name__ == "__main__":
     data = pipeline.build_pipeline(

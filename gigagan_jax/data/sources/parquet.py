@@ -1,34 +1,21 @@
 """Source of Parquet files with a column of images or paths, as Hugging Face datasets and LAION write them."""
 
-import collections
 import concurrent.futures
 import functools
 import hashlib
 import logging
-import posixpath
-import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.progress import ProgressBar
-from gigagan_jax.data.example import BadExample, Record
-from gigagan_jax.data.source import Source, identity_of, short_names
-from gigagan_jax.data.sources.parquet_schema import (
-    choose_caption_keys,
-    choose_image_key,
-    choose_label_key,
-    column_type,
-    format_columns,
-    is_image,
-    is_label,
-    is_text,
-    read_class_names,
-)
-from gigagan_jax.data.sources.tf_example import label_of
-from gigagan_jax.data.storage import Storage, is_local, join_path
+from gigagan_jax.data.example import BadExample
+from gigagan_jax.data.source import identity_of, short_names
+from gigagan_jax.data.sources.parquet_schema import column_type, format_columns
+from gigagan_jax.data.sources.table import DAMAGE, LruCache, TableSource, explain_damage, first_line
+from gigagan_jax.data.storage import Storage
 
 _log = logging.getLogger(__name__)
 # Bytes of decoded row groups that a source keeps in each process, and of footers.
@@ -38,12 +25,12 @@ _KEPT_FOOTER_BYTES = 16 << 20
 _LARGE_GROUP = 64 << 20
 # Footers of buckets cost requests, so more threads than cores help.
 _OPENING_THREADS = 16
-# Exceptions that damaged files raise, beside those of the disk and of Arrow.
-_DAMAGE = (ValueError, LookupError, ArithmeticError, MemoryError)
 
 
-class ParquetSource(Source):
-    """Rows of Parquet files as examples. A read loads the whole row group; the latest groups are cached.
+class ParquetSource(TableSource):
+    """Rows of Parquet files as examples. A row group that is damaged or gone makes bad examples (`row_group_corrupt`).
+
+    A read loads the whole row group; the latest groups are cached.
 
     Args:
       path: files: one, a folder, or a pattern for `Storage.expand_pattern`; buckets too.
@@ -77,19 +64,12 @@ class ParquetSource(Source):
         rows: "np.ndarray | None" = None,
         filter_report: dict[str, Any] | None = None,
     ):
-        self._storage = storage or Storage()
+        super().__init__(storage, caption_required)
         self.filter_report = filter_report
         self.paths = self._storage.expand_pattern(path, (".parquet",))
-        self._caption_required = caption_required
         # The first file decides the columns; `_groups_of` checks that all others have them.
         schema, _ = _read_row_groups(self._storage, self.paths[0])
-        self._image_key = choose_image_key(schema, image_key, self.paths[0])
-        self._caption_keys = choose_caption_keys(schema, tuple(caption_keys), caption_required, self.paths[0])
-        self._label_key = choose_label_key(schema, label_key, self.paths[0])
-        self.has_labels = bool(self._label_key)
-        self.classes = read_class_names(schema, self._label_key)
-        columns = {self._image_key: is_image, **dict.fromkeys(self._caption_keys, is_text)}
-        self._index_row_groups(columns | ({self._label_key: is_label} if self._label_key else {}))
+        self._index_row_groups(self._choose_columns(schema, self.paths[0], image_key, caption_keys, label_key))
         self._rows = rows
         self._names = short_names(self.paths)
         if not len(self):
@@ -104,7 +84,6 @@ class ParquetSource(Source):
 
     def _index_row_groups(self, columns: dict[str, Callable[[Any], bool]]) -> None:
         """Reads all footers: checks the columns, and notes the start and the size of each row group."""
-        self._columns = list(columns)
         task = functools.partial(_groups_of, self._storage, columns)
         progress = ProgressBar("reading Parquet footers", len(self.paths))
         sizes: list[int] = []
@@ -129,8 +108,8 @@ class ParquetSource(Source):
             )
 
     def _reset_caches(self) -> None:
-        self._tables = _LruCache(_KEPT_BYTES)
-        self._footers = _LruCache(_KEPT_FOOTER_BYTES)
+        self._tables = LruCache(_KEPT_BYTES)
+        self._footers = LruCache(_KEPT_FOOTER_BYTES)
 
     def __getstate__(self):
         # Caches hold locks and up to 256 MiB: a worker process starts with empty ones.
@@ -152,6 +131,9 @@ class ParquetSource(Source):
         first = int(self._file_groups[file])
         return file, group - first, row - int(self._group_starts[group]), row - int(self._group_starts[first])
 
+    def _file_of(self, i: int) -> str:
+        return self.paths[self._locate_row(i)[0]]
+
     def name(self, i: int) -> str:
         """File and row: "train-00000.parquet:123"."""
         file, _, _, row = self._locate_row(i)
@@ -170,24 +152,6 @@ class ParquetSource(Source):
             names.append(hashlib.sha256(np.ascontiguousarray(self._rows, "<i8").tobytes()).hexdigest())
         return identity_of("parquet", names)
 
-    def read(self, i: int) -> Record:
-        """Reads row i.
-
-        Raises BadExample with cause `image_missing` (null), `image_unreadable` (its file), `unsafe_name` (a relative
-        path that leaves the folder), `caption_missing`, `caption_empty`, `caption_undecodable` (not UTF-8),
-        `label_out_of_range` or `row_group_corrupt` (the Parquet file is damaged there, or gone).
-        """
-        row = self._read_row(i, self._columns)
-        captions = self._extract_captions(row)
-        image = self._load_image(row[self._image_key], self.paths[self._locate_row(i)[0]])
-        label = label_of(row[self._label_key] if self._label_key else None)
-        return Record(image, captions, label, self.name(i))
-
-    def captions(self, i: int) -> tuple[str, ...]:
-        columns = list(self._caption_keys)
-        # Only the caption columns are read: images make up nearly all bytes.
-        return self._extract_captions(self._read_row(i, columns) if columns else {})
-
     def _read_row(self, i: int, columns: list[str]) -> dict[str, Any]:
         file, group, place, _ = self._locate_row(i)
         # A cached table with all columns serves a read of captions too.
@@ -199,11 +163,8 @@ class ParquetSource(Source):
         for name in columns:
             try:
                 row[name] = table.column(name)[place].as_py()
-            # IndexError: the file was replaced after the start by one with fewer rows.
             except (UnicodeDecodeError, IndexError) as e:
-                cause = "image_unreadable" if name == self._image_key else "caption_undecodable"
-                cause = "row_group_corrupt" if isinstance(e, IndexError) else cause
-                raise BadExample(cause, f"{self.paths[file]}, column {name}: {e}") from None
+                raise self._undecodable(e, name, self.paths[file], "row_group_corrupt") from None
         return row
 
     def _load_row_group(self, path: str, group: int, columns: list[str]) -> Any:
@@ -221,101 +182,8 @@ class ParquetSource(Source):
                 file = pyarrow.parquet.ParquetFile(opened, metadata=footer, pre_buffer=False)
                 # Reads already run in many threads.
                 return file.read_row_group(group, columns=columns, use_threads=False)
-        except (OSError, pyarrow.ArrowException, *_DAMAGE) as e:
-            raise BadExample("row_group_corrupt", f"{path}, row group {group}: {_first_line(e)}") from None
-
-    def _extract_captions(self, row: dict[str, Any]) -> tuple[str, ...]:
-        stored: list[str] = []
-        for key in self._caption_keys:
-            # A column is text or a list of texts; nulls occur in both.
-            value = row[key]
-            stored += [v for v in (value if isinstance(value, list) else [value]) if v is not None]
-        captions = tuple(c.strip() for c in stored if c.strip())
-        if self._caption_required and not captions:
-            raise BadExample("caption_empty" if stored else "caption_missing", f"null or blank {self._caption_keys}")
-        return captions
-
-    def _load_image(self, value: Any, file: str) -> bytes:
-        # Hugging Face datasets: {bytes, path}. The path is only a name if bytes are present.
-        if isinstance(value, dict):
-            data = value.get("bytes")
-            value = value.get("path") if data is None else data
-        if value is None or value == "":
-            raise BadExample("image_missing", f"null {self._image_key}")
-        if isinstance(value, bytes):
-            return value
-        path = _resolve_image_path(value, file)
-        try:
-            return self._storage.read(path)
-        # ValueError: the path holds a zero byte.
-        except (OSError, ValueError) as e:
-            raise BadExample("image_unreadable", f"{value}: {_first_line(e)}") from None
-
-
-class _LruCache:
-    """Least-recently-used cache, limited in bytes; the newest value always stays. Threads share one load of a key."""
-
-    def __init__(self, most: int):
-        self._most, self._bytes = most, 0
-        self._lock = threading.Lock()
-        self._futures: collections.OrderedDict[Hashable, concurrent.futures.Future] = collections.OrderedDict()
-        self._sizes: dict[Hashable, int] = {}
-
-    def get_cached(self, key: Hashable) -> Any:
-        """Returns the value of a key that is loaded or being loaded, or None."""
-        with self._lock:
-            future = self._futures.get(key)
-            if future is None:
-                return None
-            self._futures.move_to_end(key)
-        return future.result()
-
-    def get_or_load(self, key: Hashable, load: Callable[[], Any], size: Callable[[Any], int]) -> Any:
-        """Returns the value of a key, loading it if necessary. An exception of `load` reaches all waiting threads."""
-        with self._lock:
-            future = self._futures.get(key)
-            if future is not None:
-                self._futures.move_to_end(key)
-            else:
-                own_future = self._futures[key] = concurrent.futures.Future()
-        # Waiting happens outside the lock, so that other keys stay available.
-        if future is not None:
-            return future.result()
-        try:
-            value = load()
-        # Removed, so that the next read tries again; set_exception wakes the threads that wait now.
-        except BaseException as e:
-            with self._lock:
-                del self._futures[key]
-            own_future.set_exception(e)
-            raise
-        with self._lock:
-            self._sizes[key] = size(value)
-            self._bytes += self._sizes[key]
-            while self._bytes > self._most:
-                # The least recently used value goes first. Values still being loaded have no size yet and stay.
-                oldest = next((k for k in self._futures if k in self._sizes and k != key), None)
-                if oldest is None:
-                    break
-                del self._futures[oldest]
-                self._bytes -= self._sizes.pop(oldest)
-        own_future.set_result(value)
-        return value
-
-
-def _first_line(e: BaseException) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0]
-
-
-def _resolve_image_path(path: str, file: str) -> str:
-    """Resolves an image's path against the folder of its Parquet file. Raises BadExample with cause `unsafe_name`."""
-    if not is_local(path) or path.startswith(("/", "file://")):
-        return path
-    # normpath first: a/../../b leaves the folder too.
-    inside = posixpath.normpath(path)
-    if inside == ".." or inside.startswith("../"):
-        raise BadExample("unsafe_name", path)
-    return join_path(posixpath.dirname(file) or ".", inside)
+        except (OSError, pyarrow.ArrowException, *DAMAGE) as e:
+            raise BadExample("row_group_corrupt", f"{path}, row group {group}: {first_line(e)}") from None
 
 
 def _read_footer(storage: Storage, path: str) -> tuple[Any, Any]:
@@ -341,8 +209,8 @@ def _read_row_groups(storage: Storage, path: str) -> tuple[Any, list[tuple[int, 
         # A damaged footer may parse, with numbers that would send later reads to wrong rows.
         if any(n < 0 for n, _ in sizes) or sum(n for n, _ in sizes) != footer.num_rows:
             raise ValueError("its row groups do not add up to its rows")
-    except (OSError, pyarrow.ArrowException, *_DAMAGE) as e:
-        raise UserError(f"{path} cannot be read as Parquet: {getattr(e, 'strerror', None) or _first_line(e)}") from None
+    except (OSError, pyarrow.ArrowException, *DAMAGE) as e:
+        raise UserError(f"{path} cannot be read as Parquet: {explain_damage(storage, path, e)}") from None
     return schema, sizes
 
 

@@ -10,6 +10,7 @@ import pytest
 from gigagan_jax.data.example import BadExample
 from gigagan_jax.data.sources import parquet as module
 from gigagan_jax.data.sources.parquet import ParquetSource
+from gigagan_jax.data.sources.table import LruCache
 from tests.parquet_files import cause_of, make_columns, make_picture, write_table
 
 
@@ -22,7 +23,7 @@ def test_row_groups_are_kept_and_let_go(tmp_path):
     bytes_of_group = source._load_row_group(str(path), 0, source._columns).nbytes
     saved = path.read_bytes()
 
-    source._tables = module._LruCache(int(2.5 * bytes_of_group))
+    source._tables = LruCache(int(2.5 * bytes_of_group))
     # The second group is the least recently used when the third one is loaded.
     for i in (0, 3, 0, 6):
         source.read(i)
@@ -37,7 +38,7 @@ def test_row_groups_are_kept_and_let_go(tmp_path):
 
     path.write_bytes(saved)
     # One byte is too small for any group: the newest one stays nevertheless.
-    source._tables = module._LruCache(1)
+    source._tables = LruCache(1)
     for i in (0, 3, 1):
         source.read(i)
     path.write_bytes(b"")
@@ -47,7 +48,7 @@ def test_row_groups_are_kept_and_let_go(tmp_path):
 
 
 def test_threads_that_want_the_same_wait_for_one():
-    cache = module._LruCache(100)
+    cache = LruCache(100)
     start, calls = threading.Barrier(8), []
     loading = threading.Event()
 
