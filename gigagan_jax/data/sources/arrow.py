@@ -67,6 +67,7 @@ class ArrowSource(TableSource):
         columns = self._choose_columns(schema, self.paths[0], image_key, caption_keys, label_key)
         # Files without metadata have the names of their classes in dataset_info.json.
         self.classes = self.classes or class_names_of(files.features, self._label_key)
+        # Headers of all files are read at the start: they give the rows, and damage shows here.
         counts, firsts = list[int](), [0]
         for file in self.paths:
             counts += _batch_lengths(self._storage, file, columns)
@@ -95,6 +96,7 @@ class ArrowSource(TableSource):
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def _check_rows(self, path: str) -> None:
+        # The largest and the smallest row decide, so the check takes no memory.
         rows, total = self._rows, int(self._batch_starts[-1])
         if rows is not None and not 0 <= int(np.min(rows)) <= int(np.max(rows)) < total:
             raise UserError(f"{path} has {total} rows, but its order names others: save the data set again")
@@ -140,6 +142,7 @@ class ArrowSource(TableSource):
         ends = self._batch_starts[self._file_batches]
         # Names and row counts, not the folder: a moved data set stays the same.
         names = [f"{name}:{n}" for name, n in zip(self._names, np.diff(ends).tolist(), strict=True)]
+        # Another order makes another data set. Little endian on every machine.
         if self._rows is not None:
             names.append(hashlib.sha256(np.ascontiguousarray(self._rows, "<i8").tobytes()).hexdigest())
         return identity_of("arrow", names)
@@ -150,6 +153,7 @@ class ArrowSource(TableSource):
         try:
             batches = self._open.get_or_load(file, lambda: _open_batches(self._storage, path)[1], lambda b: 1)
             table = batches[batch]
+            # Once for each batch and process: a check reads all of its offsets.
             if (file, batch) not in self._sound:
                 _check_batch(table, self._columns)
                 self._sound.add((file, batch))
@@ -231,6 +235,7 @@ def _without_text(kind: Any) -> Any:
     import pyarrow
     from pyarrow import types
 
+    # Arrow casts a text to bytes without looking at it.
     if types.is_string(kind):
         return pyarrow.binary()
     if types.is_large_string(kind):

@@ -50,11 +50,13 @@ def find_arrow_files(path: str, split: str) -> ArrowFiles:
             f"{path}: Arrow files are mapped into memory, so they are read from local disks only; copy them"
         )
     folder = Path(local_path(path))
+    # A single file of a data set that has several is taken at its word.
     if not folder.is_dir():
         return ArrowFiles(tuple(Storage().expand_pattern(path, (".arrow",))))
     if (folder / "dataset_dict.json").is_file():
         splits = tuple(map(str, _as_list(_read_json(folder / "dataset_dict.json").get("splits"))))
         chosen = choose_split(splits, split, path)
+        # Each split is a data set of its own, with a state.json.
         found = _saved_files(folder / chosen)
         return dataclasses.replace(found, split=chosen, splits=splits)
     if (folder / "state.json").is_file():
@@ -68,6 +70,7 @@ def choose_split(splits: Sequence[str], split: str, path: str) -> str:
     Raises:
       UserError: there are several, and none has this name.
     """
+    # A name that is asked for and there needs no thought.
     if split in splits:
         return split
     # "train" is the default: the only split of a data set may have another name.
@@ -89,11 +92,13 @@ def _saved_files(folder: Path) -> ArrowFiles:
         )
         for name in ("_data_files", *_INDEX_LISTS)
     }
+    # A copy that was interrupted would otherwise train on a part.
     missing = next((p for paths in listed.values() for p in paths if not os.path.isfile(p)), None)
     if missing:
         raise UserError(f"{missing} is not there, but {folder / 'state.json'} lists it: copy the data set again")
     if not listed["_data_files"]:
         raise UserError(f"{folder / 'state.json'} lists no data file: the data set is empty, or was not saved whole")
+    # Today's datasets writes the rows in their new order, and no list of indices.
     indices = next((listed[name] for name in _INDEX_LISTS if listed[name]), ())
     return ArrowFiles(listed["_data_files"], indices, _read_features(folder))
 
@@ -110,6 +115,7 @@ def _cached_files(folder: Path, split: str) -> ArrowFiles:
     # Without dataset_info.json, nothing says which part of a name is a split.
     of_split: dict[str, list[str]] = {str(name): [] for name in (known if isinstance(known, dict) else {})}
     for name in names:
+        # The name of the data set comes first and may itself end in the name of a split.
         stem = _SHARD.sub("", name.removesuffix(".arrow"))
         owner = next((s for s in of_split if stem == s or stem.endswith(f"-{s}")), None)
         if owner is not None:
@@ -137,6 +143,7 @@ def _read_features(folder: Path) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_bytes())
+    # RecursionError: deeply nested JSON.
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(
             f"{file} cannot be read ({getattr(e, 'strerror', None) or 'it is no JSON'}): save the data set again"

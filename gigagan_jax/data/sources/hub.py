@@ -74,6 +74,7 @@ def _prepare(path: str, split: str) -> tuple[ArrowFiles, np.ndarray | None]:
     if not re.search(r"[\[+]", split):
         chosen = choose_split(list(files), split, path)
         return ArrowFiles(tuple(files[chosen]), split=chosen, splits=tuple(files)), None
+    # Slices and sums, as percentages or rows.
     lengths = {s: len(prepared[s]) for s in files}
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
@@ -100,6 +101,7 @@ def _parse_id(path: str) -> tuple[str, str | None, str | None]:
     folder, _, configuration = path.rpartition(":")
     if folder and os.path.isdir(folder):
         return folder, configuration, None
+    # As addresses in a browser end.
     match = _ID.fullmatch(path.removeprefix(_PREFIX).rstrip("/"))
     if not match:
         raise UserError(f"{path} is no id of the hub: expected org/name, org/name:CONFIGURATION or org/name@REVISION")
@@ -118,6 +120,7 @@ def _explain_failure(datasets: Any, path: str, error: Exception) -> UserError:
         return UserError(
             f"{path} is gated: accept its terms on its page of the hub, then log in on this machine with `hf auth login`"
         )
+    # Before the next case: offline, a data set that is not in the cache is "not found" too.
     if isinstance(error, ConnectionError) or "OfflineModeIsEnabled" in text or "offline" in text.lower():
         return UserError(
             f"{path} is not in this machine's cache, and the hub cannot be reached ({text}): check the network, "
@@ -127,6 +130,7 @@ def _explain_failure(datasets: Any, path: str, error: Exception) -> UserError:
         return UserError(
             f"{path}: the hub has no such data set, or it is private (hf auth login); check config.data.path"
         )
+    # Nothing is chosen for the user: configurations may be languages, sizes or versions.
     if "config name is missing" in str(error).lower():
         # "Please pick one among the available configs: ['a', 'b']"
         listed = re.search(r"\[(.*?)\]", str(error))

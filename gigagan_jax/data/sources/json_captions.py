@@ -23,6 +23,7 @@ def read_captions(data: bytes, keys: Sequence[str]) -> tuple[str, ...]:
     Raises:
       BadExample: cause `caption_undecodable`; it is no JSON.
     """
+    # json finds the encoding by itself, a byte order mark included.
     values = parse_json(data)
     captions = [text for key in keys for text in _texts_of(_look_up(values, key))]
     return tuple(t.strip() for t in captions)
@@ -43,11 +44,13 @@ def find_caption_keys(objects: Sequence[Any]) -> list[str]:
     An inner object is looked into, one level deep ("meta.caption"), where the objects themselves have no such key.
     """
     keys = list_text_keys(objects)
+    # The outer level first: inner objects are often records of the program that made the image.
     return _usual([k for k in keys if "." not in k]) or _usual(keys)
 
 
 def list_text_keys(objects: Iterable[Any]) -> list[str]:
     """Lists the keys of some objects that hold text, those of inner objects as "outer.inner"."""
+    # A dictionary keeps the order in which the objects have their keys.
     found: dict[str, None] = {}
     for value in objects:
         for key, inner in value.items() if isinstance(value, dict) else ():
@@ -70,6 +73,7 @@ def check_caption_keys(objects: Sequence[Any], keys: Sequence[str], where: str) 
 
 def describe_choice(keys: Sequence[str], where: str) -> str:
     """One line: the key that was taken, and the flag for the others."""
+    # Three names are enough to see what else there is.
     others = f" ({', '.join(keys[1:4])} hold text too: config.data.caption_keys={keys[1]} takes it)" if keys[1:] else ""
     return f"captions: key {keys[0]!r} of {where}{others}"
 
@@ -83,6 +87,7 @@ def refuse_unknown_keys(objects: Sequence[Any], where: str) -> UserError:
 
 
 def _advice(keys: list[str]) -> str:
+    # Numbers alone: a class, or the settings of a program.
     if not keys:
         return "no key of them holds text: leave config.data.caption_keys empty"
     shown = ", ".join(keys[:10]) + (", ..." if keys[10:] else "")
@@ -91,6 +96,7 @@ def _advice(keys: list[str]) -> str:
 
 
 def _usual(keys: Sequence[str]) -> list[str]:
+    # Of "meta.caption", the inner name counts.
     last = {key: key.rpartition(".")[2].lower() for key in keys}
     named = sorted((k for k in keys if last[k] in USUAL_KEYS), key=lambda k: USUAL_KEYS.index(last[k]))
     similar = [k for k in keys if k not in named and any(p in last[k] for p in _PARTS) and _NEGATIVE not in last[k]]
@@ -100,6 +106,7 @@ def _usual(keys: Sequence[str]) -> list[str]:
 def _has_key(value: Any, key: str) -> bool:
     if not isinstance(value, dict):
         return False
+    # Both readings of a name with a dot.
     outer, _, inner = key.partition(".")
     return key in value or (isinstance(value.get(outer), dict) and inner in value[outer])
 

@@ -117,6 +117,7 @@ def choose_image_key(schema: Any, key: str, path: str) -> str:
 def _refuse_addresses(schema: Any, path: str) -> None:
     """Raises UserError where a table lists pictures that are elsewhere: in the web, or in tars and folders beside it."""
     folder, _, base = path.rpartition("/")
+    # Its tables have the addresses too, but the pictures are here already.
     if _DOWNLOAD_KEYS.issubset(schema.names):
         raise UserError(
             f"{path} is what img2dataset notes about its downloads, not the pictures; they are in the tars or folders "
@@ -125,6 +126,7 @@ def _refuse_addresses(schema: Any, path: str) -> None:
     url = next((k for k in URL_KEYS if k in schema.names and is_text(column_type(schema, k))), "")
     if not url:
         return
+    # The command is complete where the caption has a usual name.
     texts = [k for k in CAPTION_KEYS if k in schema.names and is_text(column_type(schema, k))]
     caption = f" --caption_col={texts[0]}" if texts else ""
     raise UserError(

@@ -41,6 +41,7 @@ class TableSource(Source):
     """
 
     def __init__(self, storage: Storage | None, caption_required: bool):
+        # Paths in a table may be addresses.
         self._storage = storage or Storage()
         self._caption_required = caption_required
         self.has_labels = False
@@ -123,6 +124,7 @@ class TableSource(Source):
 
     def _undecodable(self, error: Exception, column: str, file: str, corrupt: str) -> BadExample:
         """The error for a value that cannot be taken out of its column; `corrupt` is the cause of a row that is gone."""
+        # Of an image's struct, only the path is text.
         cause = "image_unreadable" if column == self._image_key else "caption_undecodable"
         # IndexError: the file was replaced after the start by one with fewer rows.
         cause = corrupt if isinstance(error, IndexError) else cause

@@ -101,6 +101,7 @@ def join_scattered(examples: list[TarExample]) -> list[TarExample]:
 
     Only a key with one image and without a second text of a kind is joined: everything else stays as it was.
     """
+    # Nearly all tars have none, and cost one pass here.
     without_image = {e.key for e in examples if not e.image and not e.fault}
     if not without_image:
         return examples
@@ -116,6 +117,7 @@ def join_scattered(examples: list[TarExample]) -> list[TarExample]:
         if example.image or example.fault or owner is None or any(getattr(owner, f) is not None for f in fields):
             joined.append(example)
             continue
+        # The example without an image ends here: its members have found their owner.
         for field in fields:
             setattr(owner, field, getattr(example, field))
     return joined
