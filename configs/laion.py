@@ -36,6 +36,8 @@ def get_config(arg: str = "") -> ConfigDict:
         c.loss.clip, c.loss.vision_aided = (0.0, 0.0), 0.0
         if arg == "small":
             make_small(c)
+        else:
+            c.text.length = 256  # a byte is a token: 77 of them cut most captions of the web
     elif arg in ("unconditional", "unconditional-tiny"):
         c.name += "-unconditional"
         c.condition = "none"

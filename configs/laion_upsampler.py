@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
         d.blocks, d.attention_depth = (1,) * 9, (0, 0, 0, 0, 0, 0, 2, 2, 0)
     elif arg == "bytes":
         c.name += "-bytes"
-        c.text.encoder, c.text.path = "bytes", ""
+        c.text.encoder, c.text.path, c.text.length = "bytes", "", 256
         c.loss.clip, c.loss.perceptual, c.loss.pixel = (0.0, 0.0), 0.0, 100.0
     elif arg == "tiny":
         shrink(c)
