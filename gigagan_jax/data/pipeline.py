@@ -60,6 +60,7 @@ def build_pipeline(
     quarantine_path: str | os.PathLike | None = None,
     clip_tokenizer: Tokenizer | None = None,
     embeddings: Embeddings | None = None,
+    num_classes: int = 0,
 ) -> "Pipeline":
     """Builds the stream of training batches.
 
@@ -84,6 +85,7 @@ def build_pipeline(
       quarantine_path: file with one JSON object {name, cause} a bad example; hosts after the first add their index.
       clip_tokenizer: adds `clip_tokens`, where the CLIP of the contrastive loss has a tokenizer of its own.
       embeddings: stored text embeddings, delivered with their captions.
+      num_classes: of a class-conditional run, where an example of no class is bad; 0 takes any label.
 
     Raises:
       UserError: an argument out of its range, an empty source, or a quarantine_path that cannot be written.
@@ -96,7 +98,7 @@ def build_pipeline(
         resolution, tokenizer, crop, flip, caption_dropout, resize_filter, clip_tokenizer, embeddings
     )
     # DECODE_MARGIN: below three times the resolution, the decoder's scaling would show.
-    decode = RecordDecoder(clean_captions, DECODE_MARGIN * resolution if fast_decode else None)
+    decode = RecordDecoder(clean_captions, DECODE_MARGIN * resolution if fast_decode else None, num_classes)
     path = _host_file(quarantine_path, process_index)
     return Pipeline(
         reader=ExampleReader(source, seed, max_bad_fraction, decode, prepare),

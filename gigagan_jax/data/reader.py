@@ -18,7 +18,7 @@ from gigagan_jax.core.processes import begin_worker
 from gigagan_jax.data.captions import clean_all
 from gigagan_jax.data.decoding import decode_to_pil
 from gigagan_jax.data.embeddings import Embeddings
-from gigagan_jax.data.example import BadExample, Record
+from gigagan_jax.data.example import UNKNOWN_LABEL, BadExample, Record
 from gigagan_jax.data.quarantine import MIN_TRIED, FailedExample, format_causes
 from gigagan_jax.data.source import Source
 from gigagan_jax.data.tokenizers import Tokenizer
@@ -94,12 +94,18 @@ class RecordDecoder:
     Args:
       clean: pass captions through `captions.clean_all`.
       least: as in `decode_to_pil`.
+      num_classes: of a class-conditional run; 0 takes any label.
     """
 
-    def __init__(self, clean: bool, least: int | None):
-        self._clean, self._least = clean, least
+    def __init__(self, clean: bool, least: int | None, num_classes: int = 0):
+        self._clean, self._least, self._num_classes = clean, least, num_classes
 
     def __call__(self, record: Record) -> DecodedExample:
+        # A lookup on the device would take another class's row without notice.
+        if self._num_classes and not 0 <= record.label < self._num_classes:
+            if record.label == UNKNOWN_LABEL:
+                raise BadExample("label_missing", "it has no class")
+            raise BadExample("label_out_of_range", f"it is of class {record.label}, of {self._num_classes} from 0 on")
         captions = record.captions
         if self._clean and captions:
             captions = clean_all(captions)

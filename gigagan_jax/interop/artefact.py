@@ -213,6 +213,10 @@ def _condition_lines(config: Config) -> tuple[list[str], str]:
         lines.append("# Of the prompt, by transformers: docs/pytorch.md says which layer.")
         lines.append("tokens, features = np.load('tokens.npy'), np.load('features.npy')")
         given["text"] = '"tokens": tokens, "features": features, '
+    elif config.condition == "class" and config.class_names:
+        lines.append(f"classes = {list(config.class_names)!r}")
+        lines.append("label = classes.index(prompt) if prompt in classes else int(prompt)")
+        given["class"] = '"labels": np.array([label], np.int32), '
     return lines, given[config.condition]
 
 

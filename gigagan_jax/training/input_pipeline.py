@@ -116,6 +116,7 @@ def make_pipeline(
         num_workers=d.workers,
         clean_captions=d.clean_captions,
         fast_decode=d.fast_decode,
+        num_classes=config.class_count,
         max_bad_fraction=d.max_bad_fraction,
         quarantine_path=None if workdir is None else workdir / QUARANTINE_FILE,
     )

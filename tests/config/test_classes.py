@@ -4,9 +4,23 @@ import dataclasses
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
-from gigagan_jax.config import Config, class_label, class_labels, first_difference, from_dict, needs_prompts, to_dict
+from gigagan_jax import cli
+from gigagan_jax.config import (
+    Config,
+    class_label,
+    class_labels,
+    default,
+    first_difference,
+    flatten_fields,
+    from_dict,
+    needs_prompts,
+    to_dict,
+)
+from gigagan_jax.config.serialization import parse_fields
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.interop import model_card
 
 
 def of_classes(*names, count=0):
@@ -82,3 +96,41 @@ def test_who_needs_prompts():
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize(
+    "text, prompts",
+    [
+        ("0,1,2", ("0", "1", "2")),
+        ("7", ("7",)),
+        ("007, 1e3", ("007", "1e3")),
+        ("coffee", ("coffee",)),
+        ("coffee,3", ("coffee", "3")),
+        ('("0", "1")', ("0", "1")),
+        ("(0, 1)", ("0", "1")),
+        ("[0,]", ("0",)),
+        ("('a, b', 'c')", ("a, b", "c")),
+        ("'a, b'", ("a, b",)),
+        ('a,"b"', ("a", "b")),
+        ("True,None", ("True", "None")),
+        ("", ()),
+        ("()", ()),
+    ],
+)
+def test_lists_of_texts_are_typed_as_users_write_them(text, prompts):
+    values = default()
+    cli.override_field(values, "snapshot.prompts", text)
+    assert parse_fields(values).snapshot.prompts == prompts
+    # Of every setting of that kind, in a config that was stored as JSON too.
+    stored = ConfigDict(json.loads(json.dumps(to_dict(Config()))))
+    for name in ("evaluators", "data.mixture", "data.caption_keys", "data.filters.nsfw", "vision_aided.augment"):
+        cli.override_field(stored, name, text)
+        assert flatten_fields(to_dict(parse_fields(stored)))[name] == list(prompts)
+
+
+def test_the_card_and_the_folder_of_a_model_name_its_classes():
+    config = of_classes("cat", "dog")
+    assert "| conditioned on | 2 classes: cat, dog |" in model_card.write(config, 0, (), "safetensors")
+    many = of_classes(*map(str, range(30)))
+    assert "30 classes: 0, 1, 2" in model_card.write(many, 0, (), "safetensors")
+    assert "29" not in model_card.write(many, 0, (), "safetensors")

@@ -1,5 +1,6 @@
 """Bad examples: the next good one replaces each, the quarantine counts them, and too many end the run."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -130,3 +131,14 @@ def test_other_errors_of_a_source_are_not_swallowed(make_pipeline):
 
     with pytest.raises(RuntimeError, match="a mistake in the source"):
         next(make_pipeline(BrokenSource()))
+
+
+def test_an_example_of_no_class_of_the_run_is_bad(make_pipeline):
+    pipeline = make_pipeline(SmallSource(), num_classes=8, batch_size=N, max_bad_fraction=0.5)
+    # Labels are 0 to 9.
+    assert set(take_batches(pipeline, 2)["label"]) == set(range(8))
+    assert pipeline.quarantine.causes.keys() == {"label_out_of_range"}
+    unknown = SmallSource()
+    unknown.read = lambda i: dataclasses.replace(SmallSource().read(i), label=-1)
+    with pytest.raises(UserError, match=r"label_missing.*it has no class"):
+        next(make_pipeline(unknown, num_classes=8, num_threads=0))
