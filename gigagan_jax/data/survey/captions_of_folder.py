@@ -81,7 +81,8 @@ def find_captions(listing: Listing, caption_keys: Sequence[str], split: str) -> 
     candidates = [n for n in candidates if pictures.by_stem(n[: len(n) - len(suffix_of(n))]) is None]
     named = [n for n in candidates if tables.is_table_name(n)]
     _read_tables(found, listing, pictures, named, caption_keys)
-    if not found.table and CaptionFiles.of(listing.captions - set(candidates)).endings == ():
+    beside = CaptionFiles.of(listing.captions)
+    if not found.table and not any(beside.find(name) for name in listing.pictures):
         others = [n for n in candidates if n not in named and n not in coco][:_TRIED_TABLES]
         _read_tables(found, listing, pictures, others, caption_keys)
     return found
@@ -114,7 +115,7 @@ def _read_tables(
                 kept += [c for c in dict.fromkeys(captions) if c not in kept]
             used.append(name)
             if lost:
-                found.notes.append(f"{lost} files that {name} names are not there")
+                found.notes.append(f"{lost} of the files that {name} names are not there")
             if files[i + 1 :]:
                 found.notes.append(f"{name} is read, not {', '.join(files[i + 1 :][:3])} beside it")
             break
@@ -153,7 +154,7 @@ def _read_coco(found: CaptionSurvey, listing: Listing, pictures: _Pictures, coco
     found.table = {picture: list(dict.fromkeys(captions)) for picture, captions in matched.items()}
     found.splits = {part: len(t) for part, (_, t) in sorted(readable.items())}
     if lost:
-        found.notes.append(f"{lost} files that {name} names are not there")
+        found.notes.append(f"{lost} of the files that {name} names are not there")
     # A folder of the split holds it whole. A folder of all splits holds others' pictures too.
     own = folder.rstrip("/").endswith((chosen, f"{chosen}/images"))
     inside = folder.rstrip("/") + "/" if folder else ""

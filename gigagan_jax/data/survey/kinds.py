@@ -66,10 +66,13 @@ def survey_folder(root: Path, data: DataConfig, condition: str, workdir: Path | 
         if listing.archives:
             notes.append(f"{_count(listing.archives, 'archive')}: what is inside is not read; unpack it")
         return dataclasses.replace(survey, others=others, notes=tuple(notes))
-    return dataclasses.replace(survey_tables(root, kind, files[kind], data), others=others)
+    beside = [n for n in packed if n not in files[kind]] if kind == "tar" else []
+    survey = survey_tables(root, kind, files[kind], data, beside)
+    notes = [f"{_count(beside, 'packed tar')}: not read; unpack the packing, not the tar"] if beside else []
+    return dataclasses.replace(survey, others=others, notes=(*survey.notes, *notes))
 
 
-def survey_tables(root: Path, kind: str, names: Sequence[str], data: DataConfig) -> Survey:
+def survey_tables(root: Path, kind: str, names: Sequence[str], data: DataConfig, beside: Sequence[str] = ()) -> Survey:
     """Finds the effective path of tars, Parquet or ArrayRecord files in a folder.
 
     Args:
@@ -77,6 +80,7 @@ def survey_tables(root: Path, kind: str, names: Sequence[str], data: DataConfig)
       kind: "tar", "parquet" or "arrayrecord".
       names: the files, relative to the folder, sorted; none where the user names a kind that is not there.
       data: the config's `data`.
+      beside: files that a source of the folder would take too, and that must not be read.
 
     Raises:
       UserError: several folders hold files and nothing tells which, or the split is none of theirs.
@@ -87,7 +91,7 @@ def survey_tables(root: Path, kind: str, names: Sequence[str], data: DataConfig)
         if is_lfs_pointer(root / name):
             raise UserError(f"{root / name} is {LFS_MEND}")
     kept, splits, split = _choose_split_files(names, data.split, str(root))
-    path, notes = _pattern_of(root, names, kept)
+    path, notes = _pattern_of(root, [*names, *beside], kept)
     # Where no pattern can say which files, all are read.
     if len(path) == 0:
         path, kept = str(root / posixpath.dirname(kept[0])), list(names)
@@ -239,7 +243,7 @@ def _pattern_of(root: Path, names: Sequence[str], kept: Sequence[str]) -> tuple[
     parents, depths = {posixpath.dirname(f) for f in folders}, {f.count("/") for f in folders}
     if len(parents) == 1 and len(depths) == 1:
         pattern = _escape(str(root / next(iter(parents))), f"*/*{file_names.suffix_of(kept[0])}")
-        if pattern and len(kept) == len(names):
+        if pattern and len(kept) == len([n for n in names if n.endswith(file_names.suffix_of(kept[0]))]):
             return pattern, []
     raise UserError(
         f"{root}: {len(folders)} folders hold such files ({', '.join(folders[:4])}): name one by --config.data.path, or "
