@@ -71,7 +71,8 @@ class TextToImage:
 
         # Devices share the images, whatever mesh the model was trained on.
         def make_sampler(config: Config) -> Sampler:
-            if check is not None:
+            # The sampler refuses an upsampler, whatever its prompts.
+            if check is not None and not config.is_upsampler:
                 check(config)
             config = config if text_path is None else with_fields(config, {"text.path": text_path})
             return Sampler(config, sharding.make_mesh(MeshConfig()), device_batch=device_batch)
