@@ -30,6 +30,7 @@ from gigagan_jax.core.workdir_files import (
     SNAPSHOTS_FOLDER,
 )
 from gigagan_jax.telemetry.goodput import Account, read_events
+from gigagan_jax.telemetry.history import read_history
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class RunData:
       bad: number of unreadable examples by cause.
       checkpoints: (name, bytes, seconds since the epoch) of each.
       now: time of the reading in seconds since the epoch.
+      history: what the run was begun from, and what was changed in it.
     """
 
     address: str
@@ -103,6 +105,7 @@ class RunData:
     health: dict[str, Any]
     checkpoints: list[tuple[str, int, float]]
     now: float
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -136,6 +139,7 @@ def read_run(workdir: Path, address: str = "", checkpoints: Sequence[tuple[str, 
         config={k: v for k, v in _read_json(workdir / CONFIG_FILE).items() if k not in (FORMAT_KEY, WITHOUT_KEY)},
         metrics=read_metrics(workdir / METRICS_FILE),
         account=Account(read_events(workdir)),
+        history=read_history(workdir),
         grids=grids,
         all_grids=count,
         bad=_count_bad_files(workdir),

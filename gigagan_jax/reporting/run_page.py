@@ -1,10 +1,11 @@
 """Renders the report of a run: header, sample grids, goodput, curves, health, data, settings and checkpoints."""
 
+import contextlib
 import html
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gigagan_jax.config import Config, flatten_fields, to_dict
@@ -102,7 +103,8 @@ def render_page(run: RunData) -> str:
     )
     parts.append(
         _render_section(
-            "Settings and files", [_render_settings(run), *_render_sessions(run), *_render_checkpoints(run)]
+            "Settings and files",
+            [_render_settings(run), *_render_history(run), *_render_sessions(run), *_render_checkpoints(run)],
         )
     )
     read_at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.now))
@@ -401,3 +403,25 @@ def _render_checkpoints(run: RunData) -> list[str]:
     rows = [[name, format_bytes(size), at(written)] for name, size, written in run.checkpoints]
     title = "Checkpoints" + (f", the last {_MAX_ROWS} of {len(rows):,}" if len(rows) > _MAX_ROWS else "")
     return [render_card(title, "", ["step", "size", "written"], rows[-_MAX_ROWS:])] if rows else []
+
+
+def _render_history(run: RunData) -> list[str]:
+    rows = []
+    for event in run.history:
+        # A damaged line leaves a gap.
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+            when = time.strftime("%m-%d %H:%M:%S", time.localtime(float(event["time"])))
+            rows.append([when, f"{int(event['step']):,}", _describe_event(event)])
+    title = "Changes" + (f", the last {_MAX_ROWS} of {len(rows):,}" if len(rows) > _MAX_ROWS else "")
+    return [render_card(title, "", ["when", "step", "what"], rows[-_MAX_ROWS:])] if rows else []
+
+
+def _describe_event(event: Mapping[str, Any]) -> str:
+    """One line of history.jsonl in words. Raises KeyError, TypeError or AttributeError for a damaged one."""
+    if event["event"] == "data":
+        old, new = (x["examples"] for x in (event["old"], event["new"]))
+        return f"data: {'?' if old is None else old} -> {new} examples"
+    if event["event"] == "init":
+        taken = [f"{title} {x['arrays']} of {x['of']} arrays" for title, x in event["taken"].items()]
+        return f"started from {event['source']}: {', '.join(taken)}"
+    return "; ".join(f"{name}: {a} -> {b}" for name, (a, b) in event["fields"].items())

@@ -122,6 +122,12 @@ def test_a_whole_run(tmp_path):
     (workdir / "quarantine.1.jsonl").write_text(
         '{"name": "a", "cause": "image_empty"}\n{"name": "d", "cause": "late"}\n'
     )
+    (workdir / "history.jsonl").write_text(
+        '{"time": 1, "event": "init", "step": 0, "source": "runs/<b>", "taken": {"G": {"arrays": 8, "of": 9}}}\n'
+        '{"time": 2, "event": "data", "step": 30, "old": {"examples": null}, "new": {"examples": 28}}\n'
+        '{"time": 3, "event": "settings", "step": 40, "fields": {"loss.match_d": [1, 2.5], "data.flip": [false, true]}}\n'
+        '{"time": 4, "event": "data", "step": 50}\n[]\n{"time'
+    )
     out = write_report(workdir)
     assert out == workdir / "report.html"
     text = out.read_text()
@@ -139,6 +145,9 @@ def test_a_whole_run(tmp_path):
         "snapshot_kimg",
         "3 grids",
         "by cause: 4",
+        "started from runs/<b>: G 8 of 9 arrays",
+        "data: ? -> 28 examples",
+        "loss.match_d: 1 -> 2.5; data.flip: False -> True",
     ):
         assert said in found.text, said
     # What no group names is the result of an evaluator: none of training's own measures is among them.
