@@ -17,7 +17,7 @@ from gigagan_jax.config import Config, needs_prompts
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
 from gigagan_jax.inference.image_encoding import DEFAULT_QUALITY
-from gigagan_jax.inference.prompts import Prompt, read_prompts
+from gigagan_jax.inference.prompts import Prompt, check_names, read_prompts
 from gigagan_jax.inference.sample_grid import check_grid, save_picture
 from gigagan_jax.inference.sample_job import SampleJob, SampleSettings, check_job, report_cut_prompts, run_job
 from gigagan_jax.inference.sample_outputs import SHARD_SIZE, Destination, parse_destination
@@ -48,8 +48,11 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument(
         "--prompts",
+        action="append",
+        default=[],
         metavar="FILE",
-        help="a prompt a line; .jsonl, .csv: fields prompt, seed, file_name or id; - is the standard input",
+        help="a prompt a line; .jsonl, .csv: fields prompt, seed, file_name or id; - is the standard input; may be given "
+        "several times",
     )
     parser.add_argument("--num", type=int, help=f"images a prompt ({_NUM}; with --prompts {_NUM_OF_FILE})")
     parser.add_argument(
@@ -106,7 +109,9 @@ def verb(argv: Sequence[str]) -> int:
     place, step = _split_step(args.workdir, args.step)
     # Before the model is loaded: an error in it costs little.
     prompts = [Prompt(text) for text in args.prompt]
-    prompts += read_prompts(args.prompts) if args.prompts is not None else []
+    for file in args.prompts:
+        prompts += read_prompts(file)
+    check_names(prompts)
     with cli.end_by_sigterm():
         return _sample(args, destination, RunFolder.open(place), step, prompts)
 
@@ -120,11 +125,11 @@ def _sample(
         upsampler = Upscaler.from_pretrained(args.upsampler, text_path=args.upsampler_text_path)
         upsampler.check_noise(args.upsampler_noise)
     # A file may have many thousand prompts: eight images of each are not what is meant.
-    num = args.num if args.num is not None else _NUM_OF_FILE if args.prompts is not None else _NUM
+    num = args.num if args.num is not None else _NUM_OF_FILE if args.prompts else _NUM
 
     def make_job(config: Config) -> SampleJob:
         check_job(config, prompts)
-        job = SampleJob(prompts if needs_prompts(config) else [Prompt("")], num, args.seed, args.prompts is not None)
+        job = SampleJob(prompts if needs_prompts(config) else [Prompt("")], num, args.seed, bool(args.prompts))
         # A folder takes any number.
         if destination.kind == "file":
             check_grid(config, job, destination, 1 if upsampler is None else upsampler.factor)

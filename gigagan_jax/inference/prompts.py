@@ -8,9 +8,10 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,16 @@ def read_prompts(file: str) -> list[Prompt]:
             _log.info("%s: %d blank lines are left out", shown, blank)
     if not prompts:
         raise UserError(f"--prompts={file}: there are no prompts in it; write one a line")
-    _check_names(prompts)
+    check_names(prompts)
     return prompts
 
 
 def _read_text(file: str, shown: str) -> str:
-    path = Path(file)
+    path = Path(os.path.expanduser(file))
     if file != STDIN and path.suffix.lower() in _BINARY:
         raise UserError(f"--prompts={file}: {path.suffix} is no text; write the prompts as .txt, .jsonl or .csv")
     try:
-        data = sys.stdin.buffer.read() if file == STDIN else path.expanduser().read_bytes()
+        data = sys.stdin.buffer.read() if file == STDIN else path.read_bytes()
     except IsADirectoryError:
         raise UserError(f"--prompts={file} is a folder: name a file of prompts in it") from None
     except OSError as e:
@@ -244,8 +245,8 @@ def _read_name(fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_names(prompts: list[Prompt]) -> None:
-    """Raises UserError where two prompts would have one file."""
+def check_names(prompts: Sequence[Prompt]) -> None:
+    """Raises UserError where two prompts, perhaps of two files, would have one name."""
     seen: dict[str, Prompt] = {}
     for prompt in prompts:
         if prompt.name is None:
@@ -253,7 +254,8 @@ def _check_names(prompts: list[Prompt]) -> None:
         # Some file systems do not tell capitals apart.
         other = seen.setdefault(prompt.name.casefold(), prompt)
         if other is not prompt:
+            place = f"line {other.line}" if other.file == prompt.file else f"{other.file} line {other.line}"
             raise UserError(
-                f"{prompt.where}its images would be called {prompt.name}, as those of line {other.line}: give each row an id of "
+                f"{prompt.where}its images would be called {prompt.name}, as those of {place}: give each row an id of "
                 "its own, or leave id and file_name out"
             )

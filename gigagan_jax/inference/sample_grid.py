@@ -9,6 +9,7 @@ import numpy as np
 
 from gigagan_jax.config import Config, needs_prompts
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.progress import ProgressBar
 from gigagan_jax.inference.image_encoding import ENDINGS, LONGEST_SIDE, save_image
 from gigagan_jax.inference.images import GRID_BACKGROUND, draw_grid, lay_out_grid
 from gigagan_jax.inference.sample_job import SampleJob, SampleSettings, make_batches
@@ -75,7 +76,11 @@ def save_picture(model: TextToImage, job: SampleJob, destination: Destination, s
     samples = list(job)
     full = len(job) > model.sampler.fewest
     # All in memory: `check_grid` has bounded them.
-    images = np.concatenate(list(make_batches(model, samples, settings, full)))
+    progress, batches = ProgressBar("sampling", len(samples), " images", quiet=jax.process_index() != 0), []
+    for batch in make_batches(model, samples, settings, full):
+        batches.append(batch)
+        progress.step(len(batch))
+    images = np.concatenate(batches)
     if jax.process_index() != 0:
         return
     about = settings.describe(model)

@@ -78,7 +78,8 @@ def parse_destination(out: str, image_format: str | None = None, shard_size: int
     """
     if not out:
         raise UserError("--out is empty: name a file or a folder ('.' is the current one)")
-    path = Path(out).expanduser()
+    # Not Path.expanduser, which raises for an unknown home.
+    path = Path(os.path.expanduser(out))
     suffix = path.suffix.lower()
     ending = f".{image_format or 'png'}"
     if shard_size is not None and shard_size < 1:

@@ -9,7 +9,7 @@ import pytest
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.inference import prompts as prompts_module
-from gigagan_jax.inference.prompts import read_prompts
+from gigagan_jax.inference.prompts import check_names, read_prompts
 
 
 def write(tmp_path, name, content):
@@ -124,6 +124,12 @@ def test_cells_with_lines_of_their_own(tmp_path):
 )
 def test_what_is_wrong_is_named_with_its_line(tmp_path, name, content, says):
     assert says in wrong(write(tmp_path, name, content))
+
+
+def test_names_of_two_files(tmp_path):
+    files = [write(tmp_path, name, "text,id\na,7\n") for name in ("a.csv", "b.csv")]
+    with pytest.raises(UserError, match=r"b.csv line 2: its images would be called 7, as those of .*a.csv line 2"):
+        check_names([p for file in files for p in read_prompts(file)])
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
