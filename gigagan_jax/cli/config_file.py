@@ -31,11 +31,16 @@ def load_config(path: str, overrides: Sequence[str], notes: list[str] | None = N
       UserError: the file is missing or fails, a key is unknown, or a value has another type than its field.
     """
     values = read_config_file(path)
+    before, names = values.get("condition"), set()
     for text in overrides:
         name, separator, value = text.removeprefix("--config.").partition("=")
         if not separator:
             raise UserError(f"{text}: write --config.{name}=VALUE")
         override_field(values, name, value)
+        names.add(name)
+    # The file's captions are no classes: the data's take their place.
+    if values.get("condition") == "class" != before and "snapshot.prompts" not in names:
+        override_field(values, "snapshot.prompts", "()")
     config = from_dict(values)
     off = switched_off(parse_fields(values))
     if off and notes is not None:

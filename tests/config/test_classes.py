@@ -134,3 +134,10 @@ def test_the_card_and_the_folder_of_a_model_name_its_classes():
     many = of_classes(*map(str, range(30)))
     assert "30 classes: 0, 1, 2" in model_card.write(many, 0, (), "safetensors")
     assert "29" not in model_card.write(many, 0, (), "safetensors")
+
+
+def test_captions_of_a_file_are_no_classes():
+    load = lambda *flags: cli.load_config("configs/shapes.py:tiny", ("--config.evaluators=", *flags))
+    assert load().snapshot.prompts
+    assert load("--config.condition=class").snapshot.prompts == ()
+    assert load("--config.snapshot.prompts=1,2", "--config.condition=class").snapshot.prompts == ("1", "2")
