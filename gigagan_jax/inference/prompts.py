@@ -224,7 +224,7 @@ def _read_seed(fields: Mapping[str, Any], shown: str, line: int) -> int | None:
         return None
     # Tables of pandas write 3.0 where another row has none.
     text = str(seed).strip().removesuffix(".0")
-    if isinstance(seed, bool) or not re.fullmatch(r"[0-9]+", text) or int(text) >= 2**32:
+    if isinstance(seed, bool) or not re.fullmatch(r"[0-9]{1,10}", text) or int(text) >= 2**32:
         raise UserError(f"{shown} line {line}: seed {str(seed)[:60]!r} must be a whole number, 0 to {2**32 - 1}")
     return int(text)
 

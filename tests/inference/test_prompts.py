@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import random
 import types
 
 import pytest
@@ -135,3 +136,45 @@ def test_names_of_two_files(tmp_path):
 def test_a_missing_file_and_a_folder(tmp_path):
     assert "a prompt itself is --prompt" in wrong("a photo of a cat")
     assert "is a folder" in wrong(str(tmp_path))
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    """500 files with bytes cut out, put in and changed: prompts, or a UserError."""
+    chance = random.Random(0)
+    whole = {
+        "p.jsonl": b'{"text": "a cat", "seed": 3, "id": 7}\n{"caption": "b", "file_name": "x/y.png"}\n',
+        "p.csv": 'text,seed,id\n"a, ""b""",3,x\n日本,,y\n'.encode(),
+        "p.json": b'[{"text": "a"}, "b", {"annotations": []}]',
+        "c.json": b'{"annotations": [{"caption": "a", "id": 1}, {"caption": "b", "id": 2}]}',
+        "p.txt": "\ufeffa cat\r\n\r\nédog\n".encode(),
+    }
+    pieces = [
+        b'"',
+        b"{",
+        b"]",
+        b",",
+        b"\n",
+        b"\0",
+        b"\xff\xfe",
+        b"null",
+        b"1e999",
+        b"9" * 5000,
+        b";",
+        b"\\ud800",
+        b"x" * 200_000,
+    ]
+    good, refused = [], []
+    for _ in range(500):
+        name = chance.choice(sorted(whole))
+        data = bytearray(whole[name])
+        for _ in range(chance.randint(1, 3)):
+            place = chance.randrange(len(data) + 1)
+            data[place : place + chance.randint(0, 4)] = chance.choice(pieces)
+        try:
+            good += texts(write(tmp_path, name, bytes(data)))
+        except UserError as e:
+            refused.append(str(e))
+    assert good
+    assert all(text.strip() for text in good)
+    assert refused
+    assert not any("\n" in line for line in refused)
