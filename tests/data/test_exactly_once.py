@@ -85,7 +85,7 @@ TRAINING = """
 import multiprocessing, sys, time
 from gigagan_jax.data import pipeline
 from gigagan_jax.data.sources.digits import DigitsSource
-from tests.data.streams import all_hosts, open_stream
+from gigagan_jax.data.tokenizers import ByteTokenizer
 
 if __name__ == "__main__":
     data = pipeline.build_pipeline(
