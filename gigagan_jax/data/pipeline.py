@@ -299,6 +299,12 @@ class Pipeline:
             raise UserError(f"the data position in the checkpoint cannot be read: {error!r}") from error
         _check_argument(examples_seen >= 0, f"the data position in the checkpoint is negative: {examples_seen}")
         other_data = identity != self._identity
+        # Accepted data may be larger, but a label must not become another class.
+        _check_argument(
+            not other_data or identity != getattr(self._reader.source, "sorted_identity", None),
+            "the checkpoint numbers these class folders in sorted order (0, 1, 10, 11, 2 ...), as earlier versions did, and "
+            "the order is now that of the numbers: every label would mean another class; start a new run in another workdir",
+        )
         # A rollback may go back to before the data were accepted: they were accepted once.
         known = {data.identity for data in self._earlier}
         _check_argument(

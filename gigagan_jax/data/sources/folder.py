@@ -112,9 +112,14 @@ class FolderSource(Source):
     def _identity_hash(self) -> str:
         # Names only: hashing the files would read the whole data set at the start.
         if list(self.classes) == sorted(self.classes):
-            return identity_of("folder", self._names)
+            return self.sorted_identity
         # Numbers as names: earlier versions labelled them in sorted order, and the labels belong to the identity.
         return identity_of("folder, classes by number", [*self._names, *self.classes])
+
+    @functools.cached_property
+    def sorted_identity(self) -> str:
+        """The identity of these files where their classes are in sorted order, or where there are none."""
+        return identity_of("folder", self._names)
 
     def _read_file(self, name: str, cause: str) -> bytes:
         try:

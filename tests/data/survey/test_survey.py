@@ -4,14 +4,19 @@ import dataclasses
 import io
 import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from gigagan_jax.config import DataConfig
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.data import decoding
 from gigagan_jax.data.example import BadExample
+from gigagan_jax.data.pipeline import build_pipeline
 from gigagan_jax.data.sources import make_source
 from gigagan_jax.data.sources.folder import FolderSource
 from gigagan_jax.data.survey import file_names, survey_path
+from gigagan_jax.data.tokenizers import ByteTokenizer
 from tests.data.survey.folders import HEIC, LFS, PNG, coco, write_all, write_parquet
 
 PICTURES = {f"p{i}.png": None for i in range(4)}
@@ -163,7 +168,14 @@ def test_class_folders_that_are_numbers_are_ordered_by_number(tmp_path):
     assert {source.name(i): source.read(i).label for i in range(12)} == {f"{i}/a.png": i for i in range(12)}
     # Sorted order is that of earlier versions: the identity is theirs only where the order is.
     assert FolderSource(few, labels="folder").identity() == FolderSource(few, caption_required=False).identity()
-    assert source.identity() != FolderSource(many, caption_required=False).identity()
+    earlier = FolderSource(many, caption_required=False).identity()
+    assert source.identity() != earlier
+    # A run of an earlier version is refused, even where other data are accepted: its labels mean other classes.
+    with build_pipeline(source, resolution=8, batch_size=4, seed=0, tokenizer=ByteTokenizer(8), num_threads=0) as data:
+        state = data.state() | {"source": earlier}
+        for accepted in (False, True):
+            with pytest.raises(UserError, match=r"class folders in sorted order \(0, 1, 10, 11, 2 "):
+                data.restore(state, accept_data=accepted)
 
 
 def test_report_of_tars_and_tables(tmp_path):
@@ -231,6 +243,34 @@ def test_pointers_of_git_lfs(tmp_path, refused):
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "0.tar").write_bytes(LFS)
     refused(lambda: report(tmp_path / "tars"), "0.tar is a pointer of Git LFS")
+
+
+def test_heic_is_read_whatever_its_name(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    picture = Image.fromarray(np.full((64, 48, 3), (200, 30, 90), np.uint8))
+    pillow_heif.from_pillow(picture).save(tmp_path / "a.heic", quality=-1)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.heic").read_bytes())
+    source = FolderSource(tmp_path, caption_required=False)
+    for i in range(2):
+        np.testing.assert_allclose(source[i].image, np.asarray(picture), atol=6)
+
+
+def test_what_lies_under_the_name_of_a_picture_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_enable_heic", lambda: None)
+    # Registered by another test of this process.
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name not in ("HEIF", "AVIF")])
+    for data, cause, detail in (
+        (HEIC, "image_heic", "pip install -e '.[heic]'"),
+        (LFS, "git_lfs_pointer", "git lfs pull"),
+        (b"<!DOCTYPE html><p>404", "image_undecodable", "a web page"),
+        (b"\0\0\0\x20ftypisom" + bytes(50), "image_undecodable", "a video"),
+        (b"PK\3\4" + bytes(50), "image_undecodable", "an archive"),
+        (b'{"error": "not found"}', "image_undecodable", "a text"),
+    ):
+        with pytest.raises(BadExample) as bad:
+            decoding.decode_image(data)
+        assert bad.value.cause == cause
+        assert detail in bad.value.detail
 
 
 def test_heic_without_its_package(tmp_path, monkeypatch):
