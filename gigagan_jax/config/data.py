@@ -44,17 +44,17 @@ class DataConfig:
     # "tar" (webdataset), "folder", "arrayrecord", "tfds", "parquet", "arrow" (a folder by save_to_disk), "hub" (an id of the
     # Hugging Face hub), "digits" and "shapes" (no path); "auto": by the path
     source: str = "auto"
-    path: str = (
-        ""  # files or folder; addresses (gs://, s3://), ranges {00000..01234}, wildcards; tfds: the data set's name
-    )
+    path: str = ""  # files or folder; addresses (gs://, s3://), ranges {00000..01234}, wildcards; tfds, hub: the data set's name
     mixture: tuple[str, ...] = ()  # instead of path: "WEIGHT:PATH" for each part, in exact proportions
     index: str = ""  # folder of the tars' index; empty: beside the tars, or in the workdir where that is not writable
     captions: str = "required"  # "required" or "optional": is an image without a caption an error?
     caption_keys: tuple[
         str, ...
-    ] = ()  # tfds, parquet: features that hold captions; tar: keys of .json (empty: the .txt)
-    image_key: str = ""  # tfds, parquet: feature that holds the image, or its path; empty: by its usual names
-    label_key: str = "label"  # tfds, parquet: feature that holds the class
+    ] = ()  # tables: columns that hold captions; tar: keys of .json; empty: the .txt, or by their usual names
+    image_key: str = (
+        ""  # tfds, parquet, arrow, hub: column that holds the image, or its path; empty: by its usual names
+    )
+    label_key: str = "label"  # tfds, parquet, arrow, hub: column that holds the class
     split: str = "train"  # tfds
     filters: FilterConfig = FilterConfig()
     shapes: ShapesConfig = ShapesConfig()

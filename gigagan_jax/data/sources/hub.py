@@ -88,11 +88,6 @@ def _prepare(path: str, split: str) -> tuple[ArrowFiles, np.ndarray | None]:
     return ArrowFiles(paths, split=split, splits=tuple(files)), np.concatenate(rows)
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether a path has the form of an id of the hub; one with a single slash may also be a path, or a name of TFDS."""
-    return path.startswith(_PREFIX) or bool(_ID.fullmatch(path))
-
-
 def _parse_id(path: str) -> tuple[str, str | None, str | None]:
     """Returns (id or folder, configuration, revision)."""
     # A folder may have an @ or a colon in its name.
@@ -123,12 +118,13 @@ def _explain_failure(datasets: Any, path: str, error: Exception) -> UserError:
     # Before the next case: offline, a data set that is not in the cache is "not found" too.
     if isinstance(error, ConnectionError) or "OfflineModeIsEnabled" in text or "offline" in text.lower():
         return UserError(
-            f"{path} is not in this machine's cache, and the hub cannot be reached ({text}): check the network, "
-            "HF_HUB_OFFLINE and HF_HOME, or set config.data.path to a downloaded folder"
+            f"{path} is no folder here, this machine's cache does not hold it as a data set of the hub, and the hub cannot be "
+            f"reached ({text}): check config.data.path, the network, HF_HUB_OFFLINE and HF_HOME"
         )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return UserError(
-            f"{path}: the hub has no such data set, or it is private (hf auth login); check config.data.path"
+            f"{path} is no folder here, and the hub has no such data set, or a private one (hf auth login): check "
+            "config.data.path"
         )
     # Nothing is chosen for the user: configurations may be languages, sizes or versions.
     if "config name is missing" in str(error).lower():

@@ -18,7 +18,8 @@ __all__ = ["OtherReading", "PassedOver", "Survey", "survey_path"]
 _NO_PATH = "config.data.path is empty: set it to the images (a folder, tars, Parquet files, a tfds name)"
 # NAME, NAME/CONFIG or NAME/CONFIG:VERSION.
 _TFDS_NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w.]+)?(:[\d.*]+)?")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# ORG/NAME, ORG/NAME:CONFIGURATION, ORG/NAME@REVISION.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.+-]+)?(@[\w./-]+)?")
 
 
 def survey_path(
@@ -55,6 +56,8 @@ def _kind_of_other(path: str, place: str, storage: Storage) -> str:
     by_name = kind_by_suffix([path.rstrip("}*/")])
     if by_name:
         return by_name
+    if path.startswith("hf://datasets/"):
+        return "hub"
     if not is_local(path):
         return kind_by_suffix(storage.expand_pattern(path if "*" in path else f"{path.rstrip('/')}/*")) or "tar"
     if Path(place).exists():
@@ -65,7 +68,8 @@ def _kind_of_other(path: str, place: str, storage: Storage) -> str:
     # A one-word name, or a version, is TFDS's. The hub's ids have an owner.
     if named and (":" in path or "/" not in path or path.split("/")[0] in _tfds_names()):
         return "tfds"
-    if _HUB_ID.fullmatch(path):
+    # A folder of the first name is here: the second one is misspelled.
+    if _HUB_ID.fullmatch(path) and not Path(place).parent.is_dir():
         return "hub"
     raise UserError(f"{path}: there is nothing at this path; check config.data.path")
 

@@ -28,14 +28,15 @@ _FLAG = "--config.data.source="
 
 
 def kind_by_suffix(names: Sequence[str]) -> str | None:
-    """Returns the first of tar, arrayrecord, parquet that matches a name, or None."""
+    """Returns the first of tar, arrayrecord, parquet, arrow that matches a name, or None."""
     # Tar comes first: img2dataset writes a Parquet file with metadata beside each tar.
     lower = [n.lower() for n in names]
     if any(n.endswith(SHARD_SUFFIXES) for n in lower):
         return "tar"
     if any(".array_record" in n for n in lower):
         return "arrayrecord"
-    return "parquet" if any(n.endswith(".parquet") for n in lower) else None
+    # Suffixes of tables are their kinds.
+    return next((kind for kind in ("parquet", "arrow") if any(n.endswith(f".{kind}") for n in lower)), None)
 
 
 def survey_folder(root: Path, data: DataConfig, condition: str, workdir: Path | None) -> Survey:
@@ -117,7 +118,12 @@ def _kind_by_metadata(root: Path) -> str | None:
     # Both files are needed: other tools write a dataset_info.json too.
     if {"features.json", "dataset_info.json"} <= names:
         return "tfds"
-    if "dataset_dict.json" in names or ("state.json" in names and any(n.endswith(".arrow") for n in names)):
+    # By save_to_disk, or the cache of datasets.
+    has_arrow = any(n.endswith(".arrow") for n in names)
+    if "dataset_dict.json" in names or (has_arrow and names & {"state.json", "dataset_info.json"}):
+        return "arrow"
+    # Arrow files that were copied without their description.
+    if has_arrow and all(n.endswith((".arrow", ".md")) or n.startswith(".") for n in names):
         return "arrow"
     return None
 

@@ -214,14 +214,20 @@ def test_an_archive_beside_pictures_is_not_the_data(tmp_path):
     ]
 
 
-def test_ids_of_the_hub_and_names_of_tfds():
+def test_ids_of_the_hub_and_names_of_tfds(refused, tmp_path, monkeypatch):
     kinds = {
+        "lambda/pokemon-blip:large@main": "hub",
+        "hf://datasets/lambda/pokemon-blip": "hub",
         "lambda/pokemon-blip": "hub",
         "Someone/Set": "hub",
         "imagenet2012": "tfds",
         "coco_captions/2014:1.1.0": "tfds",
     }
     assert {name: survey_path(name, DataConfig(), "text").kind for name in kinds} == kinds
+    # A folder of the first name is here: a misspelled path.
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: survey_path("photos/cat", DataConfig(), "text"), "there is nothing at this path")
 
 
 def test_without_any_caption_it_says_what_was_seen(tmp_path, refused):
