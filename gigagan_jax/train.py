@@ -76,6 +76,7 @@ def verb(argv: Sequence[str]) -> int:
     if args.devices is not None and args.devices < 1:
         raise UserError(f"--devices={args.devices}: must be at least 1")
     profile_steps = parse_steps(args.profile_steps) if args.profile_steps else None
+    init_from = None if args.init_from is None else InitFrom.parse(args.init_from, args.init_parts)
     overrides, notes = cli.collect_overrides(unknown), list[str]()
     config = cli.load_config(args.config, overrides, notes)
     if not args.dry_run:
@@ -114,7 +115,7 @@ def verb(argv: Sequence[str]) -> int:
         began=process_start_time(),
         profile_steps=profile_steps,
         accept=args.accept,
-        init_from=None if args.init_from is None else InitFrom.parse(args.init_from, args.init_parts),
+        init_from=init_from,
     )
     if jax.process_index() == 0:
         print(dry_run.summarize_modules(run.networks, run.mesh), flush=True)

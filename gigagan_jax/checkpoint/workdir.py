@@ -58,7 +58,8 @@ def open_workdir(place: Place, config: Config, accept: Collection[str] = ()) -> 
             values, lacked = upgrade_config(stored, str(file))
             changed = fixed_differences(values, config, accept)
             if changed:
-                raise UserError(f"{place} holds a run of another config {explain_differences(changed)}")
+                own = str(file) if place.store is None and file.exists() else ""
+                raise UserError(f"{place} holds a run of another config {explain_differences(changed, own)}")
         text = json.dumps(with_format(to_dict(config), lacked), indent=1)
         # A restart with the same config writes nothing: a full disk must not keep it from resuming.
         if not (file.exists() and file.read_text() == text):

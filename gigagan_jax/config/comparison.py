@@ -169,8 +169,13 @@ def fixed_differences(stored: Mapping[str, Any], current: Config, accept: Collec
     return [c for c in changed_fields(stored, current) if is_fixed(c.name) and c.flag not in accept]
 
 
-def explain_differences(changes: Collection[FieldChange]) -> str:
-    """What `fixed_differences` found, and what mends it: "a: 1 -> 2; b: 3 -> 4): --accept=settings ..."."""
+def explain_differences(changes: Collection[FieldChange], file: str = "") -> str:
+    """What `fixed_differences` found, and what mends it: "a: 1 -> 2; b: 3 -> 4): --accept=settings ...".
+
+    Args:
+      changes: that are refused.
+      file: that holds the settings of the run, where --config can read it.
+    """
     # Eight fields fit in a message.
     shown = "; ".join(str(change) for change in list(changes)[:8])
     more = f" and {len(changes) - 8} more" if len(changes) > 8 else ""
@@ -183,7 +188,9 @@ def explain_differences(changes: Collection[FieldChange]) -> str:
         mend = f"no flag lets {', '.join(never[:8])} change; use"
     else:
         mend = "use"
-    return f"({shown}{more}): {mend} another --workdir, or the settings it was started with"
+    # Defaults of a config file may be other ones after an update of this package.
+    own = f"--config={file}, the settings it was started with" if file else "the settings it was started with"
+    return f"({shown}{more}): {mend} another --workdir, or {own}"
 
 
 def config_digest(config: Config) -> str:
