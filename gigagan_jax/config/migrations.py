@@ -150,6 +150,7 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (6, "loss.perceptual", 0.0),
     (7, "class_names", ()),
     (7, "checkpoint.full_disk_seconds", 600.0),
+    (7, "health.memory", "warn"),  # may change within a run
     (7, "snapshot.preferred_classes", ()),
     (7, "discriminator.augment", ()),
 )

@@ -88,6 +88,7 @@ class HealthConfig:
     collapse: str = "warn"  # images that are too much alike
     levels: str = "warn"  # a level of the pyramid, or an exit of D, that does nothing
     updates: str = "warn"  # updates that vanish or explode
+    memory: str = "warn"  # memory of the host that grows without end; "off" or "warn": a rollback frees none
     max_skips: int = 10  # steps in a row that may be left out
     max_rollbacks: int = 3  # in a run; after them it stops
     rollback_lr: float = 0.5  # factor of all learning rates with each rollback

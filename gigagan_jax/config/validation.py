@@ -211,6 +211,7 @@ def _check_health(health: Any) -> None:
     _check_choice("health.nonfinite", health.nonfinite, ("warn", "skip", "rollback"))
     for name in ("saturation", "evasion", "drift", "penalty", "collapse", "levels", "updates"):
         _check_choice(f"health.{name}", getattr(health, name), ("off", "warn", "rollback"))
+    _check_choice("health.memory", health.memory, ("off", "warn"))
     # 0 is valid: no skips, no rollbacks, no grace period.
     for name in ("max_skips", "max_rollbacks", "grace"):
         if getattr(health, name) < 0:

@@ -38,6 +38,8 @@ _SPEED = (
     ("Images a second", ("images_per_second",)),
     ("MFU: share of the chips' peak", ("mfu",)),
     ("Goodput: share of wall time in useful steps", ("goodput",)),
+    ("Memory of the host, GiB: the process and its workers", ("memory/host_gib", "memory/workers_gib")),
+    ("Peak of the devices' memory, GiB", ("memory/device_peak_gib",)),
 )
 _HEALTH = (
     ("What D and V tell apart", ("health/d_gap*", "health/v_gap")),
@@ -59,6 +61,7 @@ _TRAINING_PREFIXES = (
     "images_per_second",
     "mfu",
     "goodput",
+    "memory/",
     "health/",
     "r1/",
     "data/",

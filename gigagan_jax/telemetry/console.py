@@ -15,6 +15,11 @@ PROGRESS_LAYOUT: Layout = (
     (("D real", "logits/real", "+.2f"), ("fake", "logits/fake", "+.2f"), ("G", "loss/g", ".2f")),
     (("r1", "loss/r1", ".2g"),),
     (("gnorm G", "grad_norm/g", ".2g"), ("D", "grad_norm/d", ".2g")),
+    (
+        ("GiB host", "memory/host_gib", ".1f"),
+        ("workers", "memory/workers_gib", ".1f"),
+        ("device", "memory/device_peak_gib", ".1f"),
+    ),
 )
 # Libraries that log their normal work at INFO.
 _NOISY_LIBRARIES = (

@@ -25,6 +25,7 @@ from gigagan_jax.parallel import communication, sharding, watchdog
 from gigagan_jax.parallel.signals import Interrupted, StopSignals
 from gigagan_jax.telemetry.console import TrainingProgress
 from gigagan_jax.telemetry.goodput import Goodput
+from gigagan_jax.telemetry.memory import HOST, WORKERS, memory_metrics
 from gigagan_jax.telemetry.metrics import MetricLogger
 from gigagan_jax.telemetry.profiler import Profiler
 from gigagan_jax.training.compiled_step import CompiledStep
@@ -387,6 +388,11 @@ class _Loop:
         values |= self.speed.metrics_of_rate(self.progress.rate)
         if self.goodput.share is not None:
             values["goodput"] = self.goodput.share
+        # Of this process: each looks at its own, and the first one's is logged.
+        memory = memory_metrics(jax.local_devices())
+        host = memory.get(HOST, 0.0) + memory.get(WORKERS, 0.0)
+        self.guard.observe_memory(self.steps_done, self.images, host, time.monotonic())
+        values |= memory
         line = self.progress.format_line(values)
         bad = self.data.quarantine.causes
         if bad:

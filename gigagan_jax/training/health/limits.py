@@ -28,6 +28,8 @@ CURES = {
     "penalty": "a lower config.d_optimizer.learning_rate usually helps; single spikes pass",
     "collapse": "a larger config.loss.r1_gamma, a larger batch or config.discriminator.minibatch_std=4 usually helps",
     "levels": "config.loss.level_weights that give the level more, or a larger config.generator.rgb_gain usually helps",
+    "memory": "fewer config.data.workers or config.data.threads usually help; the same command, run again, resumes with what it "
+    "needs at the start",
     "updates": "look at the learning rates and at the gradient norms of the network (grad_norm/...)",
 }
 

@@ -32,7 +32,7 @@ class Finding:
     """A problem of the training, and the action taken.
 
     step, kimg: time of the detection
-    name: "nonfinite", "saturation", "evasion", "drift", "penalty", "collapse", "levels" or "updates"
+    name: "nonfinite", "saturation", "evasion", "drift", "penalty", "collapse", "levels", "updates" or "memory"
     module: location: a module of a network, an input, a loss or a measure
     value, threshold: the measured value and its limit; None without such a number
     action: "warn", "skip", "rollback" or "stop"
@@ -270,6 +270,13 @@ class HealthMonitor:
         text = f"R1 is {value:.3g}, {value / median:.0f} times its median of {median:.3g} (limit {c.max_penalty:g})"
         action = self._choose_action(c.penalty)
         return [self._make_finding(step, images, "penalty", "loss/r1", value, c.max_penalty * median, action, text)]
+
+    def observe_memory(self, step: int, images: int, gib: float, baseline: float) -> Finding:
+        """Records that the host's memory grows without end, which is a matter of this process alone."""
+        text = f"the memory of the host has grown from {baseline:.1f} to {gib:.1f} GiB, and still grows"
+        finding = self._make_finding(step, images, "memory", "memory/host_gib", gib, baseline, "warn", text)
+        self.findings = [*self.findings, finding][-_MAX_FINDINGS:]
+        return finding
 
     def _count_held(self, finding: str, measure: str, beyond: bool) -> int:
         """Counts consecutive readings of a measure beyond its limit."""

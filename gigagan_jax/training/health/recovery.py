@@ -18,6 +18,7 @@ from gigagan_jax.data.pipeline import Pipeline
 from gigagan_jax.data.sampling import with_new_order
 from gigagan_jax.parallel import communication
 from gigagan_jax.telemetry.metrics import MetricLogger
+from gigagan_jax.training.health.memory_growth import MemoryGrowth
 from gigagan_jax.training.health.monitor import Finding, HealthMonitor
 from gigagan_jax.training.health.step_statistics import HealthVector, StepStatistics
 from gigagan_jax.training.state import GanState
@@ -43,6 +44,8 @@ class HealthGuard:
         self.config, self.health_vector, self.workdir, self.data = config, health_vector, workdir, data
         self.monitor = HealthMonitor(config, health_vector.measures)
         self.rollback: Finding | None = None
+        # Not in a checkpoint: a process that starts again has its memory back.
+        self._memory = MemoryGrowth()
         # Position of the data at step 0 of a run without checkpoints.
         self._origin = data.state()
         self._reading: StepStatistics | None = None
@@ -76,8 +79,7 @@ class HealthGuard:
             step, images, self._reading, losses, lambda row: self.data.example_name(first + row)
         )
         for finding in found:
-            message = f"step {step} ({finding.kimg:.1f} kimg), {finding.name}: {finding.text}"
-            _log.warning("health: %s [%s]", message, finding.action)
+            self._log_finding(finding)
             # The loop owns the state, and calls `roll_back`.
             if finding.action == "rollback":
                 self.rollback = finding
@@ -86,6 +88,23 @@ class HealthGuard:
             self._write_report(stop)
         if stop is not None:
             self._raise_stop(stop)
+
+    def observe_memory(self, step: int, images: int, gib: float, seconds: float) -> None:
+        """Judges the memory of this process and its workers; never more than a warning.
+
+        Args:
+          step, images: numbers of steps and images
+          gib: memory in GiB
+          seconds: on a clock that does not go back
+        """
+        if self.config.health.memory == "off" or not self._memory.add_reading(gib, seconds):
+            return
+        self._log_finding(self.monitor.observe_memory(step, images, gib, self._memory.baseline or 0.0))
+        self._write_report(None)
+
+    def _log_finding(self, finding: Finding) -> None:
+        message = f"step {finding.step} ({finding.kimg:.1f} kimg), {finding.name}: {finding.text}"
+        _log.warning("health: %s [%s]", message, finding.action)
 
     def roll_back(
         self,
