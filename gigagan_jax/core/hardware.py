@@ -71,3 +71,12 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
     """Peak bfloat16 FLOP/s of all these devices together; None for unknown devices."""
     name = chip_name(devices[0].device_kind) if devices else None
     return CHIPS[name].flops * count_chips(devices) if name else None
+
+
+def memory_stats(device: Any) -> dict[str, int] | None:
+    """Memory of a device in bytes, by JAX's names; None where it does not tell, as a CPU."""
+    try:
+        return device.memory_stats()
+    # Backends without the function raise errors of several types.
+    except Exception:
+        return None

@@ -8,11 +8,11 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.hardware import memory_stats
 from gigagan_jax.parallel.communication import import_private_module
 
 _log = logging.getLogger(__name__)
@@ -179,12 +179,3 @@ def host_memory() -> int:
     with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
         total = min(total or 2**63, int(file.read()))
     return total
-
-
-def memory_stats(device: Any) -> dict[str, int] | None:
-    """Memory of a device in bytes, by JAX's names; None where it does not tell, as a CPU."""
-    try:
-        return device.memory_stats()
-    # Backends without the function raise errors of several types.
-    except Exception:
-        return None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gigagan_jax.parallel.devices import memory_stats
+from gigagan_jax.core.hardware import memory_stats
 
 HOST, WORKERS, DEVICE = "memory/host_gib", "memory/workers_gib", "memory/device_peak_gib"
 _GIB = 2**30
