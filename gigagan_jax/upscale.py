@@ -99,8 +99,8 @@ def run(args: argparse.Namespace, load: Callable[..., Any]) -> int:
       0, or 2 where a file of a job failed.
     """
     configure_logging()
-    log_devices()
     files, outputs, job = _plan(args)
+    log_devices()
     settings = upscale_job.Settings(args.scale, args.color_match)
     device = _find_device(args.gpu)
     mesh = sharding.make_mesh(MeshConfig(), None if device is None else [device])

@@ -60,7 +60,7 @@ def find_unused_accelerator(exists: Callable[[str], bool] | None = None) -> str:
     exists = exists or os.path.exists
     if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS", "").strip().lower() == "cpu":
         return ""
-    slow = "this run is on the CPU, which is a hundred times slower or more"
+    slow = "this run is on the CPU, which is many times slower"
     card = next((file for file in _NVIDIA_FILES if exists(file)), "")
     # CUDA itself takes an empty list for "no card", and so does who sets it.
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
