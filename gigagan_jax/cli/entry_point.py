@@ -12,7 +12,7 @@ from typing import NoReturn
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.processes import exit_past_threads, tune_malloc
 from gigagan_jax.parallel import watchdog
-from gigagan_jax.parallel.devices import platform_error
+from gigagan_jax.parallel.devices import memory_error, platform_error
 
 # EX_TEMPFAIL: stopped by SIGTERM, with the state saved where there was a step to save. Launchers run the same command again.
 RESTART = 75
@@ -47,7 +47,7 @@ def main(verb: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
         watchdog.report_failure("its output was closed by who read it", code)
     except Exception as e:
         # The first call that touches a device raises it, wherever that is.
-        refused = platform_error(e)
+        refused = platform_error(e) or memory_error(e)
         if refused is None:
             watchdog.end_all_processes(e)
             raise

@@ -160,6 +160,21 @@ def _raised_by(error: BaseException, file: str) -> bool:
     return trace is not None and trace.tb_frame.f_code.co_filename.endswith(file)
 
 
+def memory_error(error: BaseException) -> UserError | None:
+    """The one line of an exception that XLA raised because a device's memory was full; None for any other."""
+    message = str(error)
+    # XLA names the status on GPUs and TPUs, and says it in words on CPUs.
+    full = "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower()
+    if not (isinstance(error, jax.errors.JaxRuntimeError) and full):
+        return None
+    size = re.search(r"allocat\w* (\d+) bytes", message)
+    asked = f" ({int(size[1]) / 2**30:,.1f} GiB were asked for at once)" if size else ""
+    return UserError(
+        f"a device's memory is full{asked}: train with a smaller config.batch_size, with parts of it by config.micro_batches=8, "
+        "with config.remat=true, or a smaller config; --dry_run says what a config takes"
+    )
+
+
 # ---------------------------------------------------------------- sizes
 
 

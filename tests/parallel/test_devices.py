@@ -138,3 +138,14 @@ def test_jax_that_cannot_start_though_nobody_asked(unset):
     )
     said = str(devices.platform_error(RuntimeError(message)))
     assert said.endswith("the lock is held; JAX_PLATFORMS=cpu does without it")
+
+
+def test_a_full_memory_is_one_line():
+    message = "INTERNAL: Error dispatching computation: Out of memory allocating 705468758208 bytes."
+    said = str(devices.memory_error(jax.errors.JaxRuntimeError(message)))
+    assert said.startswith(
+        "a device's memory is full (657.0 GiB were asked for at once): train with a smaller config.batch_size"
+    )
+    assert devices.memory_error(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"))
+    assert devices.memory_error(jax.errors.JaxRuntimeError("INTERNAL: lost")) is None
+    assert devices.memory_error(ValueError("out of memory")) is None

@@ -1,0 +1,122 @@
+"""How many images a run needs from scratch, and from the weights of docs/weights/digits: digits with inverted colours.
+
+    python tools/measure_finetuning.py --workdir=DIR --results=docs/finetuning.jsonl [--arm=scratch] [--arm=weights]
+    python tools/measure_finetuning.py --results=docs/finetuning.jsonl --table
+
+The pictures, black on white, are a folder with caption files in DIR. Each arm is a run of configs/digits.py on it; every
+checkpoint is judged by docs/digits.md's judge, on its pictures inverted back. A line is written for each. The same command goes on.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gigagan_jax import cli
+from gigagan_jax.checkpoint.manager import Checkpoints
+from gigagan_jax.core.errors import UserError
+from gigagan_jax.core.files import append_text
+from gigagan_jax.data.sources.digits import DigitsSource
+from gigagan_jax.evaluation.digits import MIN_ACCURACY
+from gigagan_jax.evaluation.judges import make_judge
+from gigagan_jax.inference.text_to_image import TextToImage
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT / "docs" / "weights" / "digits"
+# Flags of each arm. The rates of the longer run fall from 40 kimg on, those of the shorter one from 4 kimg on.
+ARMS = {
+    "scratch": ["--config.total_kimg=120"],
+    "weights": [
+        f"--init_from={WEIGHTS}",
+        "--config.total_kimg=16",
+        "--config.g_optimizer.decay_kimg=12",
+        "--config.d_optimizer.decay_kimg=12",
+    ],
+}
+
+
+def verb(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = cli.Parser(prog="measure_finetuning.py", description=__doc__)
+    parser.add_argument("--workdir", type=cli.local_folder, help="for the pictures and the runs")
+    parser.add_argument("--results", type=cli.local_folder, required=True, help="a .jsonl file: a line a checkpoint")
+    parser.add_argument("--arm", action="append", choices=tuple(ARMS), help="one of them; both without it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kimg", type=float, default=1.0, help="between two checkpoints (1)")
+    parser.add_argument("--table", action="store_true", help="print the results there are")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(format_table(read_results(args.results)))
+        return 0
+    if args.workdir is None:
+        raise UserError("--workdir=DIR is needed: the pictures and the runs go there")
+    pictures = write_pictures(args.workdir / "inverted")
+    for arm in args.arm or ARMS:
+        run = args.workdir / f"{arm}-{args.seed}"
+        train(pictures, run, [*ARMS[arm], f"--config.seed={args.seed}", f"--config.checkpoint_kimg={args.kimg:g}"])
+        judge_checkpoints(arm, args.seed, run, args.results)
+    print(format_table(read_results(args.results)))
+    return 0
+
+
+def write_pictures(folder: Path) -> Path:
+    """Writes the digits, black on white, as 8x8 PNG files with their eight captions each."""
+    source = DigitsSource()
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(len(source)):
+        record = source.read(i)
+        Image.fromarray(255 - np.asarray(record.image)).save(folder / f"{i:04d}.png")
+        (folder / f"{i:04d}.txt").write_text("\n".join(record.captions))
+    return folder
+
+
+def train(pictures: Path, workdir: Path, flags: Sequence[str]) -> None:
+    """Runs configs/digits.py on the folder; all checkpoints are kept."""
+    command = [sys.executable, "-m", "gigagan_jax.train", f"--config={ROOT / 'configs' / 'digits.py'}"]
+    command += [f"--workdir={workdir}", "--config.data.source=folder", f"--config.data.path={pictures}"]
+    command += ["--config.checkpoint.keep=1000", "--config.snapshot_kimg=1000", "--config.evaluators=()", *flags]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        raise UserError(f"the run in {workdir} ended with code {code}: its log is above")
+
+
+def judge_checkpoints(arm: str, seed: int, workdir: Path, results: Path) -> None:
+    """Appends a line for each checkpoint that has none."""
+    known = {(line["arm"], line["seed"], line["step"]) for line in read_results(results)}
+    for step in Checkpoints(workdir).all_steps():
+        if (arm, seed, step) in known:
+            continue
+        model = TextToImage.from_workdir(workdir, step=step, device_batch=50)
+        judge = make_judge("digits", model.config)
+        # Back to white on black, as the judge has learnt them.
+        figures = judge.evaluate(lambda captions, seeds, model=model: 255 - model(captions, seeds))
+        line = {"arm": arm, "seed": seed, "step": step, "kimg": step * model.config.batch_size / 1000, **figures}
+        append_text(results, json.dumps(line) + "\n")
+        print(f"{arm} {line['kimg']:.1f} kimg: accuracy {figures['accuracy']:.3f}", flush=True)
+
+
+def read_results(results: Path) -> list[dict]:
+    """The lines of a file of results; none where there is no file."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def format_table(lines: Sequence[dict]) -> str:
+    """A row a run: where it first reaches the accuracy, and its last figures."""
+    rows = ["| arm | seed | kimg to accuracy 0.98 | accuracy there | last kimg | accuracy | variance ratio | Frechet |"]
+    rows.append("|---|---|---|---|---|---|---|---|")
+    for arm, seed in dict.fromkeys((line["arm"], line["seed"]) for line in lines):
+        run = sorted((x for x in lines if (x["arm"], x["seed"]) == (arm, seed)), key=lambda x: x["kimg"])
+        first = next((x for x in run if x["accuracy"] >= MIN_ACCURACY), None)
+        reached = f"{first['kimg']:.1f} | {first['accuracy']:.3f}" if first else "never | "
+        last = run[-1]
+        figures = f"{last['accuracy']:.3f} | {last['variance_ratio']:.2f} | {last['frechet']:.1f}"
+        rows.append(f"| {arm} | {seed} | {reached} | {last['kimg']:.1f} | {figures} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    cli.main(verb)
