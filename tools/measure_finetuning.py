@@ -3,10 +3,11 @@
     python tools/measure_finetuning.py --workdir=DIR --results=docs/finetuning.jsonl [--arm=scratch] [--arm=weights]
     python tools/measure_finetuning.py --results=docs/finetuning.jsonl --table
 
-The pictures, black on white, are a folder with caption files in DIR. Each arm is a run of configs/digits.py on it; every
-checkpoint is judged by docs/digits.md's judge, on its pictures inverted back. A line is written for each. The same command goes on.
+The pictures, black on white, are a folder with caption files in DIR. Each arm is a run of configs/digits.py on it. The judge of
+docs/digits.md sees pictures of every checkpoint, inverted back, and a line is written for each. The same command goes on.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -92,11 +93,15 @@ def judge_checkpoints(arm: str, seed: int, workdir: Path, results: Path) -> None
             continue
         model = TextToImage.from_workdir(workdir, step=step, device_batch=50)
         judge = make_judge("digits", model.config)
-        # Back to white on black, as the judge has learnt them.
-        figures = judge.evaluate(lambda captions, seeds, model=model: 255 - model(captions, seeds))
+        figures = judge.evaluate(functools.partial(draw_inverted, model))
         line = {"arm": arm, "seed": seed, "step": step, "kimg": step * model.config.batch_size / 1000, **figures}
         append_text(results, json.dumps(line) + "\n")
         print(f"{arm} {line['kimg']:.1f} kimg: accuracy {figures['accuracy']:.3f}", flush=True)
+
+
+def draw_inverted(model: TextToImage, captions: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    """Pictures back in white on black, as the judge has learnt digits: uint8 [N, R, R, 3]."""
+    return 255 - model(captions, seeds)
 
 
 def read_results(results: Path) -> list[dict]:
