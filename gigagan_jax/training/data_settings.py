@@ -62,7 +62,7 @@ def with_data_settings(config: Config, place: RunFolder) -> tuple[Config, Source
             "augmentation of what D sees: %s", ", ".join(names) if names else f"off, for {FEW_IMAGES:,} images or more"
         )
     if draws_captions:
-        prompts = _first_captions(source) if source is not None else SnapshotConfig().prompts
+        prompts = _varied_captions(source) if source is not None else SnapshotConfig().prompts
         config = with_fields(config, {"snapshot.prompts": prompts})
     return (with_data_classes(config, source, stored, str(place)) if config.condition == "class" else config), source
 
@@ -78,16 +78,26 @@ def _keep_stored(config: Config, stored: Mapping[str, Any]) -> Config:
     return with_fields(config, fields)
 
 
-def _first_captions(source: Source) -> tuple[str, ...]:
-    """Up to as many different captions as a grid has rows, from all over the data; the empty one where there is none."""
-    count, found = len(SnapshotConfig().prompts), dict[str, None]()
+def _varied_captions(source: Source) -> tuple[str, ...]:
+    """As many captions as a grid has rows, from all over the data and far from each other; the empty one where there is none."""
+    count, found = len(SnapshotConfig().prompts), dict[str, set[str]]()
     for i in np.linspace(0, len(source) - 1, min(len(source), _CAPTIONS_READ)).astype(int).tolist():
         # What cannot be read is counted when it is trained on.
         with contextlib.suppress(BadExample):
-            found |= dict.fromkeys(" ".join(text.split()) for text in source.captions(i)[:1])
-        if len(found) == count:
-            break
-    return tuple(found) or ("",)
+            found |= {" ".join(words): set(words) for words in (text.split() for text in source.captions(i)[:1])}
+    chosen: list[str] = []
+    while found and len(chosen) < count:
+        # Captions that differ in a number only would draw one subject in all rows.
+        others = [set(text.split()) for text in chosen]
+        nearest = {text: min((_word_distance(words, o) for o in others), default=0.0) for text, words in found.items()}
+        chosen.append(max(nearest, key=nearest.__getitem__))
+        del found[chosen[-1]]
+    return tuple(chosen) or ("",)
+
+
+def _word_distance(a: set[str], b: set[str]) -> float:
+    """Share of the words of two captions that only one of them has."""
+    return len(a ^ b) / max(len(a | b), 1)
 
 
 def with_data_classes(config: Config, source: Source | None, stored: Mapping[str, Any] = {}, place: str = "") -> Config:

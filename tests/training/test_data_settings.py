@@ -160,6 +160,15 @@ def test_snapshots_draw_captions_of_the_data_and_few_images_are_augmented(captio
     assert len(source) == 8
 
 
+def test_captions_that_are_drawn_are_far_from_each_other(captioned, tmp_path):
+    (captioned / "7.txt").write_text("a red flower")
+    (captioned / "6.txt").write_text("a tabby cat on a table")
+    prompts = with_data_settings(own_config(captioned), RunFolder.open(tmp_path / "run"))[0].snapshot.prompts
+    assert prompts[0] == "photo number 0"
+    assert set(prompts[1:3]) == {"a red flower", "a tabby cat on a table"}
+    assert len(prompts) == 4
+
+
 def test_a_run_keeps_what_its_first_start_chose_by_the_data(captioned, tmp_path, monkeypatch):
     place = RunFolder.open(tmp_path / "run")
     begun, _ = with_data_settings(own_config(captioned), place)
