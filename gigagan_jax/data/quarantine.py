@@ -52,6 +52,8 @@ class Quarantine:
         self._max_bad_fraction = max_bad_fraction
         self._path = None if path is None else Path(path)
         self._written: set[str] = set()
+        # Of the last bad example: the decoder's message often says how to mend it.
+        self._last = ""
         if self._path is not None:
             # A path that cannot be written ends the run here, not hours later at the first bad file.
             try:
@@ -83,6 +85,7 @@ class Quarantine:
         if bad:
             self.causes[bad[0].cause] += 1
         for failed in bad:
+            self._last = f"{failed.name} ({failed.detail})"
             # Each epoch meets the same bad files again. One line in the log is enough.
             if failed.name not in self.names:
                 self.names[failed.name] = failed.cause
@@ -96,7 +99,7 @@ class Quarantine:
             raise UserError(
                 f"{self._distinct_bad} of {self._distinct_tried} examples tried are bad, more than "
                 f"max_bad_fraction={self._max_bad_fraction:g} allows; "
-                f"reads replaced: {format_causes(self.causes)}; "
+                f"reads replaced: {format_causes(self.causes)}; the last one is {self._last}; "
                 "the log names the files: repair them or raise that limit"
             )
 

@@ -93,6 +93,8 @@ class TarSource(Source):
                 len(damaged),
                 ", ".join(damaged[:10]) + (" ..." if len(damaged) > 10 else ""),
             )
+        if self.index.about.get("unused_images"):
+            _log.warning("%s; give each its own name to use it", self._describe_unused())
         # None if no filter is enabled: then rows are indices and no array of them is needed.
         selected = filter_tars.select_tar_examples(
             self.index, folder, self.paths, self._storage, filters or FilterConfig(), workers
@@ -108,12 +110,17 @@ class TarSource(Source):
             raise UserError(f"{path}: no example is left; {why}")
         self.has_labels = "label" in self.index.columns
 
+    def _describe_unused(self) -> str:
+        a = self.index.about
+        return f"passed over: {a['unused_images']} images whose example has another one ({a['first_unused']})"
+
     def _summarize_index(self) -> str:
         # Counts come from indexing, so this line costs no read.
         a = self.index.about
         faults = ", ".join(f"{n} {cause}" for cause, n in a["faults"].items())
         bad = f"; without a caption: {a['without_caption']}" if a["without_caption"] else ""
         note = f"; {self.caption_note}" if self.caption_note else ""
+        note += f"; {self._describe_unused()}" if a.get("unused_images") else ""
         return f"{a['examples']} examples in {len(self.paths)} tars{bad}{'; bad: ' + faults if faults else ''}{note}"
 
     def _check_caption_keys(self) -> None:

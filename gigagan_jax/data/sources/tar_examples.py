@@ -34,6 +34,8 @@ class TarExample:
     json: Place | None = None
     label: int | None = None
     fault: str = ""
+    # Further images of the key: x.seg.png beside x.jpg.
+    unused_images: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +195,7 @@ def _make_example(key: str, parts: list[_Part]) -> TarExample:
         label=label.label if label else None,
         # The last fault is the one that was found last.
         fault=next((p.fault for p in reversed(parts) if p.fault), ""),
+        unused_images=sum(p.is_image for p in parts if p is not image),
     )
 
 

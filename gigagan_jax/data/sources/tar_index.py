@@ -83,6 +83,10 @@ def scan_tar(storage: Storage, path: str) -> dict[str, np.ndarray]:
     # The column is optional: most tars have no labels.
     if any(f.label is not None for f in examples):
         columns["label"] = np.array([-1 if f.label is None else f.label for f in examples], np.int32)
+    unused = [f.unused_images for f in examples]
+    # Optional too: their number, and the first example that has one.
+    if any(unused):
+        columns["unused_images"] = np.array([sum(unused), np.flatnonzero(unused)[0]], np.int64)
     columns["grouping"] = np.array([GROUPING], np.int64)
     # Size and time of change: `scan_to_part` compares them to find out whether the tar changed.
     columns["stamp"] = np.array([length, changed], np.int64)
@@ -193,7 +197,7 @@ def _merge_parts(folder: Path, paths: Sequence[str], captions: str) -> Path:
     identity = hashlib.sha256(b"tar")
     names = short_names(paths)
     faults = np.zeros(len(FAULTS), np.int64)
-    without_caption, others = 0, 0
+    without_caption, others, unused_images, first_unused = 0, 0, 0, ""
     files = {c: open(temporary / f"{c}.bin", "wb") for c in (*COLUMNS, "keys", "label")}  # noqa: SIM115
     labelled = False
     try:
@@ -220,6 +224,9 @@ def _merge_parts(folder: Path, paths: Sequence[str], captions: str) -> Path:
             faults += fault_counts
             if fault_counts[_DAMAGE].any():
                 damaged.append(name)
+            if "unused_images" in part:
+                unused_images += int(part["unused_images"][0])
+                first_unused = first_unused or f"{name}/{_key_of(part, int(part['unused_images'][1]))}"
             without_caption += int(((part["caption_size"] == NO_MEMBER) & (part["fault"] == 0)).sum())
             others += int((part[f"{'json' if captions == 'text' else 'text'}_size"] != NO_MEMBER).sum())
             # The identity depends on names and keys, not on places: repacked tars remain the same data set.
@@ -242,6 +249,8 @@ def _merge_parts(folder: Path, paths: Sequence[str], captions: str) -> Path:
     # Only where older rules may have found less: other sets stay as they are, byte for byte.
     if _may_hold_more(metadata):
         metadata |= {"grouping": GROUPING, "other_captions": others}
+    if unused_images:
+        metadata |= {"unused_images": unused_images, "first_unused": first_unused}
     np.savez(temporary / "shards.npz", counts=counts, key_bytes=key_bytes, stamps=np.array(stamps, np.int64))
     (temporary / "shards.txt").write_text("\n".join(names), encoding="utf-8")
     (temporary / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
@@ -258,6 +267,11 @@ def _merge_parts(folder: Path, paths: Sequence[str], captions: str) -> Path:
     # Processes that have mapped the replaced files keep them until they unmap them.
     shutil.rmtree(replaced, ignore_errors=True)
     return target
+
+
+def _key_of(part: dict[str, np.ndarray], row: int) -> str:
+    start, end = int(part["key_end"][row - 1]) if row else 0, int(part["key_end"][row])
+    return part["keys"][start:end].tobytes().decode("utf-8", "replace")
 
 
 def _may_hold_more(about: dict[str, Any]) -> bool:

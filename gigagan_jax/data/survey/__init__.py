@@ -10,6 +10,7 @@ from pathlib import Path
 from gigagan_jax.config import DataConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.storage import Storage, is_local, local_path
+from gigagan_jax.data.survey.file_names import ZIPS
 from gigagan_jax.data.survey.kinds import kind_by_suffix, survey_folder
 from gigagan_jax.data.survey.report import OtherReading, PassedOver, Survey
 
@@ -56,6 +57,10 @@ def _kind_of_other(path: str, place: str, storage: Storage) -> str:
     by_name = kind_by_suffix([path.rstrip("}*/")])
     if by_name:
         return by_name
+    if path.lower().endswith(ZIPS):
+        raise UserError(
+            f"{path} is an archive: examples in it are not read; unpack it, and set config.data.path to the folder"
+        )
     if path.startswith("hf://datasets/"):
         return "hub"
     if not is_local(path):

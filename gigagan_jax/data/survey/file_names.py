@@ -53,6 +53,8 @@ ARCHIVE_SUFFIXES = (
     *(".zip", ".7z", ".rar", ".gz", ".xz", ".zst", ".bz2"),
     *(".tfrecord", ".tfrecords", ".lmdb", ".mdb", ".h5", ".hdf5", ".beton"),
 )
+# Archives that are no webdataset, whatever they hold.
+ZIPS = (".zip", ".7z", ".rar")
 # A webdataset, packed in another way: their source refuses them with a reason.
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 # Without a leading dot: what systems leave beside pictures.

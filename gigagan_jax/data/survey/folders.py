@@ -156,7 +156,8 @@ def _no_pictures(listing: Listing) -> str:
     # What is there instead often says what to do.
     there = [f"{p.count} {reason} ({p.example})" for reason, p in listing.passed_over.items()]
     if listing.archives:
-        there.append(f"{len(listing.archives)} archives ({listing.archives[0]}): unpack them")
+        archives = "1 archive" if len(listing.archives) == 1 else f"{len(listing.archives)} archives"
+        there.append(f"{archives} ({listing.archives[0]}), of which nothing inside is read: unpack it")
     tables = [n for n in listing.tables if n.endswith((".csv", ".tsv", ".jsonl"))]
     if tables and not there:
         there.append(

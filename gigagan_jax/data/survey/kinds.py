@@ -63,14 +63,16 @@ def survey_folder(root: Path, data: DataConfig, condition: str, workdir: Path | 
     others = _other_readings(listing, files, kind)
     if kind == "folder":
         survey = survey_pictures(listing, data, condition)
-        notes = list(survey.notes)
-        if listing.archives:
-            notes.append(f"{_count(listing.archives, 'archive')}: what is inside is not read; unpack it")
-        return dataclasses.replace(survey, others=others, notes=tuple(notes))
+        return dataclasses.replace(survey, others=others, notes=(*survey.notes, *_archive_notes(listing.archives)))
     beside = [n for n in packed if n not in files[kind]] if kind == "tar" else []
     survey = survey_tables(root, kind, files[kind], data, beside)
     notes = [f"{_count(beside, 'packed tar')}: not read; unpack the packing, not the tar"] if beside else []
+    notes += _archive_notes([n for n in listing.archives if n not in files[kind] and n not in beside])
     return dataclasses.replace(survey, others=others, notes=(*survey.notes, *notes))
+
+
+def _archive_notes(archives: Sequence[str]) -> list[str]:
+    return [f"{_count(archives, 'archive')}: what is inside is not read; unpack it"] if archives else []
 
 
 def survey_tables(root: Path, kind: str, names: Sequence[str], data: DataConfig, beside: Sequence[str] = ()) -> Survey:

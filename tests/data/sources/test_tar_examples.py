@@ -88,6 +88,18 @@ def test_members_and_examples(tmp_path, names, expected):
     assert found == expected
 
 
+def test_further_images_of_an_example_are_counted(tmp_path, caplog):
+    pack(tmp_path / "0.tar", "w.jpg x.jpg x.1.jpg x.seg.png y.a.jpg y.b.jpg")
+    pack(tmp_path / "1.tar", "x.jpg z.jpg z.2.jpg")
+    source = TarSource(str(tmp_path), workers=1, caption_required=False)
+    assert len(source) == 6
+    expected = "passed over: 3 images whose example has another one (0.tar/x)"
+    assert expected in source.report
+    assert expected in caplog.text
+    # An index without such images stays as it was.
+    assert "unused_images" not in TarSource(str(pack(tmp_path / "b" / "0.tar", "x.jpg x.txt")), workers=1).index.about
+
+
 def test_a_name_of_many_dots_takes_no_time(tmp_path):
     name = "x" + ".1" * 50_000
     assert list(examples_of(pack(tmp_path / "0.tar", [f"{name}.a.jpg", f"{name}.b.jpg"]), caption_required=False)) == [

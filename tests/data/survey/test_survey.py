@@ -197,6 +197,18 @@ def test_report_of_tars_and_tables(tmp_path):
     assert report(tmp_path / "files") == ["data: FOLDER, read as folder: 4 pictures (4 .png)", "  captions: 4 in .txt"]
 
 
+@pytest.mark.parametrize("suffix", file_names.ZIPS)
+def test_an_archive_is_named_with_what_to_do(tmp_path, suffix):
+    archive = tmp_path / f"photos{suffix}"
+    archive.write_bytes(b"PK")
+    with pytest.raises(UserError, match=rf"photos\{suffix} is an archive.*unpack it"):
+        report(archive)
+    with pytest.raises(UserError, match=rf"1 archive \(photos\{suffix}\).*unpack it"):
+        report(tmp_path)
+    write_tar(tmp_path / "0.tar", "ab")
+    assert report(tmp_path)[-1] == f"  note: 1 archive (photos{suffix}): what is inside is not read; unpack it"
+
+
 def test_an_archive_beside_pictures_is_not_the_data(tmp_path):
     write_all(tmp_path, PICTURES | TEXTS)
     write_tar(tmp_path / "photos.tgz", "abcdefgh", "w:gz")
