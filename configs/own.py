@@ -25,23 +25,23 @@ BATCHES = {32: 64, 64: 64, 128: 32, 256: 16}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """See the top; `:tiny` is for tests: the parts of the text model at 16 px, a few steps."""
-    if arg == "tiny":
-        c = own_config("text", "mini", 16)
-        for_tests(c)
-        return c
+    """See the top; the size `tiny` is for tests: the same parts at 16 px, a few steps."""
     condition, size, resolution = "text", "small", 64
     for word in filter(None, arg.split("-")):
         if word in CONDITIONS:
             condition = word
-        elif word in SIZES:
+        elif word in SIZES or word == "tiny":
             size = word
         elif word.isdecimal() and int(word) in BATCHES:
             resolution = int(word)
         else:
             words = ", ".join((*CONDITIONS, *SIZES, *map(str, BATCHES)))
             raise ValueError(f"configs/own.py has no variant {arg!r}; known: tiny, and words joined by '-': {words}")
-    return own_config(condition, size, resolution)
+    if size != "tiny":
+        return own_config(condition, size, resolution)
+    c = own_config(condition, "mini", 16)
+    for_tests(c)
+    return c
 
 
 def own_config(condition: str, size: str, resolution: int) -> ConfigDict:
@@ -113,7 +113,7 @@ def set_condition(c: ConfigDict) -> None:
 
 def for_tests(c: ConfigDict) -> None:
     """Shrinks a config to a few steps of toy width."""
-    c.name = "own-tiny"
+    c.name = f"{c.name.removesuffix('-mini-16')}-tiny"
     c.total_kimg, c.log_kimg = 0.32, 0.016
     c.checkpoint_kimg = c.snapshot_kimg = 0.16
     g, d = c.generator, c.discriminator

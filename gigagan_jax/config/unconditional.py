@@ -29,7 +29,9 @@ def without_condition(config: Any) -> Any:
     )
     # One prompt without text: a grid of seeds.
     snapshot = dataclasses.replace(config.snapshot, prompts=("",))
-    return dataclasses.replace(config, discriminator=d, loss=loss, snapshot=snapshot, evaluators=())
+    # Of an upsampler they are refused, whatever its condition.
+    evaluators = config.evaluators if config.is_upsampler else ()
+    return dataclasses.replace(config, discriminator=d, loss=loss, snapshot=snapshot, evaluators=evaluators)
 
 
 def switched_off(config: Any) -> list[str]:

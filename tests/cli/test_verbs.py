@@ -182,7 +182,7 @@ def test_dry_run(capsys, tmp_path):
         (["--config.text.encoder=clip"], "text.encoder='clip' needs the folder or hub id"),
         (["--config.rules.conv_in=datum"], "config.rules.conv_in='datum': 'datum' is not a mesh axis"),
         (["--config.rules.convin=fsdp"], "unknown config key config.rules.convin"),
-        (["--config.snapshot.truncations=2"], "config.snapshot: needs"),
+        (["--config.snapshot.truncations=2"], "config.snapshot.truncations=(2.0,): each must be 0 to 1"),
         (["--config.data.source=bogus"], "config.data.source='bogus': must be one of 'auto', 'tar', 'folder'"),
         (["--confg.x=1"], "unknown argument --confg.x=1"),
         (["--config.seed"], "write --config.seed=VALUE"),
