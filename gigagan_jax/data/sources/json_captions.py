@@ -66,9 +66,8 @@ def check_caption_keys(objects: Sequence[Any], keys: Sequence[str], where: str) 
     # A key whose value is null occurs: the examples that were looked at may lack a caption.
     if not objects or any(_has_key(value, key) for value in objects for key in keys):
         return
-    raise UserError(
-        f"config.data.caption_keys={','.join(keys)}: {where} have no such key; {_advice(list_text_keys(objects))}"
-    )
+    advice = _advice(list_text_keys(objects), "leave config.data.caption_keys empty")
+    raise UserError(f"config.data.caption_keys={','.join(keys)}: {where} have no such key; {advice}")
 
 
 def describe_choice(keys: Sequence[str], where: str) -> str:
@@ -80,16 +79,18 @@ def describe_choice(keys: Sequence[str], where: str) -> str:
 
 def refuse_unknown_keys(objects: Sequence[Any], where: str) -> UserError:
     """The error for objects without a key of a usual name."""
+    advice = _advice(list_text_keys(objects), "put each caption into the tar, as the .txt member beside its image")
     return UserError(
         f"{where} have no key of a usual name for captions ({', '.join(USUAL_KEYS)}); "
-        f"{_advice(list_text_keys(objects))}, or accept images without captions with config.data.captions=optional"
+        f"{advice}, or accept images without captions with config.data.captions=optional"
     )
 
 
-def _advice(keys: list[str]) -> str:
+def _advice(keys: list[str], without_text: str) -> str:
+    """Which key to name; `without_text` says what to do where none holds text."""
     # Numbers alone: a class, or the settings of a program.
     if not keys:
-        return "no key of them holds text: leave config.data.caption_keys empty"
+        return f"no key of them holds text: {without_text}"
     shown = ", ".join(keys[:10]) + (", ..." if keys[10:] else "")
     best = (_usual(keys) or keys)[0]
     return f"their keys with text are {shown}: set config.data.caption_keys={best}"

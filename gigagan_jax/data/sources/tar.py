@@ -82,8 +82,9 @@ class TarSource(Source):
         self.caption_note = ""
         if caption_keys:
             self._check_caption_keys()
-        elif self.index.about.get("other_captions") and self.index.has_no_caption:
-            self._choose_caption_keys(open_index(captions="json"))
+        elif self.index.has_captions_in_json:
+            # `build_index` made both: tars that it compared just now are not compared again.
+            self._choose_caption_keys(open_index(captions="json", refresh=False))
         self.report = self._summarize_index()
         damaged = self.index.about["damaged"]
         # Their number is unknown, because the headers behind the damage could not be read.
@@ -137,7 +138,8 @@ class TarSource(Source):
         objects = self._sample_json(index)
         keys = json_captions.find_caption_keys(objects)
         if not keys:
-            if self._caption_required:
+            # Damaged tars may have lost their texts, and their JSON too: that is for the quarantine.
+            if objects and self._caption_required:
                 raise json_captions.refuse_unknown_keys(objects, self._json_members)
             return
         self.index, self._caption_keys = index, (keys[0],)

@@ -171,7 +171,7 @@ def build_index(
       quiet: shows no progress.
 
     Returns:
-      the folder of this set of shards, for TarIndex
+      the folder of this set of shards, for TarIndex. A set by text that holds none leaves the set by JSON beside it.
 
     Raises:
       UserError: a tar is missing or compressed, or the folder cannot be written.
@@ -182,7 +182,11 @@ def build_index(
         total = 0
         for done in map_parallel(task, paths, workers, "indexing tars", quiet):
             total += done
-        return _merge_parts(folder, paths, captions)
+        target = _merge_parts(folder, paths, captions)
+        # Captions of such tars are read from the JSON members: from the same scans, without another look at each tar.
+        if captions == "text" and TarIndex(target).has_captions_in_json:
+            _merge_parts(folder, paths, "json")
+        return target
     except OSError as e:
         raise UserError(f"the index {folder} cannot be written: {e.strerror or e}; choose config.data.index") from None
 
@@ -276,8 +280,12 @@ def _key_of(part: dict[str, np.ndarray], row: int) -> str:
 
 def _may_hold_more(about: dict[str, Any]) -> bool:
     """Whether images are missing in an index, or all captions are."""
-    faults = about["faults"]
-    return bool(faults.get("image_missing")) or about["without_caption"] >= about["examples"] - sum(faults.values())
+    return bool(about["faults"].get("image_missing")) or _has_no_caption(about)
+
+
+def _has_no_caption(about: dict[str, Any]) -> bool:
+    """Whether no sound example of an index has a caption."""
+    return about["without_caption"] >= about["examples"] - sum(about["faults"].values())
 
 
 class TarIndex:
@@ -332,9 +340,9 @@ class TarIndex:
         return int(self.starts[-1])
 
     @property
-    def has_no_caption(self) -> bool:
-        """Whether no sound example has a caption."""
-        return self.about["without_caption"] >= len(self) - sum(self.about["faults"].values())
+    def has_captions_in_json(self) -> bool:
+        """Of an index of texts: whether no sound example has one, and there are JSON members."""
+        return bool(self.about.get("other_captions")) and _has_no_caption(self.about)
 
     def shard_of(self, i: int) -> int:
         """Returns the index in `shards` of the tar that holds example i."""

@@ -17,7 +17,7 @@ PICTURE = encoded(np.zeros((4, 4, 3), np.uint8), "PNG")
 
 
 def pack(path, names, **contents):
-    """A tar of members that hold a picture, or a text that repeats their name; {name with _ for dots: content}."""
+    """A tar of members that hold a picture, or a text that repeats their name; {name: content}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name in names.split(" ") if isinstance(names, str) else names:
@@ -144,9 +144,31 @@ def test_keys_that_are_not_there(tmp_path, refused):
     # Nothing is refused where captions are not needed.
     for keys in ((), ("caption",)):
         assert TarSource(str(path), caption_keys=keys, caption_required=False).read(0).captions == ()
+    # Numbers alone, as of a class.
+    path = json_tar(tmp_path / "2.tar", [{"n": 1}, 5])
+    refused(lambda: TarSource(str(path)), "no key of them holds text", ".txt member beside", "captions=optional")
     # A null is a missing caption, not a missing key.
     path = json_tar(tmp_path / "1.tar", [{"caption": None}])
     assert TarSource(str(path), caption_keys=("caption",)).name(0) == "1.tar/0"
+
+
+def test_damaged_json_is_no_matter_of_keys(tmp_path):
+    path = pack(tmp_path / "0.tar", "a.jpg a.json b.jpg b.json", **{"a.json": "{", "b.json": "\0\0"})
+    with pytest.raises(BadExample, match="caption_missing"):
+        TarSource(str(path), workers=1).read(0)
+
+
+def test_tars_with_captions_in_json_are_indexed_once(tmp_path, monkeypatch, caplog):
+    path = json_tar(tmp_path / "0.tar", [{"prompt": "c"}])
+    compared = []
+    scan = tar_index.scan_to_part
+    monkeypatch.setattr(tar_index, "scan_to_part", lambda *args: compared.append(args[-1]) or scan(*args))
+    caplog.set_level("INFO")
+    for refresh in (False, False, True):
+        assert TarSource(str(path), workers=1, refresh=refresh).read(0).captions == ("c",)
+    # The first use, and the one that asks for it.
+    assert compared == [str(path)] * 2
+    assert caplog.text.count("indexing 1 tars") == 2
 
 
 def test_a_text_comes_before_json(tmp_path):
