@@ -41,7 +41,9 @@ def survey_pictures(listing: Listing, data: DataConfig, condition: str, given: s
         raise UserError(_no_pictures(listing))
     warnings = _check_pointers(listing)
     if listing.broken:
-        warnings.append(f"{len(listing.broken)} broken links, which count as unreadable ({listing.broken[0]})")
+        count = len(listing.broken)
+        what = "1 broken link, which counts" if count == 1 else f"{count} broken links, which count"
+        warnings.append(f"{what} as unreadable ({listing.broken[0]})")
     # Classes are folders, and their pictures need no captions.
     find = _by_classes if condition == "class" else _by_captions
     survey = find(listing, data, given or str(listing.root))

@@ -327,6 +327,8 @@ def test_broken_links_are_counted_and_loops_end(tmp_path):
     lines = report(tmp_path)
     assert lines[0] == "data: FOLDER, read as folder: 6 pictures (6 .png)"
     assert lines[-1] == "  WARNING: 2 broken links, which count as unreadable (self.png)"
+    (tmp_path / "self.png").unlink()
+    assert report(tmp_path)[-1] == "  WARNING: 1 broken link, which counts as unreadable (x.png)"
     with pytest.raises(BadExample, match="image_unreadable"):
         FolderSource(tmp_path, caption_required=False).read(4)
 
