@@ -287,12 +287,11 @@ def stats(config: "Config", args: argparse.Namespace, how: dict[str, Any]) -> in
     from gigagan_jax.preparation.stats import write_stats
 
     cli.check_writable(args.out)
-    title = config.data.path or ", ".join(config.data.mixture) or config.data.source
     source = open_source(config, args.workers, scratch=args.scratch)
     said = write_stats(
         source,
         args.out,
-        title=title,
+        title=config.data.title,
         sample=args.sample,
         seed=args.seed,
         check_images=args.check_images,

@@ -55,7 +55,7 @@ class DataConfig:
         ""  # tfds, parquet, arrow, hub: column that holds the image, or its path; empty: by its usual names
     )
     label_key: str = "label"  # tfds, parquet, arrow, hub: column that holds the class
-    split: str = "train"  # tfds
+    split: str = "train"  # where the data have several: folders, tables, tfds, arrow, hub
     filters: FilterConfig = FilterConfig()
     shapes: ShapesConfig = ShapesConfig()
     clean_captions: bool = False  # strip markup, web addresses and control characters, join blanks (data/captions.py)
@@ -71,3 +71,8 @@ class DataConfig:
     threads: int = 8  # reader threads in each of them; 0 reads in the main thread
     retry_seconds: float = 300.0  # how long storage that does not answer is asked again
     max_bad_fraction: float = 0.05  # stop when more than this share of the examples tried cannot be read
+
+    @property
+    def title(self) -> str:
+        """What the user named: the path, the parts of the mixture, or the source that needs no path."""
+        return self.path or ", ".join(self.mixture) or self.source

@@ -112,7 +112,7 @@ def with_data_classes(config: Config, source: Source | None, stored: Mapping[str
     Raises:
       UserError: see `with_data_settings`.
     """
-    where = config.data.path or ", ".join(config.data.mixture) or config.data.source
+    where = config.data.title
     names = tuple(getattr(source, "classes", None) or ())
     _check_typed(config, names, where)
     # A config of another condition is refused by open_workdir, which says so.

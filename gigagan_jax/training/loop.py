@@ -176,10 +176,12 @@ class Run:
 
     def _train_on_data(self, goodput: Goodput, profiler: Profiler) -> GanState:
         config = self.config
-        _log.info("data: %s %s", config.data.source, config.data.path)
         build_shared_index(config, self.place)
         with make_pipeline(config, self.workdir, self.rows, self.source) as data:
-            goodput.record_facts({"data": data.describe_source()})
+            facts = data.describe_source()
+            # The report of each path came before: how many examples it has is known now.
+            _log.info("data: %s, %d examples", config.data.title, facts["examples"])
+            goodput.record_facts({"data": facts})
             # Processes with other settings would compute other programs and wait for each other for ever.
             consistency.assert_same_on_all_processes(config, data.state()["source"], self.place)
             warn_of_data(config, data.source)
