@@ -5,6 +5,7 @@ image = upscaler(image, scale=4)                               # a PIL image of 
 """
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from gigagan_jax.checkpoint.run_folder import Place, RunFolder
 from gigagan_jax.config import Config, MeshConfig, class_label, with_fields
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER
-from gigagan_jax.data.tokenizers import make_tokenizer
+from gigagan_jax.data.tokenizers import Tokenizer, make_tokenizer
 from gigagan_jax.inference.image_reader import read_picture
 from gigagan_jax.inference.latents import z_of_seed
 from gigagan_jax.inference.tiling import Tiling
@@ -132,6 +133,12 @@ class Upscaler:
             Path(folder), self.config, self.params, w_avg, step=self.step, identities=self.identities, dtype=dtype
         )
 
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        # Once, and not for each image: that of a frozen encoder is read from its files.
+        text = self.config.used_text
+        return make_tokenizer(text.encoder, text.length, **tokenizer_options(text))
+
     @property
     def factor(self) -> int:
         """Output pixels per input pixel of one pass."""
@@ -170,10 +177,8 @@ class Upscaler:
             label = class_label(c, label)
         if c.condition == "class" and (label is None or not 0 <= label < c.class_count):
             raise UserError(f"class {label}: {c.name} is class-conditional, give a number 0 to {c.class_count - 1}")
-        text = c.used_text
-        tokens = make_tokenizer(text.encoder, text.length, **tokenizer_options(text))([prompt])
         inputs = {
-            "tokens": np.asarray(tokens),
+            "tokens": np.asarray(self._tokenizer([prompt])),
             "label": np.asarray([-1 if label is None else label], np.int32),
             "seed": np.asarray([seed], np.uint32),
             "noise": np.asarray([noise], np.float32),

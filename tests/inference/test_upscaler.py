@@ -9,6 +9,7 @@ from configs import laion_upsampler, photos
 from gigagan_jax import sample
 from gigagan_jax.config import MeshConfig, from_dict
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.data.tokenizers import make_tokenizer
 from gigagan_jax.inference.tiling import Tiling
 from gigagan_jax.inference.upscale_job import upscale_array
 from gigagan_jax.inference.upscaler import Upscaler
@@ -200,6 +201,18 @@ def test_detail_interpolates_between_lanczos_and_the_network(windowed):
     np.testing.assert_allclose(images[0], enlarge(low), atol=1e-5)
     np.testing.assert_allclose(images[1], (images[0] + images[2]) / 2, atol=1e-5)
     assert np.abs(images[2] - images[0]).max() > 0.01
+
+
+def test_the_tokenizer_is_made_once_for_many_images(monkeypatch):
+    """That of a frozen text encoder is read from its files, which takes longer than a small image."""
+    made = []
+    make_one = lambda *args, **options: made.append(args) or make_tokenizer(*args, **options)
+    monkeypatch.setattr("gigagan_jax.inference.upscaler.make_tokenizer", make_one)
+    model = Upscaler(from_dict(photos.get_config("tiny")))
+    monkeypatch.setattr(model, "_prepare", lambda params, frozen, inputs: inputs["tokens"])
+    for seed in range(3):
+        model.tile_model(seed=seed)
+    assert len(made) == 1
 
 
 def test_noise_of_the_second_stage_is_checked_before_the_first(published, tmp_path):
