@@ -356,15 +356,13 @@ def _hold_job(output: JobOutput, identity: dict[str, object]) -> Iterator[None]:
     def refuse() -> None:
         raise UserError(f"another process writes the samples in {folder} now: wait until it has ended")
 
-    try:
+    with contextlib.ExitStack() as lock:
         # Two of the same command would write the same names, and take each other's temporary files for leftovers.
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = hold_file_lock(record, refuse)
-        lock.__enter__()
-    except OSError as e:
-        raise UserError(f"--out={folder} cannot be written: {e.strerror or e}; choose another folder") from None
-    with contextlib.ExitStack() as stack:
-        stack.push(lock.__exit__)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(hold_file_lock(record, refuse))
+        except OSError as e:
+            raise UserError(f"--out={folder} cannot be written: {e.strerror or e}; choose another folder") from None
         text = record.read_text(encoding="utf-8")
         # The lock makes the file: it is empty for a new job.
         if not text:

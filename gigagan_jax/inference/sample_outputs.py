@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.inference.image_encoding import ENDINGS, write_atomically
+from gigagan_jax.inference.image_encoding import ENDINGS, replace_surrogates, write_atomically
 
 METADATA_FILE = "metadata.jsonl"
 RECORD_FILE = ".job.json"
@@ -335,7 +334,4 @@ def _whole_samples(part: Path, ending: str) -> Iterator[tuple[str, int]]:
 
 def json_line(values: dict[str, object]) -> str:
     """One line of a metadata file."""
-    # Lone surrogates of shell arguments are no UTF-8.
-    out = io.StringIO()
-    json.dump(values, out, ensure_ascii=False)
-    return out.getvalue().encode("utf-8", "replace").decode() + "\n"
+    return replace_surrogates(json.dumps(values, ensure_ascii=False)) + "\n"
