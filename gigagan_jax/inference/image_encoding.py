@@ -17,7 +17,7 @@ from gigagan_jax.core.errors import UserError
 
 # File ending -> format of Pillow.
 ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-# Longest side in pixels, by libjpeg and by the format of WebP.
+# Longest side in pixels, by libjpeg, the format of WebP, and the 31 bits of PNG.
 LONGEST_SIDE = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}
 DEFAULT_QUALITY = 95
 # The format of EXIF's user comment: eight letters, then ASCII text.

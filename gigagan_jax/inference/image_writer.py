@@ -24,25 +24,17 @@ from PIL import Image
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.formatting import format_bytes
+from gigagan_jax.inference.image_encoding import DEFAULT_QUALITY, ENDINGS, LONGEST_SIDE
 
 # File ending -> format.
-FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
-# Longest side, by libjpeg, the format of WebP, and the 31 bits of PNG.
-_LONGEST = {"JPEG": 65500, "WEBP": 16383, "PNG": 2**31 - 1, "TIFF": 2**31 - 1}
+FORMATS = ENDINGS | {".tif": "TIFF", ".tiff": "TIFF"}
+_LONGEST = LONGEST_SIDE | {"TIFF": 2**31 - 1}
 # Offsets of TIFF have 32 bits. Samples that do not compress need a little more than their size.
 _LARGEST_TIFF = 4_200_000_000
 # Bytes of a file per byte of its samples, for photographs: what must be free on the disk.
 _COMPRESSION = {"PNG": 0.5, "TIFF": 0.6, "JPEG": 0.15, "WEBP": 0.1}
 # Of an enlarged photograph level 6 takes 2.5 times as long (0.19 s a megapixel), for files smaller by a sixth.
 _ZLIB_LEVEL = 4
-_QUALITY = 95
 # A JPEG segment holds 65533 bytes; six of them are the prefix.
 _LONGEST_JPEG_EXIF = 65533 - 6
 # PNG rows that are filtered at once, for the sake of the temporaries.
@@ -360,7 +352,7 @@ class _Whole:
 
     def close(self) -> None:
         pixels = self._pixels[..., 0] if self._pixels.shape[2] == 1 else self._pixels
-        options: dict[str, object] = {"quality": _QUALITY}
+        options: dict[str, object] = {"quality": DEFAULT_QUALITY}
         if self._kind == "JPEG":
             # Colours at full resolution: halved ones would undo part of the work.
             options["subsampling"] = 0
