@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import dataclasses
 import io
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.data.decoding import decode_text
+from gigagan_jax.data.example import BadExample
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ _BINARY = {
     ".docx",
     ".pdf",
 }
-_BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,15 +122,13 @@ def _read_text(file: str, shown: str) -> str:
             f"--prompts={file} cannot be read ({e.strerror or e}): name a .txt with one prompt a line, a .jsonl or a .csv; a "
             "prompt itself is --prompt"
         ) from None
-    # Notepad's "Unicode" is UTF-16.
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as e:
-        line = data[: e.start].count(b"\n") + 1
-        raise UserError(
-            f"{shown} line {line}: this is not {encoding.upper()[:6].rstrip('-')}; save it as UTF-8"
-        ) from None
+        text = decode_text(data)
+    except BadExample as e:
+        cause = e.__cause__
+        assert isinstance(cause, UnicodeDecodeError)
+        line = data[: cause.start].count(b"\n") + 1
+        raise UserError(f"{shown} line {line}: this is not {cause.encoding.upper()}; save it as UTF-8") from None
     # Text of UTF-16 without its mark is valid UTF-8 with these in it.
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1

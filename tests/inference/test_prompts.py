@@ -37,9 +37,10 @@ def wrong(file):
         'a cat\na dog, "quoted"\n日本の城 🏯',
         '\ufeffa cat\r\na dog, "quoted"\r\n日本の城 🏯\r\n',
         ('\ufeffa cat\na dog, "quoted"\n日本の城 🏯\n').encode("utf-16-le"),
+        ('\ufeffa cat\na dog, "quoted"\n日本の城 🏯\n').encode("utf-32-le"),
         '  a cat \n\n   \n\ta dog, "quoted"\n日本の城 🏯\n\n',
     ],
-    ids=["plain", "no-last-newline", "windows", "utf-16", "blank-lines"],
+    ids=["plain", "no-last-newline", "windows", "utf-16", "utf-32", "blank-lines"],
 )
 def test_lines_of_text(tmp_path, content):
     file = write(tmp_path, "captions.txt", content)
