@@ -60,7 +60,12 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes:
         if devices % known:
-            raise UserError(f"config.mesh ({shown}): {known} does not divide the {devices} devices here")
+            # Flags to copy.
+            flags = " ".join(f"--config.mesh.{a}=1" for a, s in zip(names, sizes, strict=True) if s > 1)
+            raise UserError(
+                f"config.mesh ({shown}): {known} does not divide the {devices} device{'s' * (devices != 1)} here; {flags} fits "
+                "any number of them"
+            )
         sizes[sizes.index(-1)] = devices // known
     elif known != devices:
         raise UserError(

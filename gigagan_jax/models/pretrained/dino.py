@@ -56,7 +56,7 @@ def read_config(folder: Path) -> VisionConfig:
     # These fields change the network without changing a size that the key table would notice.
     for name, only in (("qkv_bias", True), ("num_channels", 3)):
         if values.get(name, only) != only:
-            raise UserError(f"{file}: {name}={values[name]!r}: a DINO has {name}={only}; is it another network?")
+            raise UserError(f"{file}: {name}={values[name]!r}: a DINO has {name}={only}; give the folder of one")
     return read_sizes(VisionConfig, _DEFAULTS | values, file)
 
 

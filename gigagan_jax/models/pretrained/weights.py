@@ -247,7 +247,7 @@ def _check_keys(name: str, required: set[str], present: set[str], folder: Path) 
             raise UserError(f"{folder}: float8 weights with scales of their own are not read: take the file in float16")
         raise UserError(
             f"{folder}: the weights do not fit {name} as {CONFIG} describes it: tensors {'; '.join(parts)}; "
-            "is it a network of another architecture?"
+            f"is it a network of another architecture? Take {CONFIG} and the weights of one network"
         )
 
 
@@ -256,5 +256,5 @@ def require_type(values: Mapping[str, Any], key: str, kind: type, file: Path) ->
     value = values.get(key)
     # bool is a subclass of int.
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise UserError(f"{file}: {key}={value!r} is not {kind.__name__}; is it the config of this network?")
+        raise UserError(f"{file}: {key}={value!r} is not {kind.__name__}: take the {file.name} of the network again")
     return value
