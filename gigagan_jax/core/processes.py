@@ -58,7 +58,8 @@ def end_with_parent() -> None:
 def process_start(number: int) -> str:
     """When a process of this machine was started, in ticks since the boot; "" where there is none, or it has ended."""
     try:
-        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        # Field 22 of proc(5). The name before it may contain spaces, brackets and any bytes: fields are counted after it.
+        fields = Path(f"/proc/{number}/stat").read_bytes().rpartition(b")")[2].decode().split()
     except OSError:
         return ""
     # Z, X: it has ended, and its parent has not asked for it yet.

@@ -26,6 +26,7 @@ from typing import Any
 
 from gigagan_jax.core.files import append_text, read_json_lines
 from gigagan_jax.core.formatting import format_duration
+from gigagan_jax.core.processes import process_start
 from gigagan_jax.core.workdir_files import GOODPUT_FILE
 
 _log = logging.getLogger(__name__)
@@ -195,13 +196,11 @@ def read_events(workdir: Path) -> Iterator[dict[str, Any]]:
 def process_start_time() -> float:
     """Start time of this process in seconds since the epoch; the present time where the system lacks /proc."""
     try:
-        with open("/proc/self/stat", "rb") as file:
-            # Field 22 of proc(5). The name before it may contain spaces and brackets, so the fields are counted after it.
-            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        ticks = int(process_start(os.getpid()))
         # Start times count from the boot of the machine, in clock ticks.
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         return time.time() - max(0.0, age)
-    except (OSError, ValueError, IndexError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return time.time()
 
 
