@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Callable
 
 import jax
 
@@ -18,6 +17,7 @@ from gigagan_jax.parallel.communication import import_private_module
 _log = logging.getLogger(__name__)
 # Files that the driver of an NVIDIA card makes; the last one is that of Windows' subsystem for Linux.
 _NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi")
+_TPU_FILES = ("/dev/accel0", "/dev/vfio/0")
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # Google's number among the makers of PCI devices.
 _GOOGLE = "0x1ae0"
@@ -54,32 +54,24 @@ def log_devices() -> None:
         _log.warning("\n%s\n%s\n%s", frame, unused, frame)
 
 
-def find_unused_accelerator(exists: Callable[[str], bool] | None = None) -> str:
+def find_unused_accelerator() -> str:
     """What is there and not used, with the command that mends it; "" where JAX runs on an accelerator, or was told not to."""
-    # Looked up at the call, so that who replaces os.path.exists is heard.
-    exists = exists or os.path.exists
     if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS", "").strip().lower() == "cpu":
         return ""
     slow = "this run is on the CPU, which is many times slower"
-    card = next((file for file in _NVIDIA_FILES if exists(file)), "")
+    card = next((file for file in _NVIDIA_FILES if os.path.exists(file)), "")
     # CUDA itself takes an empty list for "no card", and so does who sets it.
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     if card and not hidden:
         return f"an NVIDIA card is here ({card}) and not used: {slow}\n{_cuda_remedy()}"
-    tpu = (
-        "/dev/accel0"
-        if exists("/dev/accel0")
-        else "/dev/vfio/0"
-        if exists("/dev/vfio/0") and _has_google_chip()
-        else ""
-    )
-    if tpu:
+    tpu = next((file for file in _TPU_FILES if os.path.exists(file)), "")
+    # Virtual machines pass other devices through the second one.
+    if tpu and (tpu == _TPU_FILES[0] or _has_google_chip()):
         return f"a TPU is here ({tpu}) and not used: {slow}\n{_tpu_remedy()}"
     return ""
 
 
 def _has_google_chip() -> bool:
-    # Virtual machines pass other devices through the same files.
     for file in glob.glob("/sys/bus/pci/devices/*/vendor"):
         with contextlib.suppress(OSError), open(file) as opened:
             if opened.read().strip() == _GOOGLE:

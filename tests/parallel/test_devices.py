@@ -80,16 +80,21 @@ def test_a_card_that_is_not_used(unset, caplog):
 
 
 def test_a_tpu_that_is_not_used(unset):
+    there = lambda *files: unset.setattr(os.path, "exists", lambda path: path in files)
     with_plugins(unset)
-    said = devices.find_unused_accelerator(lambda path: path == "/dev/accel0")
+    there("/dev/accel0")
+    said = devices.find_unused_accelerator()
     assert "a TPU is here (/dev/accel0) and not used" in said
     assert "pip install -e '.[tpu]'" in said
     # Virtual machines pass other devices through as well.
     unset.setattr(devices, "_has_google_chip", lambda: False)
-    assert devices.find_unused_accelerator(lambda path: path == "/dev/vfio/0") == ""
+    there("/dev/vfio/0")
+    assert devices.find_unused_accelerator() == ""
     with_plugins(unset, "libtpu")
-    assert "does another process hold the TPU?" in devices.find_unused_accelerator(lambda path: "accel" in path)
-    assert devices.find_unused_accelerator(lambda path: False) == ""
+    there("/dev/accel0")
+    assert "does another process hold the TPU?" in devices.find_unused_accelerator()
+    there()
+    assert devices.find_unused_accelerator() == ""
 
 
 UNKNOWN = (
