@@ -73,6 +73,8 @@ class GanObjective:
         self.match_d = c.loss.match_d if has_captions else 0.0
         self.match_g = c.loss.match_g if has_captions and c.loss.match_g_form != "off" else 0.0
         self.is_contrastive = c.loss.match_d_form == "contrastive"
+        # A run has decided by its data. Without data, as in a dry run, all are planned for.
+        self.augmentations = with_augmentations(c, None).discriminator.augment
         # Decided by the config: without null captions the program has no masks.
         self.null_text = text_spec(c.text) if masks_null_captions(c) else None
 
@@ -105,14 +107,15 @@ class GanObjective:
         Args:
           images: {source: levels [N, R, R, 3]}. "noisy real" is drawn as "real": finite differences compare the two.
         """
-        policies = with_augmentations(self.config, None).discriminator.augment
-        if not policies:
+        if not self.augmentations:
             return images
         out = {}
         for source, levels in images.items():
             number = _SOURCES.get(source.removeprefix("noisy "), _SOURCES["real"])
             source_key = jax.random.fold_in(jax.random.fold_in(key, 4), number)
-            out[source] = [augment(jax.random.fold_in(source_key, i), x, policies) for i, x in enumerate(levels)]
+            out[source] = [
+                augment(jax.random.fold_in(source_key, i), x, self.augmentations) for i, x in enumerate(levels)
+            ]
         return out
 
     def own_captions(self, disc: Any, batch: Batch) -> jax.Array | None:
