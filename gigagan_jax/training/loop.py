@@ -281,13 +281,13 @@ class _Loop:
         while self.images < self.total_images:
             # The step is only started here: the host runs ahead of the devices.
             self._take_step()
-            signal = self._observe_pending_steps()
+            # A save that failed in the background ends the run at the next step, or is made again there, and not later.
+            failed = self.saver.has_failed()
+            signal = self._observe_pending_steps(saving=failed)
             if self.guard.rollback is not None:
                 self._roll_back()
                 continue
             is_last = self.images >= self.total_images
-            # A save that failed in the background ends the run at the next step, or is made again there, and not later.
-            failed = self.saver.has_failed()
             save = self._is_due(c.checkpoint_kimg) or is_last or bool(signal) or failed
             values = self._log_metrics(stopping=bool(signal)) if save or self._is_due(c.log_kimg) else {}
             if save:
@@ -343,17 +343,20 @@ class _Loop:
             self.progress.restart_rate(self.images, self.goodput.training_seconds)
             self.speed.learn_model_flops()
 
-    def _observe_pending_steps(self) -> int:
+    def _observe_pending_steps(self, *, saving: bool) -> int:
         """Judges steps that are done -> the signal to stop by, 0 for none; all processes find the same one.
 
         What is saved or logged is judged before: a checkpoint holds the judgement of its own step.
+
+        Args:
+          saving: a checkpoint is written although none is due.
         """
         c = self.config
         # A process alone stops at once; several stop at the step in which all of them know of it.
         signal = 0 if self.agreement else self.run.signals.number
         if len(self.pending) > _STEPS_IN_FLIGHT:
             signal = self._observe_oldest(signal)
-        now = self._is_due(c.log_kimg) or self._is_due(c.checkpoint_kimg) or self.images >= self.total_images
+        now = saving or self._is_due(c.log_kimg) or self._is_due(c.checkpoint_kimg) or self.images >= self.total_images
         while self.pending and (now or signal):
             signal = self._observe_oldest(signal)
         return signal

@@ -4,6 +4,7 @@ import collections
 import errno
 import logging
 import threading
+import types
 
 import jax
 import pytest
@@ -14,7 +15,7 @@ from gigagan_jax.checkpoint.manager import Checkpoints, states_equal
 from gigagan_jax.checkpoint.run_folder import RunFolder
 from gigagan_jax.checkpoint.write_errors import DiskFull, write_error
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.training import saving
+from gigagan_jax.training import loop, saving
 from gigagan_jax.training.saving import CheckpointSaver
 from tests.checkpoint.test_disk_faults import may_mount, mounted
 from tests.checkpoint.test_manager import abstract, state
@@ -143,3 +144,18 @@ def test_it_is_given_up_in_the_end(tmp_path, monkeypatch):
         CheckpointSaver(checkpoints, space, 600.0, lambda: True).save(start)
     assert len(tries) == 1
     checkpoints.close()
+
+
+@pytest.mark.parametrize("saving, judged", [(False, [1]), (True, [1, 2, 3])])
+def test_a_save_that_is_made_again_holds_the_judgement_of_its_own_step(saving, judged):
+    """None is due at step 3, two steps behind the first that is not judged yet."""
+    seen = []
+    observe = lambda step, images, metrics: seen.append(step)
+    run = loop._Loop.__new__(loop._Loop)
+    run.config = small(checkpoint_kimg=10.0, log_kimg=10.0)
+    run.run = types.SimpleNamespace(signals=types.SimpleNamespace(number=0))
+    run.guard = types.SimpleNamespace(monitor=types.SimpleNamespace(skipped=0), observe=observe)
+    run.agreement, run.images, run.total_images = None, 48, 320
+    run.pending = [loop._Pending(step, 16 * step, {}, None) for step in (1, 2, 3)]
+    assert run._observe_pending_steps(saving=saving) == 0
+    assert seen == judged
