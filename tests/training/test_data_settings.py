@@ -174,7 +174,6 @@ def test_a_run_keeps_what_its_first_start_chose_by_the_data(captioned, tmp_path,
     begun, _ = with_data_settings(own_config(captioned), place)
     open_workdir(place, begun)
     (place.folder / "checkpoints" / "1").mkdir(parents=True)
-    monkeypatch.setattr(type(place), "steps", lambda self: types.SimpleNamespace(all_steps=lambda: [1]))
     # The data grew past the limit, and its captions were mended.
     monkeypatch.setattr("gigagan_jax.config.augmentation.FEW_IMAGES", 3)
     (captioned / "0.txt").write_text("mended")
