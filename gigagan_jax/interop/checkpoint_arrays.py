@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -157,14 +157,29 @@ class CheckpointArrays:
         """
         shapes = {path: spec.shape for path, spec in network.specs_by_path().items()}
         for group in cut_by_size(shapes, lambda path: 4 * math.prod(shapes[path]), _AT_ONCE):
-            stored = {path: path_at_format(network.name, path, self._format) for path in group}
-            wanted = {stored[path]: self._leaf(shapes[path]) for path in group}
-            found = open_part(
-                self._checkpoints.restore_stored(self.step, wrap_part(nest(wanted), name, part)), name, part
-            )
-            values = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(found)}
-            for path in group:
-                yield path, np.asarray(values[stored[path]])
+            wanted = {path: self._leaf(shapes[path]) for path in group}
+            found = self.restore(network, name, part, wanted)
+            yield from ((path, np.asarray(x)) for path, x in found.items())
+
+    def restore(
+        self, network: Network, name: str, part: str, wanted: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, jax.Array]:
+        """Some arrays of a network, in the order of `wanted`, in its shards.
+
+        Args:
+          network, name, part: as of `read`.
+          wanted: {path of the parameter: shape, dtype and sharding}.
+
+        Raises:
+          UserError: the checkpoint cannot be read.
+        """
+        # An earlier format has them at other places.
+        stored = {path: path_at_format(network.name, path, self._format) for path in wanted}
+        tree = _wrap_part(nest({stored[path]: x for path, x in wanted.items()}), name, part)
+        found = _open_part(self._checkpoints.restore_stored(self.step, tree), name, part)
+        # By names: Orbax may order the entries of a dict in another way.
+        values = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(found)}
+        return {path: values[stored[path]] for path in wanted}
 
     def read_array(self, name: str, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
         """One array at the top of the state, such as "w_avg"."""
@@ -172,14 +187,18 @@ class CheckpointArrays:
 
     def read_count(self, name: str) -> int:
         """The steps that an optimizer has taken, by its own count."""
-        found = self._checkpoints.restore_stored(self.step, {name: {"opt": [{"count": self._leaf((), np.int32)}, {}]}})
-        return int(found[name]["opt"][0]["count"])
+        return int(self.restore_count(name, self._leaf((), np.int32)))
+
+    def restore_count(self, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        """`read_count` in its shards."""
+        tree = {name: {"opt": [{"count": wanted}, {}]}}
+        return self._checkpoints.restore_stored(self.step, tree)[name]["opt"][0]["count"]
 
     def _leaf(self, shape: Sequence[int], dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=self._where)
 
 
-def wrap_part(tree: dict[str, Any], name: str, part: str) -> dict[str, Any]:
+def _wrap_part(tree: dict[str, Any], name: str, part: str) -> dict[str, Any]:
     """The part of a state that holds a tree: of network `name`, `part` of PARTS."""
     if part == "average":
         return {f"{name}_ema": tree}
@@ -187,8 +206,8 @@ def wrap_part(tree: dict[str, Any], name: str, part: str) -> dict[str, Any]:
     return {name: {"params": tree} if part == "params" else {"opt": [{part: tree}, {}]}}
 
 
-def open_part(state: dict[str, Any], name: str, part: str) -> Any:
-    """The inverse of `wrap_part`."""
+def _open_part(state: dict[str, Any], name: str, part: str) -> Any:
+    """The inverse of `_wrap_part`."""
     if part == "average":
         return state[f"{name}_ema"]
     return state[name]["params"] if part == "params" else state[name]["opt"][0][part]

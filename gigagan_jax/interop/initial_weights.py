@@ -13,22 +13,23 @@ import numpy as np
 
 from gigagan_jax.checkpoint.manager import Checkpoints
 from gigagan_jax.checkpoint.run_folder import RunFolder
-from gigagan_jax.config import Config, from_dict, with_fields
-from gigagan_jax.config.migrations import FORMAT_KEY, upgrade_config
-from gigagan_jax.config.parameter_renames import nest, path_at_format
+from gigagan_jax.config import Config, with_fields
+from gigagan_jax.config.migrations import FORMAT_KEY
+from gigagan_jax.config.parameter_renames import path_at_format
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.workdir_files import CHECKPOINTS_FOLDER, CONFIG_FILE
 from gigagan_jax.interop import model_folder_reader
-from gigagan_jax.interop.checkpoint_arrays import open_part, state_networks, wrap_part
+from gigagan_jax.interop.checkpoint_arrays import CheckpointArrays, state_networks
 from gigagan_jax.interop.model_folder import TRAINING_FOLDER
-from gigagan_jax.interop.weights import W_AVG, has_weights, read_metadata, without_sizes
+from gigagan_jax.interop.weights import W_AVG, has_weights, read_config, read_metadata
 from gigagan_jax.models.network import path_name
 from gigagan_jax.models.pretrained import hub
 from gigagan_jax.models.pretrained.weights import Weights
 
 # {path: shape, dtype and sharding}
 Wanted = Mapping[str, jax.ShapeDtypeStruct]
-_NETWORKS = {"g": "generator", "d": "discriminator", "v": "vision_aided"}
+# Published weights are of this network.
+_PUBLISHED = "generator"
 
 
 class Arrays(Protocol):
@@ -124,26 +125,21 @@ def _with_moved_encoder(stored: Config, config: Config) -> Config:
 
 
 def _open_folder(path: str, folder: Path, config: Config) -> InitialWeights:
-    values = upgrade_config(without_sizes(hub.read_json(folder / CONFIG_FILE)), str(folder / CONFIG_FILE))[0]
-    frozen = isinstance(values.get("text"), Mapping) and values["text"].get("encoder") in ("clip", "t5")
-    paths = {"text": config.text.path} if frozen and config.text.path else {}
     weights = Weights(folder) if has_weights(folder) else None
     # Names of torch have dots, ours have slashes.
     of_torch = weights is None or not any("/" in key for key in weights.keys())  # noqa: SIM118  (no mapping)
     if of_torch or (folder / TRAINING_FOLDER).is_dir():
         training = folder / TRAINING_FOLDER / "generator.safetensors"
         form = "pytorch" if of_torch and not _has_own_names(training) else "safetensors"
+        paths = {"text": config.text.path} if config.text.path else {}
         read = model_folder_reader.read_folder(folder, form, paths)
         return InitialWeights(path, read.config, read.step, read.frozen, _NumpyArrays(read))
     assert weights is not None
-    if frozen and not paths:
-        # Only the sizes of the levels are read of this config: its encoder need not be here.
-        values["text"] = values["text"] | {"encoder": "bytes"}
-    values["loss"] = values["loss"] | {"clip": [0.0, 0.0], "vision_aided": 0.0, "perceptual": 0.0}
-    # Their networks are not read, and their places are not known.
+    # Only the sizes of the levels are read of this config: its text encoder is not opened, and need not be here.
+    there = read_config(folder, config.text.path or "not known here")
     step, identities = read_metadata(weights, folder)
     number = int(hub.read_json(folder / CONFIG_FILE).get(FORMAT_KEY, 0))
-    return InitialWeights(path, from_dict(values), step, identities, _PublishedArrays(weights, number))
+    return InitialWeights(path, there, step, identities, _PublishedArrays(weights, number))
 
 
 def _has_own_names(file: Path) -> bool:
@@ -155,8 +151,7 @@ class _CheckpointArrays:
 
     def __init__(self, checkpoints: Checkpoints, step: int, config: Config):
         self._checkpoints, self._step, self._config = checkpoints, step, config
-        self._networks = state_networks(config)
-        self._format = checkpoints.format_of(step)
+        self._networks, self._arrays = state_networks(config), CheckpointArrays(checkpoints, step)
 
     def shapes(self, name: str, part: str) -> Mapping[str, tuple[int, ...]]:
         # A run without the vision-aided loss has no V, and D has no average.
@@ -168,13 +163,7 @@ class _CheckpointArrays:
         return {path: tuple(spec.shape) for path, spec in self._networks[name].specs_by_path().items()}
 
     def read(self, name: str, part: str, wanted: Wanted) -> dict[str, jax.Array]:
-        # An earlier format has them at other places.
-        stored = {path: path_at_format(_NETWORKS[name], path, self._format) for path in wanted}
-        tree = wrap_part(nest({stored[path]: x for path, x in wanted.items()}), name, part)
-        found = open_part(self._checkpoints.restore_stored(self._step, tree), name, part)
-        # By names: Orbax may order the entries of a dict in another way.
-        values = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(found)}
-        return {path: values[stored[path]] for path in wanted}
+        return self._arrays.restore(self._networks[name], name, part, wanted)
 
     def read_top(self, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array | None:
         if name == W_AVG:
@@ -182,9 +171,7 @@ class _CheckpointArrays:
             if wanted.shape != (self._config.generator.w_dim,):
                 return None
             return self._checkpoints.restore_stored(self._step, {name: wanted})[name]
-        network = name.partition("/")[0]
-        tree = {network: {"opt": [{"count": wanted}, {}]}}
-        return self._checkpoints.restore_stored(self._step, tree)[network]["opt"][0]["count"]
+        return self._arrays.restore_count(name.partition("/")[0], wanted)
 
     def close(self) -> None:
         self._checkpoints.close()
@@ -201,7 +188,7 @@ class _PublishedArrays:
         return _ByPath(self._weights, self._keys, self._format) if (name, part) == ("g", "average") else {}
 
     def read(self, name: str, part: str, wanted: Wanted) -> dict[str, jax.Array]:
-        key_of = lambda path: path_at_format(_NETWORKS[name], path, self._format)
+        key_of = lambda path: path_at_format(_PUBLISHED, path, self._format)
         return {path: _placed(self._weights.read_tensor(key_of(path)), x) for path, x in wanted.items()}
 
     def read_top(self, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array | None:
@@ -220,7 +207,7 @@ class _ByPath(Mapping):
         self._weights, self._keys, self._format = weights, keys - {W_AVG}, number
 
     def __getitem__(self, path):
-        key = path_at_format(_NETWORKS["g"], path, self._format)
+        key = path_at_format(_PUBLISHED, path, self._format)
         if key not in self._keys:
             raise KeyError(path)
         return self._weights.shape_of(key)

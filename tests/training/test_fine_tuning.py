@@ -14,7 +14,7 @@ from gigagan_jax.checkpoint.manager import Checkpoints, states_equal
 from gigagan_jax.checkpoint.workdir import open_workdir
 from gigagan_jax.config import MeshConfig, from_dict
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.interop.initial_weights import path_in
+from gigagan_jax.interop.initial_weights import open_initial_weights, path_in
 from gigagan_jax.interop.weights import save_weights
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.fine_tuning import InitFrom, start_from
@@ -176,6 +176,15 @@ def test_weights_of_a_frozen_text_encoder_need_it_not(source, tmp_path):
     file.write_text(json.dumps(values))
     new = start(tmp_path / "weights", small(), tmp_path)
     assert states_equal(new.g.params, old.g_ema)
+    # A new run that has one says where, which the weights do not.
+    there = open_initial_weights(str(tmp_path / "weights"), small(text__path="clip"))
+    assert there.arrays.shapes("g", "average")
+
+
+def test_a_damaged_config_of_weights_is_one_line(tmp_path, refused):
+    save_weights(tmp_path, small(), {"x": {"y": np.zeros(1)}}, np.zeros(1), step=7)
+    (tmp_path / "config.json").write_text('{"format": 7, "loss": 3}')
+    refused(lambda: open_initial_weights(str(tmp_path), small()), f"--init_from={tmp_path}", "config.loss")
 
 
 @pytest.mark.slow
