@@ -1,7 +1,5 @@
 """Source of Arrow files as Hugging Face `datasets` writes them: `save_to_disk` and its cache. Needs pyarrow alone."""
 
-import functools
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +8,9 @@ import numpy as np
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.example import BadExample
-from gigagan_jax.data.source import identity_of, short_names
 from gigagan_jax.data.sources.arrow_files import ArrowFiles, find_arrow_files
-from gigagan_jax.data.sources.parquet_schema import class_names_of, column_type, format_columns, is_image
-from gigagan_jax.data.sources.table import DAMAGE, LruCache, TableSource, explain_damage
+from gigagan_jax.data.sources.parquet_schema import class_names_of, format_columns, is_image
+from gigagan_jax.data.sources.table import DAMAGE, LruCache, TableSource, check_columns, explain_damage
 from gigagan_jax.data.storage import Storage
 
 _log = logging.getLogger(__name__)
@@ -48,6 +45,9 @@ class ArrowSource(TableSource):
         not there.
     """
 
+    _kind, _damaged_block = "arrow", "record_batch_corrupt"
+    _wrong_rows = ", but its order names others: save the data set again"
+
     def __init__(
         self,
         path: str,
@@ -68,17 +68,8 @@ class ArrowSource(TableSource):
         # Files without metadata have the names of their classes in dataset_info.json.
         self.classes = self.classes or class_names_of(files.features, self._label_key)
         # Headers of all files are read at the start: they give the rows, and damage shows here.
-        counts, firsts = list[int](), [0]
-        for file in self.paths:
-            counts += _batch_lengths(self._storage, file, columns)
-            firsts.append(len(counts))
-        self._batch_starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._file_batches = np.array(firsts)
-        self._names = short_names(self.paths)
-        self._rows = rows if rows is not None else self._read_indices(files.indices)
-        if not len(self):
-            raise UserError(f"{path}: the files have no row")
-        self._check_rows(path)
+        lengths = [_batch_lengths(self._storage, file, columns) for file in self.paths]
+        self._place_rows(path, lengths, rows if rows is not None else self._read_indices(files.indices))
         self._reset_caches()
 
     def _read_indices(self, indices: Sequence[str]) -> np.ndarray | None:
@@ -95,12 +86,6 @@ class ArrowSource(TableSource):
             parts += [np.asarray(b.column(0)).astype(np.int64) for b in batches]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def _check_rows(self, path: str) -> None:
-        # The largest and the smallest row decide, so the check takes no memory.
-        rows, total = self._rows, int(self._batch_starts[-1])
-        if rows is not None and not 0 <= int(np.min(rows)) <= int(np.max(rows)) < total:
-            raise UserError(f"{path} has {total} rows, but its order names others: save the data set again")
-
     def _reset_caches(self) -> None:
         self._open = LruCache(_OPEN_FILES)
         # (file, batch) that were found sound.
@@ -114,39 +99,6 @@ class ArrowSource(TableSource):
         self.__dict__.update(state)
         self._reset_caches()
 
-    def __len__(self) -> int:
-        return int(self._batch_starts[-1]) if self._rows is None else len(self._rows)
-
-    def _locate_row(self, i: int) -> tuple[int, int, int, int]:
-        """Returns the place of row i: file, batch in the file, row in the batch, row in the file."""
-        row = i if self._rows is None else int(self._rows[i])
-        # side="right" skips empty batches and files.
-        batch = int(np.searchsorted(self._batch_starts, row, side="right")) - 1
-        file = int(np.searchsorted(self._file_batches, batch, side="right")) - 1
-        first = int(self._file_batches[file])
-        return file, batch - first, row - int(self._batch_starts[batch]), row - int(self._batch_starts[first])
-
-    def _file_of(self, i: int) -> str:
-        return self.paths[self._locate_row(i)[0]]
-
-    def name(self, i: int) -> str:
-        """File and row: "data-00000-of-00001.arrow:123"."""
-        file, _, _, row = self._locate_row(i)
-        return f"{self._names[file]}:{row}"
-
-    def identity(self) -> str:
-        return self._identity_hash
-
-    @functools.cached_property
-    def _identity_hash(self) -> str:
-        ends = self._batch_starts[self._file_batches]
-        # Names and row counts, not the folder: a moved data set stays the same.
-        names = [f"{name}:{n}" for name, n in zip(self._names, np.diff(ends).tolist(), strict=True)]
-        # Another order makes another data set. Little endian on every machine.
-        if self._rows is not None:
-            names.append(hashlib.sha256(np.ascontiguousarray(self._rows, "<i8").tobytes()).hexdigest())
-        return identity_of("arrow", names)
-
     def _read_row(self, i: int, columns: list[str]) -> dict[str, Any]:
         file, batch, place, _ = self._locate_row(i)
         path = self.paths[file]
@@ -159,14 +111,8 @@ class ArrowSource(TableSource):
                 self._sound.add((file, batch))
         # IndexError, KeyError: the file was replaced after the start.
         except _damage_errors() as e:
-            raise BadExample("record_batch_corrupt", f"{path}, record batch {batch}: {e}") from None
-        row = {}
-        for name in columns:
-            try:
-                row[name] = table.column(name)[place].as_py()
-            except (UnicodeDecodeError, IndexError, KeyError) as e:
-                raise self._undecodable(e, name, path, "record_batch_corrupt") from None
-        return row
+            raise BadExample(self._damaged_block, f"{path}, record batch {batch}: {e}") from None
+        return self._take_row(table, place, columns, path)
 
 
 def _damage_errors() -> tuple[type[Exception], ...]:
@@ -202,15 +148,7 @@ def _open_batches(storage: Storage, path: str) -> tuple[Any, list[Any]]:
 def _batch_lengths(storage: Storage, path: str, columns: dict[str, Callable[[Any], bool]]) -> list[int]:
     """Lengths of the batches of a file. Raises UserError if columns differ from `columns`."""
     schema, batches = _open_batches(storage, path)
-    for name, fits in columns.items():
-        if schema.names.count(name) > 1:
-            raise UserError(
-                f"{path} has several columns {name!r}: leave one of them; columns: {format_columns(schema)}"
-            )
-        if name not in schema.names or not fits(column_type(schema, name)):
-            raise UserError(
-                f"{path} lacks the column {name!r} of the first file, or has it as another type: {format_columns(schema)}"
-            )
+    check_columns(schema, columns, path)
     return [b.num_rows for b in batches]
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,27 +30,9 @@ class HubSource(ArrowSource):
         the cache, or as `ArrowSource`.
     """
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        split: str = "train",
-        image_key: str = "",
-        caption_keys: Sequence[str] = (),
-        label_key: str = "label",
-        caption_required: bool = True,
-    ):
+    def __init__(self, path: str, *, split: str = "train", **columns: Any):
         files, rows = _prepare(path, split)
-        super().__init__(
-            path,
-            split=split,
-            image_key=image_key,
-            caption_keys=caption_keys,
-            label_key=label_key,
-            caption_required=caption_required,
-            files=files,
-            rows=rows,
-        )
+        super().__init__(path, split=split, files=files, rows=rows, **columns)
 
 
 def _prepare(path: str, split: str) -> tuple[ArrowFiles, np.ndarray | None]:

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +11,15 @@ import numpy as np
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.progress import ProgressBar
 from gigagan_jax.data.example import BadExample
-from gigagan_jax.data.source import identity_of, short_names
-from gigagan_jax.data.sources.parquet_schema import column_type, format_columns
-from gigagan_jax.data.sources.table import DAMAGE, LruCache, TableSource, explain_damage, first_line
+from gigagan_jax.data.sources.parquet_schema import format_columns
+from gigagan_jax.data.sources.table import (
+    DAMAGE,
+    LruCache,
+    TableSource,
+    check_columns,
+    explain_damage,
+    first_line,
+)
 from gigagan_jax.data.storage import Storage
 
 _log = logging.getLogger(__name__)
@@ -52,6 +57,10 @@ class ParquetSource(TableSource):
       UserError: there is no file or no row, a file is damaged, or a column is missing or of another type.
     """
 
+    _kind, _damaged_block = "parquet", "row_group_corrupt"
+    # Chosen rows may come from a filter that ran before the files changed.
+    _wrong_rows = ": the chosen ones are not among them; filter again"
+
     def __init__(
         self,
         path: str,
@@ -69,43 +78,30 @@ class ParquetSource(TableSource):
         self.paths = self._storage.expand_pattern(path, (".parquet",))
         # The first file decides the columns; `_groups_of` checks that all others have them.
         schema, _ = _read_row_groups(self._storage, self.paths[0])
-        self._index_row_groups(self._choose_columns(schema, self.paths[0], image_key, caption_keys, label_key))
-        self._rows = rows
-        self._names = short_names(self.paths)
-        if not len(self):
-            raise UserError(f"{path}: " + ("the files have no row" if rows is None else "no example is left"))
-        # Chosen rows may come from a filter that ran before the files changed.
-        # The largest and the smallest row decide, so the check takes no memory.
-        if rows is not None and not 0 <= int(np.min(rows)) <= int(np.max(rows)) < self._group_starts[-1]:
-            raise UserError(
-                f"{path} has {self._group_starts[-1]} rows: the chosen ones are not among them; filter again"
-            )
+        columns = self._choose_columns(schema, self.paths[0], image_key, caption_keys, label_key)
+        self._place_rows(path, self._read_group_lengths(columns), rows)
         self._reset_caches()
 
-    def _index_row_groups(self, columns: dict[str, Callable[[Any], bool]]) -> None:
-        """Reads all footers: checks the columns, and notes the start and the size of each row group."""
+    def _read_group_lengths(self, columns: dict[str, Callable[[Any], bool]]) -> list[list[int]]:
+        """Reads all footers: checks the columns, warns of large row groups, and returns the rows of each, for each file."""
         task = functools.partial(_groups_of, self._storage, columns)
         progress = ProgressBar("reading Parquet footers", len(self.paths))
-        sizes: list[int] = []
-        counts: list[int] = []
-        # Index of the first row group of each file.
-        firsts = [0]
+        lengths: list[list[int]] = []
+        largest, where = 0, ""
         with concurrent.futures.ThreadPoolExecutor(_OPENING_THREADS) as pool:
             # map keeps the order of the files, whichever footer arrives first.
-            for groups in pool.map(task, self.paths):
-                counts += [n for n, _ in groups]
-                sizes += [size for _, size in groups]
-                firsts.append(len(counts))
+            for path, groups in zip(self.paths, pool.map(task, self.paths), strict=True):
+                lengths.append([n for n, _ in groups])
+                largest, where = max([(largest, where), *((size, path) for _, size in groups)], key=lambda x: x[0])
                 progress.step()
-        self._group_starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._file_groups = np.array(firsts)
-        if sizes and max(sizes) > _LARGE_GROUP:
+        if largest > _LARGE_GROUP:
             _log.warning(
                 "%s: row groups of up to %d MB, each read whole for any of its rows: random access will be slow. Write smaller "
                 "ones (pyarrow.parquet.write_table(table, file, row_group_size=100)), or use tools/prepare_data.py convert",
-                self.paths[int(np.searchsorted(self._file_groups, int(np.argmax(sizes)), side="right")) - 1],
-                max(sizes) >> 20,
+                where,
+                largest >> 20,
             )
+        return lengths
 
     def _reset_caches(self) -> None:
         self._tables = LruCache(_KEPT_BYTES)
@@ -119,39 +115,6 @@ class ParquetSource(TableSource):
         self.__dict__.update(state)
         self._reset_caches()
 
-    def __len__(self) -> int:
-        return int(self._group_starts[-1]) if self._rows is None else len(self._rows)
-
-    def _locate_row(self, i: int) -> tuple[int, int, int, int]:
-        """Returns the place of row i: file, row group in the file, row in the group, row in the file."""
-        row = i if self._rows is None else int(self._rows[i])
-        # side="right" skips empty row groups and files.
-        group = int(np.searchsorted(self._group_starts, row, side="right")) - 1
-        file = int(np.searchsorted(self._file_groups, group, side="right")) - 1
-        first = int(self._file_groups[file])
-        return file, group - first, row - int(self._group_starts[group]), row - int(self._group_starts[first])
-
-    def _file_of(self, i: int) -> str:
-        return self.paths[self._locate_row(i)[0]]
-
-    def name(self, i: int) -> str:
-        """File and row: "train-00000.parquet:123"."""
-        file, _, _, row = self._locate_row(i)
-        return f"{self._names[file]}:{row}"
-
-    def identity(self) -> str:
-        return self._identity_hash
-
-    @functools.cached_property
-    def _identity_hash(self) -> str:
-        ends = self._group_starts[self._file_groups]
-        # The identity depends on names and row counts, not on the folder, so a moved data set stays the same.
-        names = [f"{name}:{n}" for name, n in zip(self._names, np.diff(ends).tolist(), strict=True)]
-        if self._rows is not None:
-            # A filter that leaves other rows makes another data set. Little endian on every machine.
-            names.append(hashlib.sha256(np.ascontiguousarray(self._rows, "<i8").tobytes()).hexdigest())
-        return identity_of("parquet", names)
-
     def _read_row(self, i: int, columns: list[str]) -> dict[str, Any]:
         file, group, place, _ = self._locate_row(i)
         # A cached table with all columns serves a read of captions too.
@@ -159,13 +122,7 @@ class ParquetSource(TableSource):
         if table is None:
             load = functools.partial(self._load_row_group, self.paths[file], group, columns)
             table = self._tables.get_or_load((file, group, *columns), load, lambda t: t.nbytes)
-        row = {}
-        for name in columns:
-            try:
-                row[name] = table.column(name)[place].as_py()
-            except (UnicodeDecodeError, IndexError) as e:
-                raise self._undecodable(e, name, self.paths[file], "row_group_corrupt") from None
-        return row
+        return self._take_row(table, place, columns, self.paths[file])
 
     def _load_row_group(self, path: str, group: int, columns: list[str]) -> Any:
         import pyarrow
@@ -183,7 +140,7 @@ class ParquetSource(TableSource):
                 # Reads already run in many threads.
                 return file.read_row_group(group, columns=columns, use_threads=False)
         except (OSError, pyarrow.ArrowException, *DAMAGE) as e:
-            raise BadExample("row_group_corrupt", f"{path}, row group {group}: {first_line(e)}") from None
+            raise BadExample(self._damaged_block, f"{path}, row group {group}: {first_line(e)}") from None
 
 
 def _read_footer(storage: Storage, path: str) -> tuple[Any, Any]:
@@ -217,13 +174,5 @@ def _read_row_groups(storage: Storage, path: str) -> tuple[Any, list[tuple[int, 
 def _groups_of(storage: Storage, columns: dict[str, Callable[[Any], bool]], path: str) -> list[tuple[int, int]]:
     """Lists (rows, decoded bytes) of each row group of a file. Raises UserError if columns differ from `columns`."""
     schema, groups = _read_row_groups(storage, path)
-    for name, fits in columns.items():
-        if schema.names.count(name) > 1:
-            raise UserError(
-                f"{path} has several columns {name!r}: leave one of them; columns: {format_columns(schema)}"
-            )
-        if name not in schema.names or not fits(column_type(schema, name)):
-            raise UserError(
-                f"{path} lacks the column {name!r} of the first file, or has it as another type: {format_columns(schema)}"
-            )
+    check_columns(schema, columns, path)
     return groups

@@ -3,17 +3,24 @@
 import abc
 import collections
 import concurrent.futures
+import functools
+import hashlib
 import posixpath
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+
+from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.example import BadExample, Record
-from gigagan_jax.data.source import Source
+from gigagan_jax.data.source import Source, identity_of, short_names
 from gigagan_jax.data.sources.parquet_schema import (
     choose_caption_keys,
     choose_image_key,
     choose_label_key,
+    column_type,
+    format_columns,
     is_image,
     is_label,
     is_text,
@@ -29,16 +36,27 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 class TableSource(Source):
-    """Rows of tables as examples. A subclass finds the rows; this class reads images, captions and labels from them.
+    """Rows of tables as examples. A subclass reads rows; this class finds images, captions and labels in them.
+
+    A file consists of blocks that are read whole: row groups of Parquet, record batches of Arrow.
 
     Args:
       storage: reads image files that a row names.
       caption_required: if True, an example without a caption is a bad example.
 
     Attributes:
+      paths: the files, in their order.
       has_labels: whether there is a column of labels.
       classes: names of the classes in the order of the labels, if Hugging Face datasets wrote them.
     """
+
+    # Part of the identity.
+    _kind: ClassVar[str]
+    # Cause of a bad example whose block is damaged, or gone.
+    _damaged_block: ClassVar[str]
+    # Said of rows that the files do not have.
+    _wrong_rows: ClassVar[str]
+    paths: list[str]
 
     def __init__(self, storage: Storage | None, caption_required: bool):
         # Paths in a table may be addresses.
@@ -73,9 +91,56 @@ class TableSource(Source):
     def _read_row(self, i: int, columns: list[str]) -> dict[str, Any]:
         """Reads some columns of row i. Raises BadExample."""
 
-    @abc.abstractmethod
-    def _file_of(self, i: int) -> str:
-        """The file that holds row i: relative paths of images start at its folder."""
+    def _place_rows(self, path: str, blocks: Sequence[Sequence[int]], rows: np.ndarray | None) -> None:
+        """Notes where each row lies.
+
+        Args:
+          path: as the user named the files.
+          blocks: the number of rows of each block, for each file.
+          rows: int [n], the rows to use, counted through all files; None: all.
+
+        Raises:
+          UserError: there is no row, or the files do not have all of `rows`.
+        """
+        self._names = short_names(self.paths)
+        self._block_starts = np.cumsum([0, *(n for file in blocks for n in file)], dtype=np.int64)
+        self._file_blocks = np.cumsum([0, *map(len, blocks)], dtype=np.int64)
+        self._rows, total = rows, int(self._block_starts[-1])
+        if not len(self):
+            raise UserError(f"{path}: " + ("the files have no row" if rows is None else "no example is left"))
+        # The largest and the smallest row decide, so the check takes no memory.
+        if rows is not None and not 0 <= int(np.min(rows)) <= int(np.max(rows)) < total:
+            raise UserError(f"{path} has {total} rows{self._wrong_rows}")
+
+    def __len__(self) -> int:
+        return int(self._block_starts[-1]) if self._rows is None else len(self._rows)
+
+    def _locate_row(self, i: int) -> tuple[int, int, int, int]:
+        """Returns the place of row i: file, block in the file, row in the block, row in the file."""
+        row = i if self._rows is None else int(self._rows[i])
+        # side="right" skips empty blocks and files.
+        block = int(np.searchsorted(self._block_starts, row, side="right")) - 1
+        file = int(np.searchsorted(self._file_blocks, block, side="right")) - 1
+        first = int(self._file_blocks[file])
+        return file, block - first, row - int(self._block_starts[block]), row - int(self._block_starts[first])
+
+    def name(self, i: int) -> str:
+        """File and row: "train-00000.parquet:123"."""
+        file, _, _, row = self._locate_row(i)
+        return f"{self._names[file]}:{row}"
+
+    def identity(self) -> str:
+        return self._identity_hash
+
+    @functools.cached_property
+    def _identity_hash(self) -> str:
+        ends = self._block_starts[self._file_blocks]
+        # Names and row counts, not the folder: a moved data set stays the same.
+        names = [f"{name}:{n}" for name, n in zip(self._names, np.diff(ends).tolist(), strict=True)]
+        # Other rows, or another order of them, make another data set. Little endian on every machine.
+        if self._rows is not None:
+            names.append(hashlib.sha256(np.ascontiguousarray(self._rows, "<i8").tobytes()).hexdigest())
+        return identity_of(self._kind, names)
 
     def read(self, i: int) -> Record:
         """Reads row i.
@@ -86,7 +151,8 @@ class TableSource(Source):
         """
         row = self._read_row(i, self._columns)
         captions = self._extract_captions(row)
-        image = self._load_image(row[self._image_key], self._file_of(i))
+        # Relative paths of images start at the folder of the file.
+        image = self._load_image(row[self._image_key], self.paths[self._locate_row(i)[0]])
         label = label_of(row[self._label_key] if self._label_key else None)
         return Record(image, captions, label, self.name(i))
 
@@ -122,13 +188,32 @@ class TableSource(Source):
         except (OSError, ValueError) as e:
             raise BadExample("image_unreadable", f"{value}: {first_line(e)}") from None
 
-    def _undecodable(self, error: Exception, column: str, file: str, corrupt: str) -> BadExample:
-        """The error for a value that cannot be taken out of its column; `corrupt` is the cause of a row that is gone."""
-        # Of an image's struct, only the path is text.
-        cause = "image_unreadable" if column == self._image_key else "caption_undecodable"
-        # IndexError: the file was replaced after the start by one with fewer rows.
-        cause = corrupt if isinstance(error, IndexError) else cause
-        return BadExample(cause, f"{file}, column {column}: {error}")
+    def _take_row(self, table: Any, place: int, columns: list[str], file: str) -> dict[str, Any]:
+        """Takes some columns of a row out of its block. Raises BadExample."""
+        row = {}
+        for name in columns:
+            try:
+                row[name] = table.column(name)[place].as_py()
+            except (UnicodeDecodeError, LookupError) as e:
+                # Of an image's struct, only the path is text.
+                cause = "image_unreadable" if name == self._image_key else "caption_undecodable"
+                # The file was replaced after the start by one with fewer rows, or other columns.
+                cause = self._damaged_block if isinstance(e, LookupError) else cause
+                raise BadExample(cause, f"{file}, column {name}: {e}") from None
+        return row
+
+
+def check_columns(schema: Any, columns: dict[str, Callable[[Any], bool]], path: str) -> None:
+    """Raises UserError if a file's columns differ from those of the first file, {column: whether a type fits}."""
+    for name, fits in columns.items():
+        if schema.names.count(name) > 1:
+            raise UserError(
+                f"{path} has several columns {name!r}: leave one of them; columns: {format_columns(schema)}"
+            )
+        if name not in schema.names or not fits(column_type(schema, name)):
+            raise UserError(
+                f"{path} lacks the column {name!r} of the first file, or has it as another type: {format_columns(schema)}"
+            )
 
 
 def resolve_image_path(path: str, file: str) -> str:

@@ -310,6 +310,11 @@ def test_a_file_that_goes_away_makes_bad_examples(folder, tmp_path):
     write_table(copied / "a.parquet", make_columns(range(2)))
     source = pickle.loads(pickle.dumps(source))
     assert cause_of(source.read, 2) == "row_group_corrupt"
+    # Other columns than at the start.
+    columns = make_columns(range(3))
+    write_table(copied / "a.parquet", {name: columns[name] for name in list(columns)[:1]})
+    source = pickle.loads(pickle.dumps(source))
+    assert cause_of(source.read, 0) == "row_group_corrupt"
 
 
 def test_columns_that_are_not_there_or_of_another_kind(folder, tmp_path, refused):
