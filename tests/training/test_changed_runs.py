@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 
 from gigagan_jax import train
-from gigagan_jax.checkpoint.manager import states_equal
+from gigagan_jax.checkpoint.manager import Checkpoints, states_equal
 from gigagan_jax.checkpoint.workdir import open_workdir, with_original_settings
 from gigagan_jax.core.errors import UserError
+from gigagan_jax.parallel import sharding
 from gigagan_jax.telemetry.history import read_history, record_event
 from gigagan_jax.training.fine_tuning import InitFrom
 from gigagan_jax.training.loop import Run
+from gigagan_jax.training.state import Networks
 from tests.runs import read, small
 
 
@@ -26,32 +28,41 @@ def write_photos(folder, numbers):
         (folder / f"{i:02d}.txt").write_text(f"photograph {i}")
 
 
+def save_untrained(workdir, config):
+    """A workdir with a checkpoint of step 7, of initial values."""
+    open_workdir(workdir, config)
+    checkpoints = Checkpoints(workdir, config)
+    checkpoints.save(7, Networks(config).init(sharding.make_mesh(config.mesh)), {}, config, {})
+    checkpoints.close()
+
+
 def on_photos(folder, steps, **fields):
     fields = {"data__source": "folder", "data__path": str(folder), "total_kimg": 0.016 * steps} | fields
     return small(**fields)
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """(workdir, folder of its data): four steps on 24 photographs, of which there are 28 now. Not to be written to."""
-    folder = tmp_path_factory.mktemp("changed")
-    write_photos(folder / "photos", range(24))
-    Run(on_photos(folder / "photos", 4), folder / "start").train()
-    write_photos(folder / "photos", range(24, 28))
-    return folder / "start", folder / "photos"
-
-
 @pytest.mark.slow
-def test_data_that_grows_and_settings_that_change_within_a_run(start, tmp_path, caplog):
+def test_from_weights_over_data_that_grows_with_settings_that_change(tmp_path, caplog):
     """24 photographs, then 28: stopped and gone on without the flags, the run is the undisturbed one bit for bit."""
-    workdir, photos = start
+    photos, begun = tmp_path / "photos", tmp_path / "begun"
+    write_photos(photos, range(24))
+    save_untrained(tmp_path / "weights", on_photos(photos, 4))
+    init = InitFrom(str(tmp_path / "weights"), ("g", "d", "averages", "optimizer"))
+    state = Run(on_photos(photos, 4), begun, init_from=init).train()
+    # The counters and the order of the data are those of any new run.
+    assert (int(state.step), int(state.images)) == (4, 64)
+    assert read(begun, on_photos(photos, 4))[1]["examples_seen"] == 64
+
+    write_photos(photos, range(24, 28))
     with pytest.raises(UserError, match=r"24 -> 28 examples.*--accept=data"):
-        Run(on_photos(photos, 10), shutil.copytree(workdir, tmp_path / "refused")).train()
+        Run(on_photos(photos, 10), shutil.copytree(begun, tmp_path / "refused")).train()
     lower = {"g_optimizer__learning_rate": 0.001}
-    whole, stopped = (shutil.copytree(workdir, tmp_path / name) for name in ("whole", "stopped"))
-    both = {"accept": ("data", "settings")}
+    whole, stopped = (shutil.copytree(begun, tmp_path / name) for name in ("whole", "stopped"))
+    # A launcher runs the same command again; the weights need not be there any more.
+    both = {"accept": ("data", "settings"), "init_from": InitFrom("nowhere")}
     with caplog.at_level(logging.INFO):
         Run(on_photos(photos, 10, **lower), whole, **both).train()
+    assert "--init_from=nowhere was for the start" in caplog.text
     assert "24 -> 28 examples in a new order; the first epoch over them begins at image 64" in caplog.text
     Run(on_photos(photos, 7, **lower), stopped, **both).train()
     Run(on_photos(photos, 10, **lower), stopped).train()
@@ -60,24 +71,10 @@ def test_data_that_grows_and_settings_that_change_within_a_run(start, tmp_path, 
     assert data_a == data_b
     assert data_a["earlier"][0][1:] == [24, 64]
     events = read_history(stopped)
+    assert events[0]["event"] == "init"
     (data,) = [event for event in events if event["event"] == "data"]
     assert (data["step"], data["images"], data["old"]["examples"], data["new"]["examples"]) == (4, 64, 24, 28)
     assert [0.0035, 0.001] in [e["fields"].get("g_optimizer.learning_rate") for e in events if e["event"] == "settings"]
-
-
-@pytest.mark.slow
-def test_a_run_from_weights_goes_on_from_its_own_checkpoint(start, tmp_path, caplog):
-    workdir, photos = start
-    init = InitFrom(str(workdir), ("g", "d", "averages", "optimizer"))
-    state = Run(on_photos(photos, 2), tmp_path / "run", init_from=init).train()
-    assert (int(state.step), int(state.images)) == (2, 32)
-    # A launcher runs the same command again; the weights need not be there any more.
-    with caplog.at_level(logging.INFO):
-        state = Run(on_photos(photos, 4), tmp_path / "run", init_from=InitFrom("nowhere")).train()
-    assert "--init_from=nowhere was for the start" in caplog.text
-    assert (int(state.step), int(state.images)) == (4, 64)
-    # The order of the data is that of any new run.
-    assert read(tmp_path / "run", on_photos(photos, 4))[1]["examples_seen"] == 64
 
 
 def stored(workdir):
