@@ -17,6 +17,13 @@ from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.progress import ProgressBar
 
 
+def count_cores() -> int:
+    """Cores that this process may use."""
+    # Of Linux: containers and job managers give a process some of them.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def tune_malloc() -> None:
     """Makes glibc keep freed memory instead of returning it to the kernel. Does nothing with another C library."""
     # XLA's CPU runtime allocates its temporaries at every step, image decoders their pixels for every image. On two cores,
@@ -125,7 +132,7 @@ def map_parallel(
       UserError: a worker process was lost. Errors of the task pass through.
     """
     # 0 workers: one for each core.
-    workers = min(workers or os.cpu_count() or 1, len(items))
+    workers = min(workers or count_cores(), len(items))
     progress = ProgressBar(title, len(items), quiet=quiet)
     # No worker processes: they would cost an import of seconds each.
     if workers <= 1:

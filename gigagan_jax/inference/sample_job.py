@@ -22,7 +22,7 @@ import numpy as np
 
 from gigagan_jax.config import Config, class_label, describe_classes, needs_prompts
 from gigagan_jax.core.errors import UserError
-from gigagan_jax.core.processes import hold_file_lock
+from gigagan_jax.core.processes import count_cores, hold_file_lock
 from gigagan_jax.core.progress import ProgressBar
 from gigagan_jax.data.tokenizers import report_cut_captions
 from gigagan_jax.inference.image_encoding import DEFAULT_QUALITY, ENDINGS, encode_image
@@ -241,7 +241,7 @@ class _Writer:
         self._write_metadata(skip=missing)
         progress: ProgressBar | None = None
         # Threads suffice: the encoders of Pillow release the interpreter's lock.
-        pool = concurrent.futures.ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "encode")
+        pool = concurrent.futures.ThreadPoolExecutor(min(_MAX_THREADS, count_cores()), "encode")
         behind: collections.deque[list[tuple[Sample, concurrent.futures.Future[bytes]]]] = collections.deque()
         start = 0
         try:

@@ -12,6 +12,7 @@ import jax
 
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.core.hardware import memory_stats
+from gigagan_jax.core.processes import count_cores
 from gigagan_jax.parallel.communication import import_private_module
 
 _log = logging.getLogger(__name__)
@@ -168,13 +169,6 @@ def memory_error(error: BaseException) -> UserError | None:
 
 
 # ---------------------------------------------------------------- sizes
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    # Of Linux: containers and job managers give a process some of them.
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def host_memory() -> int:
