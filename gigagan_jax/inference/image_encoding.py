@@ -144,13 +144,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
       UserError: the file is missing, or is not a complete image of these formats.
     """
+    kind = ENDINGS.get(Path(path).suffix.lower(), "PNG")
     try:
         # Not Image.open: its limit on pixels (DecompressionBombError) would reject a large grid.
         with open(path, "rb") as file:
             if file.read(8) == b"\x89PNG\r\n\x1a\n":
                 file.seek(0)
                 return {key: str(value) for key, value in PngImageFile(file).text.items()}
-        if Path(path).suffix.lower() not in (".jpg", ".jpeg", ".webp"):
+        if kind == "PNG":
             raise ValueError
         with Image.open(path) as image:
             comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
@@ -158,7 +159,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             return {}
         return {str(k): str(v) for k, v in json.loads(comment[len(_COMMENT_CODE) :]).items()}
     except (OSError, SyntaxError, ValueError, AttributeError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else "not a whole PNG file"
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else f"not a whole {kind} file"
         raise UserError(f"cannot read the image {path}: {reason}") from None
 
 

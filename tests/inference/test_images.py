@@ -259,6 +259,9 @@ def test_reading_what_is_no_png(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(UserError, match="not a whole PNG"):
         read_metadata(tmp_path / "text.png")
+    (tmp_path / "text.jpg").write_text("not an image")
+    with pytest.raises(UserError, match="not a whole JPEG"):
+        read_metadata(tmp_path / "text.jpg")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     save_png(tmp_path / "a.png", noise, {"v": "1"})
     (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:3000])
