@@ -93,9 +93,9 @@ def _make_tower(role: str, kind: str, path: str, config: Config) -> Tower:
 def _no_images_error(role: str, path: str, config: Config) -> UserError:
     """The error of a CLIP without a vision tower, or without a projection, where a loss needs them."""
     uses = {"loss.clip=(0,0)": config.uses_clip_loss, "loss.vision_aided=0": config.loss.vision_aided > 0}
-    # The path may be that of the text encoder, which both losses take by default.
     # Flags to copy.
     off = " ".join(f"--config.{name}" for name, used in uses.items() if used)
+    # The path may be that of the text encoder, which both losses take by default.
     field = REQUIREMENTS[role].field
     return UserError(
         f"{field}={path} is a text tower alone, and a loss needs a whole CLIP: name one by {field}, or switch off what "
