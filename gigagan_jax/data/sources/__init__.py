@@ -47,6 +47,11 @@ def make_source(
         return open_one(data.path)
     from gigagan_jax.data.sources.mixture import MixtureSource
 
+    return MixtureSource([(weight, open_one(path)) for weight, path in _parse_mixture(data)])
+
+
+def _parse_mixture(data: DataConfig) -> list[tuple[float, str]]:
+    """(weight, path) of each part of a mixture. Raises UserError."""
     # Paths inside a mixture would silently shadow data.path.
     if data.path:
         raise UserError("config.data.mixture and config.data.path are both set: a mixture names its own paths")
@@ -59,20 +64,20 @@ def make_source(
             raise UserError(
                 f"config.data.mixture: {text!r} is not WEIGHT:PATH with a positive weight, such as 0.3:photos/"
             )
-        parts.append((float(weight), open_one(path)))
-    return MixtureSource(parts)
+        parts.append((float(weight), path))
+    return parts
 
 
 def survey_data(data: DataConfig, condition: str, workdir: Path | None = None) -> dict[str, Survey]:
     """{path: survey} of a config's data set, or of the parts of its mixture; empty for data without a path.
 
     Raises:
-      UserError: there is nothing at a path.
+      UserError: there is nothing at a path, or the mixture is none.
     """
     if data.source in ("digits", "shapes"):
         return {}
     storage = Storage(data.retry_seconds)
-    paths = [text.partition(":")[2] for text in data.mixture] or [data.path]
+    paths = [path for _, path in _parse_mixture(data)] if data.mixture else [data.path]
     return {path: survey_path(path, data, condition, storage, workdir) for path in paths}
 
 

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from gigagan_jax.config import DataConfig
 from gigagan_jax.core.errors import UserError
 from gigagan_jax.data.example import BadExample
-from gigagan_jax.data.sources import make_source
+from gigagan_jax.data.sources import make_source, survey_data
 from gigagan_jax.data.sources.digits import CAPTION_TEMPLATES, DIGIT_WORDS, DigitsSource, digit_captions
 from gigagan_jax.data.sources.folder import FolderSource
 from gigagan_jax.data.survey import survey_path
@@ -134,6 +134,9 @@ def test_make_source_by_config(tmp_path):
 def test_make_source_refuses(data, message):
     with pytest.raises(UserError, match=message):
         make_source(data)
+    # A run looks at the paths first.
+    with pytest.raises(UserError, match=message):
+        make_source(data, surveys=survey_data(data, "text"))
 
 
 # --- a folder's good files
