@@ -20,6 +20,7 @@ from gigagan_jax.data.sources.filters import format_report
 from gigagan_jax.data.sources.tar_headers import BLOCK, is_header_of
 from gigagan_jax.data.sources.tar_index import FAULTS, NO_MEMBER
 from gigagan_jax.data.storage import Storage, is_local, local_path
+from gigagan_jax.data.survey.file_names import SHARD_SUFFIXES
 
 _log = logging.getLogger(__name__)
 # A gap of up to 64 KiB between image and caption is read along: one longer read costs less than two reads.
@@ -71,7 +72,8 @@ class TarSource(Source):
         refresh: bool = False,
     ):
         self._storage = storage or Storage()
-        self.paths = self._storage.expand_pattern(path, tar_index.SHARD_SUFFIXES)
+        # Compressed tars are listed too, so that they are refused with a reason instead of not found.
+        self.paths = self._storage.expand_pattern(path, SHARD_SUFFIXES)
         self._caption_required, self._caption_keys = caption_required, tuple(caption_keys)
         folder = choose_index_folder(self.paths, index, workdir)
         open_index = functools.partial(

@@ -42,8 +42,6 @@ GROUPING = 2
 # Indices into this tuple are stored: new faults go to the end.
 FAULTS = ("", "tar_truncated", "tar_corrupt", "unsafe_name", "image_missing", "member_too_large")
 _DAMAGE = [FAULTS.index("tar_truncated"), FAULTS.index("tar_corrupt")]
-# Compressed tars are listed too, so that they are refused with a reason instead of not found.
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 COLUMNS = {
     **{f"{what}_{place}": np.uint32 for what in ("image", "caption") for place in ("block", "size")},
     "fault": np.uint8,

@@ -194,13 +194,11 @@ def build_contents(
         # A picture in both: one of them is not used, and the report says so.
         both += bool(found.table.get(name)) and contents.caption_files.find(name) is not None
         used.add(place)
-    if both and contents.table_first:
-        found.notes.append(f"{both} pictures have captions in files and in {found.table_name}; the table is taken")
-    elif both:
-        found.notes.append(
-            f"{both} pictures have captions in files and in {found.table_name}: the files are taken; "
-            "--config.data.caption_keys='(\"COLUMN\",)' takes the table"
-        )
+    if both:
+        taken = "the table is" if contents.table_first else "the files are"
+        other = "" if contents.table_first else "; --config.data.caption_keys='(\"COLUMN\",)' takes the table"
+        who = "1 picture has" if both == 1 else f"{both} pictures have"
+        found.notes.append(f"{who} captions in files and in {found.table_name}: {taken} taken{other}")
     # Notes, licences, captions of pictures that are gone.
     texts = sorted(n for n in contents.caption_files.files if n not in used and suffix_of(n) != ".json")
     if texts:

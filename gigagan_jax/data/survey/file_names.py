@@ -57,6 +57,7 @@ ARCHIVE_SUFFIXES = (
 ZIPS = (".zip", ".7z", ".rar")
 # A webdataset, packed in another way: their source refuses them with a reason.
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+SHARD_SUFFIXES = (*TAR_SUFFIXES, *PACKED_TARS)
 # Without a leading dot: what systems leave beside pictures.
 LITTER_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "lost+found", "system volume information", "#recycle")
 

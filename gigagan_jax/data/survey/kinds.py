@@ -21,7 +21,6 @@ from gigagan_jax.data.survey.listing import Listing, list_folder
 from gigagan_jax.data.survey.report import OtherReading, Survey
 from gigagan_jax.data.survey.splits import choose_split
 
-SHARD_SUFFIXES = (*file_names.TAR_SUFFIXES, *file_names.PACKED_TARS)
 # Members of tars that are counted at most, to compare tars with the pictures beside them.
 _COUNTED = 20_000
 _FLAG = "--config.data.source="
@@ -31,7 +30,7 @@ def kind_by_suffix(names: Sequence[str]) -> str | None:
     """Returns the first of tar, arrayrecord, parquet, arrow that matches a name, or None."""
     # Tar comes first: img2dataset writes a Parquet file with metadata beside each tar.
     lower = [n.lower() for n in names]
-    if any(n.endswith(SHARD_SUFFIXES) for n in lower):
+    if any(n.endswith(file_names.SHARD_SUFFIXES) for n in lower):
         return "tar"
     if any(".array_record" in n for n in lower):
         return "arrayrecord"

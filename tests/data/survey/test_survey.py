@@ -115,7 +115,7 @@ GOLDEN = {
         [
             "data: FOLDER, read as folder: 4 pictures (4 .png)",
             "  captions: 4 in .txt",
-            "  note: 1 pictures have captions in files and in metadata.csv: the files are taken; "
+            "  note: 1 picture has captions in files and in metadata.csv: the files are taken; "
             "--config.data.caption_keys='(\"COLUMN\",)' takes the table",
         ],
     ),
