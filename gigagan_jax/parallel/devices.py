@@ -163,8 +163,8 @@ def memory_error(error: BaseException) -> UserError | None:
     size = re.search(r"allocat\w* (\d+) bytes", message)
     asked = f" ({int(size[1]) / 2**30:,.1f} GiB were asked for at once)" if size else ""
     return UserError(
-        f"a device's memory is full{asked}: train with a smaller config.batch_size, with parts of it by config.micro_batches=8, "
-        "with config.remat=true, or a smaller config; --dry_run says what a config takes"
+        f"a device's memory is full{asked}: use smaller images, or fewer at once; in training a smaller config.batch_size, "
+        "parts of it by config.micro_batches=8, config.remat=true, or a smaller config (--dry_run says what one takes)"
     )
 
 

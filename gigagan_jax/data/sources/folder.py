@@ -132,6 +132,6 @@ class FolderSource(Source):
             # An image at the top has no class, and label -1 would make it unconditional without notice.
             if "/" not in name:
                 raise UserError(
-                    f"{name} lies in {self.path} itself and so has no class; with labels='folder' each image belongs "
-                    "in a sub-folder named after its class"
+                    f"{name} lies in {self.path} itself and so has no class: move each image into a sub-folder named after "
+                    "its class; config.condition=none trains without classes"
                 )
