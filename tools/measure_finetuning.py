@@ -1,6 +1,7 @@
-"""How many images a run needs from scratch, and from the weights of docs/weights/digits: digits with inverted colours.
+"""How many images a run needs on digits with inverted colours: from scratch, from published weights of G, from a whole run.
 
-    python tools/measure_finetuning.py --workdir=DIR --results=docs/finetuning.jsonl [--arm=scratch] [--arm=weights]
+    python -m gigagan_jax.train --config=configs/digits.py --workdir=runs/digits
+    python tools/measure_finetuning.py --workdir=DIR --results=docs/finetuning.jsonl --run=runs/digits [--arm=NAME] [--seed=N]
     python tools/measure_finetuning.py --results=docs/finetuning.jsonl --table
 
 The pictures, black on white, are a folder with caption files in DIR. Each arm is a run of configs/digits.py on it. The judge of
@@ -28,15 +29,13 @@ from gigagan_jax.inference.text_to_image import TextToImage
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "docs" / "weights" / "digits"
-# Flags of each arm. The rates of the longer run fall from 40 kimg on, those of the shorter one from 4 kimg on.
+# Rates do not fall: configs/digits.py keeps them until 40 kimg.
+_STEADY = ["--config.g_optimizer.decay_kimg=0", "--config.d_optimizer.decay_kimg=0"]
+# Flags of each arm.
 ARMS = {
-    "scratch": ["--config.total_kimg=120"],
-    "weights": [
-        f"--init_from={WEIGHTS}",
-        "--config.total_kimg=16",
-        "--config.g_optimizer.decay_kimg=12",
-        "--config.d_optimizer.decay_kimg=12",
-    ],
+    "scratch": ["--config.total_kimg=16", *_STEADY],
+    "weights": [f"--init_from={WEIGHTS}", "--config.total_kimg=4", *_STEADY],
+    "run": ["--config.total_kimg=4", *_STEADY],  # and --init_from of the run that is named
 }
 
 
@@ -45,9 +44,12 @@ def verb(argv: Sequence[str]) -> int:
     parser = cli.Parser(prog="measure_finetuning.py", description=__doc__)
     parser.add_argument("--workdir", type=cli.local_folder, help="for the pictures and the runs")
     parser.add_argument("--results", type=cli.local_folder, required=True, help="a .jsonl file: a line a checkpoint")
-    parser.add_argument("--arm", action="append", choices=tuple(ARMS), help="one of them; both without it")
+    parser.add_argument("--arm", action="append", choices=tuple(ARMS), help="one of them; all without it")
+    parser.add_argument(
+        "--run", type=cli.local_folder, help="workdir of configs/digits.py, which the arm `run` starts from"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kimg", type=float, default=1.0, help="between two checkpoints (1)")
+    parser.add_argument("--kimg", type=float, default=0.5, help="between two checkpoints (0.5)")
     parser.add_argument("--table", action="store_true", help="print the results there are")
     args = parser.parse_args(argv)
     if args.table:
@@ -55,10 +57,14 @@ def verb(argv: Sequence[str]) -> int:
         return 0
     if args.workdir is None:
         raise UserError("--workdir=DIR is needed: the pictures and the runs go there")
+    arms = args.arm or list(ARMS)
+    if "run" in arms and args.run is None:
+        raise UserError("--run=WORKDIR is needed: a run of configs/digits.py, which the arm `run` starts from")
     pictures = write_pictures(args.workdir / "inverted")
-    for arm in args.arm or ARMS:
+    for arm in arms:
         run = args.workdir / f"{arm}-{args.seed}"
-        train(pictures, run, [*ARMS[arm], f"--config.seed={args.seed}", f"--config.checkpoint_kimg={args.kimg:g}"])
+        flags = [*ARMS[arm], *([f"--init_from={args.run}"] if arm == "run" else [])]
+        train(pictures, run, [*flags, f"--config.seed={args.seed}", f"--config.checkpoint_kimg={args.kimg:g}"])
         judge_checkpoints(arm, args.seed, run, args.results)
     print(format_table(read_results(args.results)))
     return 0

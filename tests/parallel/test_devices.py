@@ -149,8 +149,8 @@ def test_a_full_memory_is_one_line():
     message = "INTERNAL: Error dispatching computation: Out of memory allocating 705468758208 bytes."
     said = str(devices.memory_error(jax.errors.JaxRuntimeError(message)))
     assert said.startswith(
-        "a device's memory is full (657.0 GiB were asked for at once): use smaller images, or fewer at once; in training a smaller "
-        "config.batch_size"
+        "a device's memory is full (657.0 GiB were asked for at once): use smaller images, or fewer at once; in training "
+        "a smaller config.batch_size"
     )
     assert devices.memory_error(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"))
     assert devices.memory_error(jax.errors.JaxRuntimeError("INTERNAL: lost")) is None
