@@ -49,6 +49,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.loss.level_weights = (1.0, 0.5, 0.25)
     c.loss.match_d_form, c.loss.match_d, c.loss.match_g = "contrastive", 0.5, 0.0
+    # Eight wordings of one meaning.
+    c.loss.mask_same_labels = True
     c.loss.r1_gamma, c.loss.r1_levels = (0.02, 0.02), "all"
     c.loss.pairing, c.loss.r2, c.loss.centring = "relativistic", True, 0.01
     for o in (c.g_optimizer, c.d_optimizer):

@@ -57,6 +57,8 @@ def small_model(resolution: int, *, channels: int, channel_base: int, w_dim: int
 
     c.loss.level_weights = tuple(0.5**i for i in range(levels))
     c.loss.match_d_form, c.loss.match_d, c.loss.match_g = "contrastive", 0.5, 0.0
+    # Wordings of one meaning differ. Drawn shapes of one shape and color are not compared by size and material then.
+    c.loss.mask_same_labels = True
     c.loss.pairing, c.loss.r2, c.loss.centring = "relativistic", True, 0.01
     c.loss.r1_gamma, c.loss.r1_levels = (0.02, 0.02), "all"
     for o in (c.g_optimizer, c.d_optimizer):

@@ -12,7 +12,7 @@ from typing import Any
 from gigagan_jax.config.comparison import flatten_fields
 from gigagan_jax.core.errors import UserError
 
-FORMAT = 7
+FORMAT = 8
 FORMAT_KEY = "format"
 # Names of fields that are newer than the run. From its first restart on, config.json has them with the values of ADDED.
 WITHOUT_KEY = "begun_without"
@@ -153,6 +153,7 @@ ADDED: tuple[tuple[int, str, Any], ...] = (
     (7, "health.memory", "warn"),  # may change within a run
     (7, "snapshot.preferred_classes", ()),
     (7, "discriminator.augment", ()),
+    (8, "loss.mask_same_labels", True),
 )
 # (format that replaced the field, its name, its successor, values of the successor by those of the field)
 REPLACED: tuple[tuple[int, str, str, dict[Any, Any]], ...] = (

@@ -142,6 +142,7 @@ class LossConfig:
     r1_sigma: float = 0.01  # deviation of the noise of finite differences
     r2: bool = False  # the same penalty by generated images (R3GAN)
     ramp_kimg: float = 0.0  # thousands of images over which weights go from first to last; 0: the whole run
+    mask_same_labels: bool = False  # captions of one class label say the same: none is a wrong one of another
     mask_null_captions: bool = True  # the null caption is no wrong one, nor part of the contrastive loss and the mean w
 
 

@@ -205,7 +205,9 @@ class Training:
         c = self.config
         reals = networks.image_pyramid(images.to(self.device).float() / 127.5 - 1.0, len(level_weights(c)))
         given = (tokens, labels, features)
-        same = same_captions(tokens, labels, len(images))
+        # A folder of an earlier version has no such field, and was trained so.
+        masked = c["loss"].get("mask_same_labels", True)
+        same = same_captions(tokens, labels if masked else None, len(images))
         draws = draw(c, same) if draws is None else draws
         metrics = self._d_step(reals, given, same, draws)
         metrics |= self._g_step(reals, given, same, draws)

@@ -170,7 +170,7 @@ class EmojiSource(Source):
       tags: {slug: words} for one more wording.
 
     Attributes:
-      concepts: slugs, in the order of the labels.
+      concepts: slugs.
 
     Raises:
       UserError: a size that no model has, no set, two sets of one style, or a concept that a set does not draw.
@@ -232,7 +232,9 @@ class EmojiSource(Source):
         return Record(
             image=rasterize(drawn.to_svg(self.concepts[concept]), self.size),
             captions=self.captions(i),
-            label=concept,
+            # Of the cell: captions with one label are no wrong captions of each other (training/mismatched_captions.py), and
+            # a concept in another style is.
+            label=concept * len(self.sets) + style,
             name=self.name(i),
             license=f"{drawn.license}, {drawn.author}",
         )

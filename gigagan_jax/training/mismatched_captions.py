@@ -18,7 +18,7 @@ def same_caption(tokens: jax.Array | None, labels: jax.Array | None) -> jax.Arra
         hashes = jnp.sum((tokens.astype(jnp.uint32) + 1) * powers, axis=1, dtype=jnp.uint32)
         parts.append(hashes[:, None] == hashes[None, :])
     if labels is not None:
-        # Class labels come with some data sets: two captions of one class are no mismatch.
+        # Where labels say what captions say (loss.mask_same_labels), two captions of one class are no mismatch.
         parts.append((labels[:, None] == labels[None, :]) & (labels >= 0)[:, None])
     if not parts:
         raise ValueError("neither tokens nor labels: there is nothing to mismatch")

@@ -129,11 +129,12 @@ class GanObjective:
           (wrong [N, D], valid bool [N]); of the contrastive form ([N, M, D], bool [N, M])
         """
         assert own is not None
-        tokens, null, most = batch["tokens"], self.null_captions(batch), self.config.loss.mismatch_group
+        loss, tokens, null = self.config.loss, batch["tokens"], self.null_captions(batch)
+        labels = batch["label"] if loss.mask_same_labels else None
         if self.is_contrastive:
-            wrong, valid = all_wrong_captions(own, tokens, batch["label"], most, null)
+            wrong, valid = all_wrong_captions(own, tokens, labels, loss.mismatch_group, null)
             return sharding.constrain(wrong, "batch", None, None), valid
-        wrong, valid = draw_wrong_captions(key, own, tokens, batch["label"], most, null)
+        wrong, valid = draw_wrong_captions(key, own, tokens, labels, loss.mismatch_group, null)
         return sharding.constrain(wrong, "batch", None), valid
 
     def vision_logits(

@@ -66,7 +66,8 @@ def test_cells_are_what_they_are_called(sets):
     at = names.index("noto/red-disc")
     record = source.read(at)
     assert record.captions[0] == "a red disc, noto style"
-    assert record.label == 0
+    # A label a cell: another style of the concept is a wrong caption, another wording is none.
+    assert [source.read(i).label for i in range(12)] == list(range(12))
     assert record.license == "MIT, Who drew noto"
     picture = pixels(source, at)
     assert picture.shape == (32, 32, 3)

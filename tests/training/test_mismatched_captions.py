@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gigagan_jax.config import DEFAULT_RULES, MeshConfig
+from configs import digits
+from gigagan_jax.config import DEFAULT_RULES, MeshConfig, from_dict
 from gigagan_jax.data.tokenizers import ByteTokenizer
 from gigagan_jax.parallel import sharding
 from gigagan_jax.training.batch import batch_shardings
@@ -248,6 +249,19 @@ def test_contrastive_captions_are_all_others_of_the_group():
         assert sorted(map(int, others[i, :, 0])) == [j for j in group if j != i]
         expected = [j for j in group if words[j] not in (word, "")]
         assert sorted(map(int, others[i, valid[i], 0])) == expected
+
+
+def test_labels_mask_captions_only_where_the_config_says_so():
+    """Captions that say more than their class are compared; wordings of one class are not."""
+    tokens, labels = tokenize(["a red bird", "a blue bird", "a tree", "a red bird"]), np.array([3, 3, 5, 3], np.int32)
+    batch = {"tokens": tokens, "label": labels, "image": np.zeros((4, 16, 16, 3), np.uint8)}
+    own = jnp.arange(4.0)[:, None]
+    for mask, expected in ((False, [[1, 2], [0, 2, 3], [0, 1, 3], [1, 2]]), (True, [[2], [2], [0, 1, 3], [2]])):
+        config = digits.get_config()
+        config.loss.mask_same_labels = mask
+        wrong, valid = GanObjective(Networks(from_dict(config))).wrong_captions(own, batch, jax.random.key(0))
+        for i, others in enumerate(expected):
+            assert sorted(map(int, wrong[i, valid[i], 0])) == others, (mask, i)
 
 
 def test_one_group_is_the_whole_batch():
