@@ -15,7 +15,7 @@ class Arm:
 
     Attributes:
       name: in the results, and of its workdirs.
-      table: that it belongs to.
+      table: title of the table that it belongs to.
       title: its row in the table.
       config: as for `--config`.
       flags: further flags of the training command.
@@ -45,7 +45,7 @@ def read_arms(path: Path = ARMS) -> tuple[list[Arm], tuple[int, ...]]:
         arms = [
             Arm(
                 name=arm["name"],
-                table=arm["table"],
+                table=tables[arm["table"]]["title"],
                 title=arm["title"],
                 config=tables[arm["table"]]["config"],
                 flags=(*tables[arm["table"]]["flags"], *arm.get("flags", ())),

@@ -22,6 +22,7 @@ import ablate_report
 TINY = """
 seeds = [0, 1]
 [tables.settings]
+title = "Settings"
 config = "configs/shapes.py:tiny"
 flags = ["--config.total_kimg=0.032"]
 [[arms]]
@@ -55,7 +56,7 @@ def test_an_arm_in_two_tables_is_trained_once(tmp_path):
     missing = ablate.missing_runs(arms, seeds, tmp_path / "none.jsonl")
     assert [(arm.name, seed) for arm, seed in missing] == [("baseline", 0), ("sum", 0), ("baseline", 1), ("sum", 1)]
     table = ablate_report.format_tables(arms, [result("baseline", 0, seen__shape=0.75)])
-    assert [line.split(" | ")[:3] for line in table.splitlines()[2:]] == [
+    assert [line.split(" | ")[:3] for line in table.splitlines()[4:]] == [
         ["| as it is", "1", "0.75"],
         ["| again", "1", "0.75"],
     ]
@@ -92,13 +93,26 @@ def test_what_is_missing_comes_seed_by_seed(arms, tmp_path):
 def test_table_has_mean_and_spread(arms):
     runs = [result("baseline", s, seen__pair=v) for s, v in enumerate((0.8, 0.9, 1.0))]
     table = ablate_report.format_tables(arms, runs)
-    head, _, row = table.split("\n")
+    title, _, head, _, row = table.split("\n")
+    assert title == "### Settings"
     column = head.split(" | ").index("shape and color")
     assert row.split(" | ")[column] == "0.90 (0.20)"
     assert row.startswith("| as it is | 3 |")
     one = ablate_report.format_tables(arms, [result("sum", 0, frechet=3.14159)])
     assert "| R1 of the sum | 1 |" in one
     assert "| 3.1 |" in one
+
+
+def test_bold_is_what_no_seed_of_the_first_row_reaches(arms):
+    first = [result("baseline", s, seen__pair=v, frechet=20 + v) for s, v in enumerate((0.8, 0.9, 1.0))]
+    for values, bold in (
+        ((0.5, 0.6, 0.79), True),
+        ((1.01, 1.1, 1.2), True),
+        ((0.5, 0.6, 0.8), False),
+        ((0.5, 0.6), False),
+    ):
+        runs = first + [result("sum", s, seen__pair=v, frechet=21) for s, v in enumerate(values)]
+        assert (ablate_report.format_tables(arms, runs).count("**") == 2) == bold, values
 
 
 def test_picture_has_every_seed(arms):
