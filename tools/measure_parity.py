@@ -1,7 +1,7 @@
 """Compares a network with its PyTorch form at any size: outputs, predictions, and the gradients by images that R1 uses.
 
-    python tools/measure_parity.py --config=configs/laion.py --network=generator
-    python tools/measure_parity.py --config=configs/laion.py --network=discriminator [--batch=1]
+    python tools/measure_parity.py --config=configs/laion.py:paper --network=generator
+    python tools/measure_parity.py --config=configs/laion.py:paper --network=discriminator [--batch=1]
     python tools/measure_parity.py --config=configs/laion_upsampler.py:bytes --network=generator
 
 Parameters are drawn away from where they start, so that none is zero. A difference is the largest one over the largest value,

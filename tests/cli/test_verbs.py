@@ -152,7 +152,7 @@ def test_a_seed_is_the_same_image_on_any_mesh(trained_run, capsys, tmp_path):
 def test_dry_run(capsys, tmp_path):
     # 64 devices are planned for on a machine without any.
     code, out, _ = call_verb(
-        train.verb, capsys, "--config=configs/laion.py", "--dry_run", "--devices=64", f"--workdir={tmp_path}"
+        train.verb, capsys, "--config=configs/laion.py:paper", "--dry_run", "--devices=64", f"--workdir={tmp_path}"
     )
     assert code == 0
     # A parameter with its shape, totals, and memory by kind.

@@ -38,6 +38,7 @@ VARIANTS = [
     ("laion", ""),
     ("laion", "tiny"),
     ("laion", "bytes"),
+    ("laion", "paper"),
     ("laion", "small"),
     *(("laion", arg) for arg in ("unconditional", "unconditional-tiny")),
     ("imagenet", ""),
@@ -79,7 +80,7 @@ TINY = (
     ("emoji_upsampler", "tiny"),
     ("own", "tiny"),
 )
-LARGE = (("laion", "small"), ("imagenet", "upsampler"), ("imagenet", "sr"))
+LARGE = (("laion", "small"), ("laion", "paper"), ("imagenet", "upsampler"), ("imagenet", "sr"))
 LARGE += tuple((name, arg) for name in ("laion", "imagenet") for arg in ("unconditional", "unconditional-tiny"))
 DEFAULT = [v for v in VARIANTS if v in TINY or (v[0] not in TABLES and v not in LARGE)]
 
@@ -132,10 +133,10 @@ def test_docstring_is_the_command(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_unknown_variant(name):
-    sizes = "1b, 3b, 10b, 1b-bytes, 3b-bytes, 10b-bytes"
+    sizes = "1b, 3b, 10b, 1b-bytes, 3b-bytes, 10b-bytes, 1b-paper, 3b-paper, 10b-paper"
     known = {
         "ablation": ", ".join(ablation.ROWS),
-        "laion": "tiny, bytes, small, unconditional, unconditional-tiny",
+        "laion": "paper, tiny, bytes, paper-bytes, small, unconditional, unconditional-tiny",
         "scale": sizes,
     }
     known |= {

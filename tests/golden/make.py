@@ -30,7 +30,7 @@ VARIANTS = (
     *(("digits", arg) for arg in ("", "tiny")),
     *(("shapes", arg) for arg in ("", "16", "scenes", "64", "tiny")),
     *(("emoji", arg) for arg in ("", "all", "tiny")),
-    *(("laion", arg) for arg in ("", "tiny", "bytes", "small", "unconditional", "unconditional-tiny")),
+    *(("laion", arg) for arg in ("", "paper", "tiny", "bytes", "small", "unconditional", "unconditional-tiny")),
     *(("emoji_upsampler", arg) for arg in ("", "none", "clean", "tiny")),
     *(("photos", arg) for arg in ("", "tiny")),
     *(("own", arg) for arg in ("", "tiny", "class-mini-32", "unconditional-large-256")),

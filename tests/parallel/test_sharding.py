@@ -331,8 +331,8 @@ def named_leaves(tree):
 # Building the paper's networks takes seconds: one fixture serves all golden tests.
 @pytest.fixture(scope="module")
 def paper():
-    """Networks of configs/laion.py, their abstract state, and its shardings on both meshes."""
-    networks = Networks(from_dict(laion.get_config("bytes")))
+    """Networks of configs/laion.py:paper, their abstract state, and its shardings on both meshes."""
+    networks = Networks(from_dict(laion.get_config("paper-bytes")))
     return networks, networks.abstract(), {mesh: networks.shardings(mesh) for mesh in (FSDP, MIXED)}
 
 
