@@ -69,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
         for o in (c.g_optimizer, c.d_optimizer):
             o.learning_rate, o.decay_kimg = 0.0035, 0.0
         c.ema.half_life_kimg = 25.0
-        # The text encoder without a download, the head and the losses that the large configs have.
+        # The text encoder without a download, the head and the losses of the paper.
         c.text.encoder, c.text.length, c.text.buckets = "bytes", 40, settings.default().text.buckets
         d.head, c.loss.match_d_form = "modulated", "logistic"
         c.loss.pairing, c.loss.r2, c.loss.centring = "separate", False, 0.0

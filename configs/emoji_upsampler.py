@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
         for t in (g.text, d.text):
             t.width, t.depth, t.heads, t.mlp_ratio = 48, 1, 2, 2.0
         c.loss.match_d_form, c.loss.match_d, c.loss.match_g = "contrastive", 0.5, 0.0
+        c.loss.mask_same_labels = True  # several wordings of one cell
         d.head = "projection"
     if arg == "clean":
         u.noise = 0.0

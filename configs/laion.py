@@ -1,7 +1,7 @@
 """The paper's base text-to-image model: 64 px, 652.5M generator and 381.4M discriminator (Table A2, third column).
 
-The sizes are the paper's. The discriminator's heads and the losses are those that follow captions (docs/ablations.md); `:paper`
-has the paper's.
+The sizes are the paper's. The discriminator's heads and the losses are those whose drawn shapes are right most often
+(docs/ablations.md); `:paper` has the paper's.
 
     python -m gigagan_jax.train --config=configs/laion.py --workdir=DIR --config.data.path='gs://bucket/{00000..01234}.tar'
 
@@ -10,8 +10,8 @@ Captions go through a frozen CLIP ViT-L/14, whose towers are those of the contra
 discriminator stands on CLIP ViT-B/32. Both are read from the hub's cache (`hf download ID`) or a folder.
 
 Hardware: the paper trained it on 96 to 128 A100 for 1,350k steps. Here it is planned for 64 TPU v5p chips, or 256 v5e or
-v6e, at batch 1024 with `--config.mesh.fsdp=16` (README: compile minutes, memory and step time as the compiler estimates
-them; docs/meshes.md: why 16).
+v6e, at batch 1024 with `--config.mesh.fsdp=16` (docs/planning.md: compile minutes, memory and step time as the compiler
+estimates them; docs/meshes.md: why 16).
 """
 
 from ml_collections import ConfigDict
@@ -59,9 +59,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def follow_captions(c: ConfigDict) -> None:
-    """The head of D and the losses with which drawn shapes follow their captions, where the paper's do not.
+    """The head of D and the losses with which drawn shapes have the shape of their caption most often.
 
-    docs/ablations.md: at 16 px, three seeds each. It is a toy's verdict: nobody has compared them at this size.
+    docs/ablations.md: at 16 px, three seeds each. Nobody has compared them at this size.
     """
     c.discriminator.head = "projection"
     c.loss.match_d_form, c.loss.match_d = "contrastive", 0.5

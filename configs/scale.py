@@ -3,7 +3,7 @@
     python -m gigagan_jax.train --config=configs/scale.py:10b --workdir=DIR --config.data.path='gs://bucket/{00000..01234}.tar'
 
 The rule. Width and depth of configs/laion.py grow by one factor m, 1.21, 1.72 and 2.48, in G and D alike: parameters by
-about m^3, and D keeps its share (0.56 of G). Depth costs little compile time, since equal blocks are one scanned
+about m^3, and D keeps its share (0.56 to 0.57 of G). Depth costs little compile time, since equal blocks are one scanned
 program, or up to three with attention between them; width alone would make the largest array, which one chip holds whole
 while it is used, grow as the model does.
   - Widths (channels, w, T, attention, heads of D) are the multiple of 128 next to m times that of laion.py: matrix units
@@ -19,7 +19,7 @@ while it is used, grow as the model does.
     starting point: the paper has one rate for both of its widths, and nobody trained these sizes.
 
 `:SIZE-bytes` needs no CLIP; `:SIZE-paper` has the paper's heads of D and losses. Hardware: 64 TPU v5p chips or more, or 256
-v5e or v6e, at batch 1024 (README: the planner's figures; docs/meshes.md: which mesh). Parameters are cut over 16 chips, those
+v5e or v6e, at batch 1024 (docs/planning.md: figures; docs/meshes.md: which mesh). Parameters are cut over 16 chips, those
 of 10b over 64, which 16 GiB a chip ask for (v5p: `--config.mesh.fsdp=16`, which sends less). With fewer devices,
 `--config.mesh.fsdp=8`.
 """

@@ -6,7 +6,8 @@
 
 `run` trains what `--results` lacks, one run after another, and appends one JSON line for each that has ended. Stop it at
 any time: the same command goes on, within a run too. A second process on the same folder takes other runs. The arms are
-tools/ablations.toml. `table` prints means and spreads over seeds as Markdown; `picture` draws every seed as a point.
+tools/ablations.toml. `table` prints means and spreads over seeds as Markdown, bold where no seed of the table's first row
+reaches; `picture` draws every seed as a point.
 """
 
 from __future__ import annotations

@@ -64,11 +64,13 @@ def format_tables(arms: Sequence[Arm], runs: Sequence[dict[str, Any]]) -> str:
             continue
         head = ["arm", "seeds", *(title for _, title, _ in COLUMNS)]
         lines = [f"### {name}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        # Without runs of the first arm nothing is bold.
+        base = next(arm for arm in arms if arm.table == name)
         for arm in rows:
             seeds = sum(run["arm"] == arm.trained for run in runs)
             cells = []
             for metric, _, decimals in COLUMNS:
-                values, first = (values_of(runs, a.trained, metric) for a in (arm, rows[0]))
+                values, first = (values_of(runs, a.trained, metric) for a in (arm, base))
                 cell = format_cell(values, decimals)
                 cells.append(f"**{cell}**" if is_apart(values, first) else cell)
             lines.append(f"| {arm.title} | {seeds} | {' | '.join(cells)} |")

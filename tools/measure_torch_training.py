@@ -115,8 +115,9 @@ def train_both(config: Config, networks: Networks, state: GanState, theirs: Any,
         batch = {k: np.asarray(x) for k, x in next(batches).items() if k in ("image", "tokens", "label")}
         pictures = torch.from_numpy(np.moveaxis(batch["image"], -1, 1).copy())
         tokens = torch.from_numpy(batch["tokens"]).long()
-        draws = draws_of(config, key, number, batch["tokens"], batch["label"])
-        # Of a text model they tell which captions are no wrong ones.
+        # With loss.mask_same_labels they tell which captions are no wrong ones.
+        labels = batch["label"] if config.loss.mask_same_labels else None
+        draws = draws_of(config, key, number, batch["tokens"], labels)
         found = theirs.step(pictures, tokens, torch.from_numpy(batch["label"]).long(), draws=draws)
         state, metrics = compiled(state, batch, number % config.loss.r1_interval == 0)
         for name in losses:

@@ -249,7 +249,7 @@ class EmojiSource(Source):
         return f"{self.sets[style].prefix}/{self.concepts[concept]}"
 
     def identity(self) -> str:
-        digest = hashlib.sha256(f"{self.size} {self._part} {sorted(self.tags.items())}".encode())
+        digest = hashlib.sha256(f"{self.size} {self._part} labels of cells {sorted(self.tags.items())}".encode())
         for i, (concept, style) in enumerate(self.cells):
             digest.update(f"\0{self.name(i)}\0{self.sets[style].icons[self.concepts[concept]]}".encode())
         return digest.hexdigest()[:16]

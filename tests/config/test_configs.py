@@ -71,7 +71,7 @@ def assert_same(out, given):
         assert not a.weak_type  # a state that is weak where it came in strong would be traced again
 
 
-# Every file but those whose variants have no part of their own: the ablation's last row is laion, the sizes are wider ones.
+# Every file but those whose variants have no part of their own: the ablation's rows are the paper's, the sizes are wider ones.
 TABLES = ("ablation", "scale", "shapes", "emoji", "laion_upsampler", "photos", "emoji_upsampler", "own")
 TINY = (
     ("shapes", "tiny"),

@@ -57,7 +57,7 @@ def test_its_step_needs_neither_captions_nor_classes(variant):
 def test_the_line_says_what_is_off():
     assert load(("laion", ""), "--config.condition=none")[1] == [
         "condition='none': neither captions nor classes are read; off: the text encoder (clip) and cross-attention; "
-        "the matching-aware loss; the contrastive loss of CLIP"
+        "the matching-aware loss; the contrastive loss of CLIP; the projection head (in its place: a head without a condition)"
     ]
     (line,) = load(("imagenet", ""), "--config.condition=none")[1]
     assert line.endswith("off: the class embedding; the projection head (in its place: a head without a condition)")
