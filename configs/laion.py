@@ -9,9 +9,9 @@ Data: tars as img2dataset writes them, a folder of images with captions, Parquet
 Captions go through a frozen CLIP ViT-L/14, whose towers are those of the contrastive loss too; the vision-aided
 discriminator stands on CLIP ViT-B/32. Both are read from the hub's cache (`hf download ID`) or a folder.
 
-Hardware: the paper trained it on 96 to 128 A100 for 1,350k steps. Here it is planned for 64 TPU v5p chips, or 256 v6e, at
-batch 1024 with `--config.mesh.fsdp=16` (docs/planning.md: compile minutes, memory and step time as the compiler estimates
-them, and what 256 v5e ask for; docs/meshes.md: why 16).
+Hardware: the paper trained it on 96 to 128 A100 for 1,350k steps. Here it is planned for 64 TPU v5p chips at batch 1024
+with `--config.mesh.fsdp=16`, and `:paper` for 256 v5e or v6e too, both without R1 (docs/planning.md: compile minutes, memory
+and step time as the compiler estimates them, and what R1 and R2 ask of a v5e; docs/meshes.md: why 16).
 """
 
 from ml_collections import ConfigDict

@@ -19,9 +19,9 @@ while it is used, grow as the model does.
     starting point: the paper has one rate for both of its widths, and nobody trained these sizes.
 
 `:SIZE-bytes` needs no CLIP; `:SIZE-paper` has the paper's heads of D and losses. Hardware: 64 TPU v5p chips or more, or 256
-v5e or v6e, at batch 1024 (docs/planning.md: figures; docs/meshes.md: which mesh). Parameters are cut over 16 chips, those
-of 10b over 64, which 16 GiB a chip ask for (v5p: `--config.mesh.fsdp=16`, which sends less). With fewer devices,
-`--config.mesh.fsdp=8`.
+v5e or v6e, at batch 1024 (docs/planning.md: figures of `:SIZE-paper`; docs/meshes.md: which mesh). Parameters are cut over
+16 chips, those of 10b over 64, which 16 GiB a chip ask for (v5p: `--config.mesh.fsdp=16`, which sends less). With fewer
+devices, `--config.mesh.fsdp=8`.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,5 @@
 """tools/measure_emoji.py with a model that draws the real pictures: what it counts, and what it asks a reader."""
 
-import io
 import json
 import re
 import sys
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 
 from gigagan_jax.evaluation.emoji import Cells, EmojiJudge
+from tests.img2dataset import add_member, encoded
 from tests.runs import ROOT
 
 sys.path.append(str(ROOT / "tools"))  # as for a script there
@@ -76,12 +76,8 @@ def write_tar(file, cells, rows):
     file.parent.mkdir()
     with tarfile.open(file, "w") as tar:
         for i in rows:
-            picture = io.BytesIO()
-            Image.fromarray(cells.images[i]).save(picture, "png")
-            for suffix, data in (("png", picture.getvalue()), ("txt", cells.captions[i].encode())):
-                member = tarfile.TarInfo(f"{i:05d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+            add_member(tar, f"{i:05d}.png", encoded(cells.images[i], "PNG"))
+            add_member(tar, f"{i:05d}.txt", cells.captions[i].encode())
 
 
 def test_the_command_reads_published_weights_and_the_folder_of_data(cells, tmp_path, capsys):
